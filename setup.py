@@ -1,0 +1,46 @@
+"""Packaging: the kernels need torch and triton alone; the trainer is the `train` extra."""
+
+from setuptools import setup
+
+TRAIN = [
+    "datasets>=3",
+    "deepspeed>=0.19.8,<0.20",
+    "httpx>=0.27",
+    "matplotlib>=3.9",
+    "ninja",
+    "packaging",
+    "rich>=13",
+    "safetensors>=0.5",
+    "tenacity>=9",
+    "tensorboard>=2.18",
+    "transformers>=5.16,<5.20",  # the tested vLLM asks for <5.20
+    "tyro>=0.9",
+]
+
+setup(
+    name="rto-fast",
+    version="0.1.0",
+    description="Reinforced Token Optimization: exact, fast, packed RLHF with fused Triton kernels",
+    python_requires=">=3.11",
+    # The folder `kernels/` is deliberately no package: Hugging Face owns that name.
+    package_dir={
+        "rto_kernels": "kernels/rto_kernels",
+        "rto_kernels.integrations": "kernels/rto_kernels/integrations",
+        "rto_fast": "rto_fast",
+    },
+    packages=["rto_kernels", "rto_kernels.integrations", "rto_fast"],
+    install_requires=["torch>=2.11", "triton>=3.6"],
+    extras_require={
+        "train": TRAIN,
+        "vllm": ["vllm>=0.26"],
+        "flash": ["flash-attn>=2.8"],
+        "wandb": ["wandb>=0.18"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-timeout>=2.3",
+            "ruff>=0.8",
+        ],
+    },
+)
