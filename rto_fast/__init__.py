@@ -1,0 +1,1 @@
+"""Reinforced Token Optimization: DPO's token rewards, optimised by PPO, on packed batches."""

@@ -1,0 +1,348 @@
+"""Every setting and its default, one frozen dataclass a stage. Zero means off.
+
+The defaults are the paper's for Llama-3-8B on UltraFeedback (arXiv 2404.18922). A recipe changes a default by
+constructing the config with another value; a user changes it by a flag of the field's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the setting and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of every stage."""
+
+    output_dir: str = "runs/run"
+    """Folder for checkpoints, logs, the report and the exported model."""
+    seed: int = 0
+    """Seed of data order, initial heads and sampling."""
+    resume: Literal["auto", "never"] = "never"
+    """auto: go on from the newest checkpoint in output_dir, or start when there is none."""
+    save_every: int = 0
+    """Optimiser steps (RTO: iterations) between checkpoints; 0 = only the final export."""
+    keep_last: int = 2
+    """Checkpoints kept, the newest ones."""
+    max_bad_steps: int = 5
+    """Non-finite losses, rewards or gradients in a row before the run stops with a diagnosis; 0 = never."""
+    log_every: int = 1
+    """Steps between log rows."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty = off."""
+
+    # Devices and memory
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute type of forward and backward; the optimiser keeps fp32 weights either way."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    """Packed attention: auto takes flash-attn where installed, else PyTorch's own."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage; 0 only with dtype fp32."""
+    offload: bool = False
+    """Keep optimiser states in host memory."""
+    micro_tokens: int = 16384
+    """Tokens a training micro-batch holds at most on one rank (a longer sequence goes alone)."""
+
+    # Optimiser (AdamW)
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's beta1 and beta2."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay; 0 = off."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 = off."""
+    warmup_ratio: float = 0.03
+    """Share of all optimiser steps in linear warm-up."""
+    lr_floor: float = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak."""
+
+    # Data
+    data: str = ""
+    """Hub id, local .jsonl/.json/.parquet/.csv file, or a folder saved by `datasets`."""
+    data_split: str = "train"
+    """Split of a Hub data set or saved folder."""
+    max_rows: int = 0
+    """Rows used, from the first; 0 = all."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own, else the plain one; plain; or the path of a Jinja file."""
+    overlong: Literal["refuse", "skip", "truncate"] = "skip"
+    """What happens to rows over the length limit (counted either way). truncate cuts a response's end."""
+    invalid_rows: Literal["refuse", "skip"] = "refuse"
+    """What happens to rows with a missing key, empty or non-string text, or chosen = rejected."""
+    data_workers: int = 0
+    """Processes that tokenise; 0 = one a core, at most 16."""
+    data_cache: bool = True
+    """Keep the tokenised rows on disk and use them again."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that contradict each other; needs no file and no device."""
+        require(bool(self.data), "data: no data set given; pass --data (Hub id, local file or saved folder)")
+        require(bool(self.output_dir), "output_dir: must not be empty")
+        require(
+            not (self.zero_stage == 0 and self.dtype == "bf16"),
+            "zero_stage: stage 0 with dtype bf16 keeps no fp32 weights and diverges; use --zero-stage 1, 2 or 3, "
+            "or --dtype fp32",
+        )
+        require(
+            not (self.offload and self.zero_stage == 0),
+            "offload: needs ZeRO; use --zero-stage 1, 2 or 3",
+        )
+        for name in ("micro_tokens", "keep_last", "log_every"):
+            require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("save_every", "max_rows", "max_bad_steps", "weight_decay", "max_grad_norm", "data_workers"):
+            require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "lr_floor"):
+            require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+
+    def fingerprint(self) -> dict[str, object]:
+        """The settings a checkpoint must share with the run that resumes it."""
+        free = {
+            "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
+            "data_workers", "data_cache",
+        }  # fmt: skip
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(RunConfig):
+    """Settings that SFT, reward model and DPO share."""
+
+    model: str = ""
+    """Model folder or Hub id to start from."""
+    lr: float = 5e-7
+    """Peak learning rate."""
+    batch: int = 128
+    """Rows an optimiser step, over all ranks."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    max_length: int = 2048
+    """Tokens of prompt + response at most."""
+    eval_fraction: float = 0.05
+    """Share of the rows held out for evaluation (when eval_data is empty)."""
+    eval_data: str = ""
+    """Data set to evaluate on; empty = the held-out share of `data`."""
+    prompt_key: str = "prompt"
+    """Column of the prompt (string or message list)."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(bool(self.model), "model: no model given; pass --model (folder or Hub id)")
+        require(self.lr > 0, f"lr: must be positive, got {self.lr}")
+        require(self.batch >= 1, f"batch: must be at least 1, got {self.batch}")
+        require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
+        require(self.max_length >= 2, f"max_length: must be at least 2 tokens, got {self.max_length}")
+        require(0 <= self.eval_fraction < 1, f"eval_fraction: must lie in [0, 1), got {self.eval_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning on responses."""
+
+    lr: float = 1e-5
+    batch: int = 32
+    response_key: str = "auto"
+    """Column of the response; auto: `response`, `completion`, `messages` or `chosen`, whichever is there first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(SupervisedConfig):
+    """Settings that the reward model and DPO share."""
+
+    chosen_key: str = "chosen"
+    """Column of the preferred response (string or message list)."""
+    rejected_key: str = "rejected"
+    """Column of the other response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMConfig(PreferenceConfig):
+    """Bradley-Terry reward model (sequence classification, one output)."""
+
+    lr: float = 1e-6
+    batch: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PreferenceConfig):
+    """Direct preference optimisation: the token reward's source."""
+
+    lr: float = 5e-7
+    batch: int = 256
+    beta: float = 0.1
+    """Strength of the pull to the reference."""
+    reference: str = ""
+    """Reference model; empty = `model` before training."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.beta > 0, f"beta: must be positive, got {self.beta}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTOConfig(RunConfig):
+    """Reinforced Token Optimization; beta1 = 0 is PPO."""
+
+    # Models
+    policy: str = ""
+    """SFT model that the policy starts from (folder or Hub id)."""
+    reference: str = ""
+    """KL reference; empty = the policy's start."""
+    dpo_model: str = ""
+    """DPO model, the token reward's numerator; not loaded when beta1 = 0."""
+    dpo_ref: str = ""
+    """The DPO model's own reference, the token reward's denominator; empty = the KL reference."""
+    critic: Literal["auto", "reward", "policy"] = "auto"
+    """Critic's start: the reward model, the SFT backbone with a zero head, or auto (reward where tokenizers agree)."""
+
+    # Rewards of whole responses
+    reward_model: tuple[str, ...] = ()
+    """Sequence-classification reward models (folders or Hub ids)."""
+    reward_fn: tuple[str, ...] = ()
+    """Python reward functions, module:function, called with (prompts, responses) -> list of floats."""
+    reward_url: tuple[str, ...] = ()
+    """Remote reward models (HTTP POST, OpenRLHF's protocol)."""
+    reward_weight: tuple[float, ...] = ()
+    """Weights of the sources in the order models, functions, URLs; empty = 1 each."""
+    reward_timeout_s: float = 60.0
+    """Seconds a remote reward request may take."""
+    reward_retries: int = 4
+    """Attempts after a failed remote request."""
+
+    # Token reward (Eq. 4.7)
+    beta1: float = 0.05
+    """Scale of log(pi_dpo / pi_ref), the token reward; 0 = PPO, the DPO model is not loaded."""
+    beta2: float = 0.01
+    """Scale of the KL penalty log(pi / pi_ref); 0 = off."""
+    beta3: float = 1.0
+    """Scale of the response's score at its last token; 0 = off."""
+    dpo_clip: float = 0.05
+    """Bound on |beta1 * log(pi_dpo / pi_ref)| of a token (reward units); 0 = off."""
+    score_clip: float = 10.0
+    """Bound on |score|; 0 = off."""
+    kl_target: float = 0.0
+    """Adaptive KL: beta2 is steered to this mean KL of a token (nats); 0 = beta2 stays fixed."""
+    kl_horizon: int = 10000
+    """Adaptive KL: responses over which beta2 can change by about its own size."""
+
+    # Rollout
+    iterations: int = 0
+    """Rollouts to do; 0 = what `epochs` passes over the prompts need."""
+    epochs: float = 1.0
+    """Passes over the prompts, when iterations = 0."""
+    rollout_batch: int = 1024
+    """Prompts a rollout, over all ranks."""
+    responses_per_prompt: int = 1
+    """Responses sampled from each prompt."""
+    temperature: float = 1.0
+    """Sampling temperature; PPO's ratio uses it, KL and DPO terms use 1."""
+    max_prompt_length: int = 1024
+    """Tokens of a prompt at most."""
+    max_response_length: int = 1024
+    """Tokens sampled at most; a response cut here is `truncated`."""
+    rollout_engine: Literal["auto", "transformers"] = "auto"
+    """Engine that samples."""
+    rollout_tokens: int = 65536
+    """Tokens (prompt + response) the transformers engine samples at once on one rank."""
+    score_tokens: int = 32768
+    """Tokens a scoring micro-batch holds at most on one rank."""
+    truncation: Literal["zero", "bootstrap"] = "zero"
+    """Value after a truncated response: 0, or the critic's."""
+    truncated_reward: float | None = None
+    """Score given to truncated responses instead of their own; None = scored as they stand."""
+    prompt_key: str = "auto"
+    """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
+
+    # PPO
+    train_batch: int = 128
+    """Responses a policy update, over all ranks."""
+    ppo_epochs: int = 1
+    """Passes over each rollout."""
+    policy_lr: float = 5e-7
+    """Peak learning rate of the policy."""
+    critic_lr: float = 9e-6
+    """Peak learning rate of the critic."""
+    gamma: float = 1.0
+    """Discount a token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    clip: float = 0.2
+    """PPO's bound on |ratio - 1|."""
+    value_clip: float = 0.2
+    """Bound on the value's move in an update; 0 = off."""
+    loss_aggregation: Literal["sequence", "token"] = "sequence"
+    """Mean over a response's tokens, then responses (the paper's), or over all tokens."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 = off."""
+    critic_warmup: int = 0
+    """Iterations at the start that train the critic alone; 0 = off."""
+    ema_decay: float = 0.0
+    """Decay of an averaged policy, a step an iteration, exported as `ema`; 0 = off."""
+
+    # Output
+    report_samples: int = 16
+    """Sampled responses shown in report.html."""
+    export_every: int = 0
+    """Iterations between exports of policy and critic; 0 = only at the end."""
+
+    @property
+    def responses(self) -> int:
+        """Responses a rollout, over all ranks."""
+        return self.rollout_batch * self.responses_per_prompt
+
+    @property
+    def reward_sources(self) -> tuple[str, ...]:
+        return self.reward_model + self.reward_fn + self.reward_url
+
+    @property
+    def reward_weights(self) -> tuple[float, ...]:
+        return self.reward_weight or (1.0,) * len(self.reward_sources)
+
+    def validate(self) -> None:
+        super().validate()
+        require(bool(self.policy), "policy: no model given; pass --policy (folder or Hub id)")
+        require(
+            self.beta1 == 0 or bool(self.dpo_model),
+            "dpo_model: beta1 > 0 needs a DPO model; pass --dpo-model, or --beta1 0 for PPO",
+        )
+        require(
+            bool(self.reward_sources) or self.beta3 == 0,
+            "reward_model: no reward source; pass --reward-model, --reward-fn or --reward-url, or --beta3 0",
+        )
+        require(
+            len(self.reward_weights) == len(self.reward_sources),
+            f"reward_weight: {len(self.reward_weights)} weights for {len(self.reward_sources)} reward sources",
+        )
+        require(
+            self.critic != "reward" or bool(self.reward_model),
+            "critic: 'reward' needs a reward model; pass --reward-model, or --critic policy",
+        )
+        for name in ("beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip"):
+            require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        for name in (
+            "rollout_batch", "responses_per_prompt", "train_batch", "ppo_epochs", "max_prompt_length",
+            "max_response_length", "rollout_tokens", "score_tokens", "kl_horizon",
+        ):  # fmt: skip
+            require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
+        require(self.iterations >= 0, f"iterations: must not be negative, got {self.iterations}")
+        require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
+        require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}")
+        require(0 < self.clip < 1, f"clip: must lie in (0, 1), got {self.clip}")
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+        require(0 <= self.ema_decay < 1, f"ema_decay: must lie in [0, 1), got {self.ema_decay}")
+        require(
+            self.responses % self.train_batch == 0,
+            f"train_batch: {self.train_batch} does not divide the {self.responses} responses of a rollout "
+            f"(rollout_batch {self.rollout_batch} x responses_per_prompt {self.responses_per_prompt})",
+        )
