@@ -1,0 +1,91 @@
+"""Ranks, devices and the few collectives that the loop needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+# A long generation on one rank must not trip the others' collectives.
+TIMEOUT = timedelta(hours=4)
+
+
+def init() -> torch.device:
+    """Joins the process group (a launch without `deepspeed` is one rank) and returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if not dist.is_initialized():
+        accelerator.set_device(local_rank)
+        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """[rank] -> item, on every rank."""
+    if world_size() == 1:
+        return [item]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, item)
+    return out
+
+
+def broadcast_object(item: Any) -> Any:
+    """Rank 0's item, on every rank."""
+    if world_size() == 1:
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """All-reduced sum, fp64, on the CPU: deterministic for a given number of ranks."""
+    device = torch.device(get_accelerator().current_device_name())
+    total = values.detach().to(device=device, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.cpu()
+
+
+def gather_ragged(local: Sequence[Tensor], owners: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Puts pieces computed on different ranks in their global order, on every rank, on the CPU.
+
+    local: this rank's pieces, 1-D, in the order of owners[rank]; owners[r]: the global indices of rank r's
+    pieces; together they cover 0 .. total - 1 once.
+    """
+    ordered: list[Tensor | None] = [None] * sum(len(o) for o in owners)
+    flat = torch.cat(list(local)) if local else torch.empty(0)
+    for index, (values, sizes) in zip(
+        owners, gather_objects((flat.cpu(), [t.numel() for t in local])), strict=True
+    ):
+        for i, piece in zip(index, values.split(sizes), strict=True):
+            ordered[i] = piece
+    return ordered  # type: ignore[return-value]

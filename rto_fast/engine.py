@@ -1,0 +1,222 @@
+"""One trained model in DeepSpeed: configuration, an update from unequal micro-batches, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from rto_fast import distributed, models
+from rto_fast.config import ConfigError, RunConfig
+
+T = TypeVar("T")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; inf or NaN where the step was skipped for it."""
+    applied: bool
+    """False: a gradient was not finite and no parameter has moved."""
+
+
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, floor: float) -> float:
+    """Linear warm-up, then a cosine to `floor` x peak; a pure function of the step (0 .. total - 1)."""
+    warmup = math.ceil(warmup_ratio * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's settings for one engine; the loop decides accumulation boundaries itself."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        # The small defaults of ZeRO-3 keep tiny parameters whole: right for memory, and exact either way.
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bf16"},
+        "zero_optimization": zero,
+        # torch's AdamW needs no C++ build; ZeRO then wants to be told that this is meant.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class TrainEngine:
+    """A model, its AdamW and its ZeRO partitions."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, *, peak_lr: float, total_steps: int) -> None:
+        self.config = config
+        self.peak_lr = peak_lr
+        self.total_steps = total_steps
+        if config.gradient_checkpointing:
+            inner = getattr(model, "lm", None) or model.classifier
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas
+        )
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def lr(self, step: int) -> float:
+        c = self.config
+        return learning_rate(step, self.total_steps, self.peak_lr, c.warmup_ratio, c.lr_floor)
+
+    def update(self, micro: Sequence[T], loss: Callable[[T], Tensor], *, step: int) -> StepResult:
+        """One optimiser step from the sum of `loss` over all micro-batches of all ranks.
+
+        `loss` returns a micro-batch's share of the train batch's loss (divided by the global count already).
+        Every rank passes equally many micro-batches.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        self.deepspeed.train()
+        world = distributed.world_size()
+        for i, item in enumerate(micro):
+            self.deepspeed.set_gradient_accumulation_boundary(i == len(micro) - 1)
+            # DeepSpeed averages over ranks; the loss is a sum over them.
+            self.deepspeed.backward(loss(item) * world, scale_wrt_gas=False)
+        if self.config.zero_stage == 0 and not self._stage0_finite():
+            return StepResult(grad_norm=math.nan, applied=False)
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(
+            grad_norm=math.nan if norm is None else float(norm), applied=self.deepspeed.was_step_applied()
+        )
+
+    def _stage0_finite(self) -> bool:
+        """ZeRO checks its gradients itself; plain data parallelism does not. Clears them where not finite."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
+            return True
+        self.deepspeed.zero_grad()
+        return False
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, full tensor), one at a time, on every rank."""
+        return models.full_parameters(self.model)
+
+    def save(self, folder: Path, name: str) -> None:
+        self.deepspeed.save_checkpoint(str(folder), tag=name)
+
+    def load(self, folder: Path, name: str) -> None:
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=name)
+        if path is None:
+            raise ConfigError(f"resume: checkpoint {folder} has no state of the {name}; delete it and resume again")
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay for matrices only; norms and biases never decay."""
+    if not weight_decay:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.0}]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+class Checkpoints:
+    """Atomic, numbered checkpoints of a run: a folder appears under its name only when it is whole."""
+
+    STATE = "state.json"
+
+    def __init__(self, config: RunConfig) -> None:
+        self.root = Path(config.output_dir) / "checkpoints"
+        self.keep = config.keep_last
+        self.fingerprint = json.loads(json.dumps(config.fingerprint()))
+
+    def save(self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Writes checkpoint `step` from all ranks, publishes it by a rename, drops the oldest ones.
+
+        state: JSON values; tensors: anything torch.save takes, written by rank 0.
+        """
+        target, partial = self._folder(step), self.root / f"partial-{step:08d}"
+        if distributed.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        for name, engine in engines.items():
+            engine.save(partial, name)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            torch.save(tensors, partial / "tensors.pt")
+            record = {"step": step, "config": self.fingerprint, "world_size": distributed.world_size(), "state": state}
+            (partial / self.STATE).write_text(json.dumps(record))
+            for path in partial.rglob("*"):
+                _fsync(path)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+            _fsync(self.root)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self._folder(old))
+        distributed.barrier()
+
+    def steps(self) -> list[int]:
+        """Steps of whole checkpoints, oldest first."""
+        found = (p.parent.name for p in self.root.glob(f"step-*/{self.STATE}"))
+        return sorted(int(name.removeprefix("step-")) for name in found)
+
+    def read(self) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest checkpoint, or None; ConfigError where it is another run's."""
+        if not self.steps():
+            return None
+        step = self.steps()[-1]
+        path = self._folder(step) / self.STATE
+        record = json.loads(path.read_text())
+        self._check(record, path)
+        return step, record["state"]
+
+    def load(self, step: int, engines: dict[str, TrainEngine]) -> dict[str, Any]:
+        """Loads the engines' state and returns the tensors saved beside them."""
+        for name, engine in engines.items():
+            engine.load(self._folder(step), name)
+        return torch.load(self._folder(step) / "tensors.pt", weights_only=False)
+
+    def _check(self, record: dict[str, Any], path: Path) -> None:
+        theirs = record["config"]
+        changed = [k for k in self.fingerprint if theirs.get(k) != self.fingerprint[k]]
+        if changed:
+            was = ", ".join(f"{k}={theirs.get(k)!r} (now {self.fingerprint[k]!r})" for k in changed[:4])
+            raise ConfigError(f"resume: {path.parent} was written by a run with other settings: {was}")
+        if record["world_size"] != distributed.world_size():
+            raise ConfigError(
+                f"resume: {path.parent} was written by {record['world_size']} ranks, this run has "
+                f"{distributed.world_size()}"
+            )
+
+    def _folder(self, step: int) -> Path:
+        return self.root / f"step-{step:08d}"
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,220 @@
+"""Policy, critic and reward model: transformers backbones on packed tokens, heads on chosen positions only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rto_kernels import token_logprobs
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from rto_fast.config import ConfigError
+from rto_fast.packing import PackedBatch
+
+SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
+# Families that rescale their logits in a way the log-prob head does not know.
+_LOGIT_SCALES = ("logits_scaling", "logit_scale")
+
+
+class LogProbHead(nn.Linear):
+    """The lm_head, asked for log-probs instead of logits: [N, V] never exists.
+
+    Called as a module, so that DeepSpeed's ZeRO-3 hooks gather and release its weight.
+    """
+
+    softcap: float | None
+
+    @classmethod
+    def share(cls, linear: nn.Linear, softcap: float | None) -> LogProbHead:
+        """A head on the same parameters (a tied embedding stays tied)."""
+        head = cls(1, 1, bias=False, device="meta")
+        head.in_features, head.out_features = linear.in_features, linear.out_features
+        head.weight, head.bias, head.softcap = linear.weight, linear.bias, softcap
+        return head
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor, temperatures: tuple[float, ...], entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [R, H], targets [R] int64 -> log-probs [len(temperatures), R] and entropy [R], fp32.
+
+        The entropy is that at the first temperature, and zeros unless asked for.
+        """
+        logps, mean_surprise = [], torch.zeros(targets.shape, device=targets.device)
+        for temperature in temperatures:
+            out = token_logprobs(
+                hidden, self.weight, targets,
+                bias=self.bias, temperature=temperature, softcap=self.softcap,
+                return_entropy=entropy and not logps,
+            )  # fmt: skip
+            if isinstance(out, tuple):
+                out, mean_surprise = out
+            logps.append(out)
+        return torch.stack(logps), mean_surprise
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that answers with log-probs of given tokens at given positions."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        head = lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(f"model: {type(lm).__name__} has no linear lm_head; it is not supported")
+        for name in _LOGIT_SCALES:
+            if getattr(lm.config, name, None) not in (None, 1, 1.0):
+                raise ConfigError(f"model: {type(lm).__name__} scales its logits ({name}); it is not supported")
+        softcap = getattr(lm.config, "final_logit_softcapping", None)
+        if not isinstance(head, LogProbHead):
+            lm.set_output_embeddings(LogProbHead.share(head, softcap))
+        self.lm = lm
+
+    def forward(
+        self, batch: PackedBatch, *, temperatures: tuple[float, ...] = (1.0,), entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs (nats) of the R response tokens, and the entropy (nats) of the distributions they came from.
+
+        -> [len(temperatures), R] and [R] (zeros unless asked for; at the first temperature), fp32.
+        """
+        hidden = _hidden(self.lm.base_model, batch)[batch.state_positions]
+        return self.lm.get_output_embeddings()(hidden, batch.response_tokens, temperatures, entropy)
+
+
+class ScalarHead(nn.Linear):
+    """A bias-free linear map to one number, in fp32 whatever the backbone's dtype."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R] fp32."""
+        return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+class ScalarModel(nn.Module):
+    """A backbone with one number a position: reward model and critic.
+
+    The number is normalised, (v - mean) / std, by the statistics that the reward model's recipe stored, so that
+    critic and reward speak the same units.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        weight = classifier.score.weight
+        head = ScalarHead(weight.shape[1], 1, bias=False, device="meta")
+        head.weight = weight
+        classifier.score = head
+        self.classifier = classifier
+        self.mean = float(getattr(classifier.config, "mean", 0.0))
+        self.std = float(getattr(classifier.config, "std", 1.0))
+
+    def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        """The numbers at `positions` [P] int64 of the packed row -> [P] fp32."""
+        hidden = _hidden(self.classifier.base_model, batch)[positions]
+        return (self.classifier.score(hidden) - self.mean) / self.std
+
+
+def _hidden(backbone: nn.Module, batch: PackedBatch) -> Tensor:
+    """Final hidden states of all N packed tokens, [N, H]."""
+    out = backbone(input_ids=batch.tokens[None], use_cache=False, **batch.layout.model_kwargs())
+    return out.last_hidden_state[0]
+
+
+def load_config(path: str, argument: str) -> PretrainedConfig:
+    """The model's config, or a ConfigError that names the argument."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{argument}: no model at {path!r} ({reason})") from error
+
+
+def load_policy(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> PolicyModel:
+    """A causal LM folder or Hub id as a PolicyModel; ConfigError where weights are missing."""
+    load_config(path, argument)
+    lm, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}")
+    return PolicyModel(lm)
+
+
+def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> ScalarModel:
+    """A reward model with its stored head; a missing head is an error, never random weights."""
+    load_config(path, argument)
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=dtype, attn_implementation=attention, output_loading_info=True,
+        key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    if any(k.startswith("score.") for k in info["missing_keys"]):
+        raise ConfigError(
+            f"{argument}: {path!r} has no reward head (looked for {' and '.join(SCORE_HEADS)}); "
+            "train one with recipes/rm_llama3.py"
+        )
+    mismatched = [str(key) for key in info.get("mismatched_keys", ())]
+    if info["missing_keys"] or mismatched:
+        raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
+                          f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
+    return ScalarModel(classifier)
+
+
+def new_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str, head_std: float = 0.0) -> ScalarModel:
+    """A backbone from a causal LM with a new head: zeros, or normal with `head_std` (torch's current seed)."""
+    load_config(path, argument)
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    )
+    missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
+    if missing:
+        raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(classifier).__name__}: {_some(missing)}")
+    with torch.no_grad():
+        weight = classifier.score.weight
+        weight.copy_(torch.randn(weight.shape) * head_std if head_std else torch.zeros(weight.shape))
+    classifier.config.mean, classifier.config.std = 0.0, 1.0
+    return ScalarModel(classifier)
+
+
+def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, full tensor) one at a time; collective under ZeRO-3, which gathers one parameter a step.
+
+    A tensor is valid until the next one is asked for. Tied parameters come once.
+    """
+    inner = getattr(model, "lm", None) or getattr(model, "classifier", model)
+    for name, parameter in inner.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            gathered = deepspeed.zero.GatheredParameters([parameter])
+        else:
+            gathered = nullcontext()
+        with gathered:
+            yield name, parameter.data
+
+
+def export(model: PolicyModel | ScalarModel, folder: str | Path, *, write: bool) -> None:
+    """Writes a Hugging Face folder; every rank must call it, only the one with `write` writes.
+
+    The weights are those of the model's dtype. Reward models carry `mean` and `std` in their config.
+    """
+    inner = model.lm if isinstance(model, PolicyModel) else model.classifier
+    state = {}
+    for name, tensor in full_parameters(model):
+        if write:
+            state[name] = tensor.detach().to("cpu", copy=True)
+    if not write:
+        return
+    if isinstance(model, ScalarModel):
+        inner.config.mean, inner.config.std = model.mean, model.std
+    inner.save_pretrained(folder, state_dict=state)
+    # transformers leaves the class name of the head's subclass out, but not its own attention's name.
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("attn_implementation", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _some(names: object, limit: int = 4) -> str:
+    names = sorted(str(n) for n in names)  # type: ignore[attr-defined]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
