@@ -1,0 +1,117 @@
+"""Sampling from the policy: what an engine is asked, what it answers, how it gets the weights.
+
+An engine holds its own copy of the policy. The trainer pushes its weights before each rollout and counts
+a version; the engine stamps it on what it samples. Which engine runs is the config's `rollout_engine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rto_fast.batch import Request, Rollout
+from rto_fast.config import ConfigError, RTOConfig
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens, sequences): how many were sampled and how many ended since the last call."""
+
+
+class RolloutError(RuntimeError):
+    """Sampling cannot go on; the message says at which request and why."""
+
+
+class SyncError(RuntimeError):
+    """Pushed weights are not the engine's model; the message names the parameter."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every request of a rollout is sampled."""
+
+    max_tokens: int
+    """Response tokens at most, >= 1; a response that ends here without a stop token is truncated."""
+    temperature: float
+    """> 0; tokens come from softmax(logits / temperature), without top-k or top-p."""
+    stop_ids: tuple[int, ...]
+    """Token ids that end a response; the sampled one belongs to it. Empty = only the length ends it."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: must be at least 1, got {self.max_tokens}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: must be positive, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class SyncStats:
+    """What one push moved."""
+
+    bytes: int
+    """Bytes received, in the sender's dtype."""
+    seconds: float
+    """Wall-clock seconds, the sender's gathering included."""
+    tensors: int
+    """Tensors received."""
+
+
+class RolloutEngine(Protocol):
+    """Samples responses with weights that are pushed to it."""
+
+    version: int
+    """Version of the weights it holds; 0 = the model it was made from."""
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
+        """Takes over a full set of weights, one (checkpoint name, tensor) at a time.
+
+        Every name must come exactly once; of tied embeddings one name is enough.
+
+        Raises:
+            SyncError: a name is missing, unknown or repeated, or a shape differs. The weights are then mixed,
+                and the engine refuses to sample until a push succeeds.
+        """
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> Rollout:
+        """Samples one response a request; the Rollout keeps the order of the requests.
+
+        Raises:
+            ValueError: a prompt is empty, has an unknown token, or leaves no room for the response.
+            RolloutError: the model's logits are not finite, or the engine is asleep.
+            SyncError: the last push failed.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Frees the accelerator's memory until `wake`; calling it twice is harmless."""
+        ...
+
+    def wake(self) -> None:
+        """Makes the engine ready to sample; the weights are those from before `sleep` or pushed since."""
+        ...
+
+
+def sample_seed(run_seed: int, sample_index: int, epoch: int, response_index: int) -> int:
+    """Seed of one response, in [0, 2**63): a hash, the same on every platform, rank and resume."""
+    key = f"{run_seed}/{sample_index}/{epoch}/{response_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+def make_engine(
+    config: RTOConfig,
+    model_path: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    pad_token_id: int,
+) -> RolloutEngine:
+    """The engine that `config.rollout_engine` names, holding the model at `model_path` as version 0."""
+    if config.rollout_engine in ("auto", "transformers"):
+        from rto_fast.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model_path, device, dtype, pad_token_id, config.rollout_tokens)
+    raise ConfigError(f"rollout_engine: {config.rollout_engine!r} is unknown; use auto or transformers")

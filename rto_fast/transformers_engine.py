@@ -1,0 +1,429 @@
+"""Rollout engine on a transformers causal LM: batches by length, a fixed KV cache, its own sampling loop.
+
+Each token is the inverse of the cumulative distribution at a uniform number,
+
+    token = min {v : sum_{w <= v} p_w > u * sum_w p_w},    p = softmax(logits / temperature),
+
+and a request's uniforms come from its seed alone, so that the same request draws the same numbers in any
+batch. What still depends on the batch is the rounding of the logits (matrix products round differently at
+other sizes); it moves a token only when u falls within that rounding of a boundary between two tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
+
+from rto_fast.batch import Request, Rollout
+from rto_fast.rollout import Progress, RolloutError, Sampling, SyncError, SyncStats
+
+CHECK_EVERY = 4
+"""Steps between looks at which sequences have ended: a look waits for the device."""
+COMPACT_SHARE = 1 / 8
+"""Share of ended rows from which the others are moved together."""
+ATTENTION = "rto_rollout"
+"""Name under which `grouped_attention` is registered with transformers."""
+
+
+def uniforms(seeds: Sequence[int], count: int) -> np.ndarray:
+    """[count, len(seeds)] float64 in [0, 1 - 2**-52]; column i depends on seeds[i] alone.
+
+    SplitMix64 (Steele, Lea, Flood 2014) at states seed + (t + 1) * gamma: 64 bits of seed, where torch's CPU
+    generator keeps 32, and all requests at once. The upper end keeps u * total below total after rounding.
+    """
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, count + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+        z = np.asarray(seeds, dtype=np.uint64)[None, :] + steps
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return np.minimum((z >> np.uint64(11)) * 2.0**-53, 1 - 2.0**-52)
+
+
+def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[B, V] logits, [B] float64 uniforms -> ([B, 1] int64 token, [B, 1] fp32 log-prob).
+
+    A token of probability 0 is never taken: cdf[v - 1] <= u * total < cdf[v] needs p_v > 0.
+    """
+    if temperature != 1:
+        logits = logits.float() / temperature
+    logp = torch.log_softmax(logits, -1, dtype=torch.float32)
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)
+    token.clamp_(max=logits.shape[-1] - 1)  # only NaN goes past the end; its log-prob is NaN and is reported
+    return token, logp.gather(-1, token)
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention [B, H, 1, D] x [B, H_kv, T, D] -> [B, 1, H, D] without repeating keys and values.
+
+    The H / H_kv query heads that share a key head stand as that many queries. Prefill goes to transformers'.
+    """
+    batch, heads, queries, dim = query.shape
+    if queries != 1 or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query = query.reshape(batch, key.shape[1], -1, dim)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values of one layer in [B, H_kv, width, D] buffers, allocated once and filled in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.filled = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, dim = key_states.shape
+        self.keys = key_states.new_empty(batch, heads, self.width, dim)
+        self.values = value_states.new_empty(batch, heads, self.width, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.filled = self.filled, self.filled + key_states.shape[-2]
+        self.keys[:, :, start : self.filled] = key_states
+        self.values[:, :, start : self.filled] = value_states
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def move(self, target: Tensor, source: Tensor, rows: int) -> None:
+        """Copies rows `source` over rows `target` and keeps the first `rows`."""
+        for buffer in (self.keys, self.values):
+            buffer[target, :, : self.filled] = buffer[source, :, : self.filled]
+        self.keys, self.values = self.keys[:rows], self.values[:rows]
+
+
+@dataclass
+class Batch:
+    """Sequences in flight; n rows, the columns of the [max_tokens, n] tensors."""
+
+    index: list[int]
+    """Which request each row is."""
+    cache: Cache
+    mask: Tensor | None
+    """[n, 1, 1, width] additive, or [n, width] for models that build their own; None = nothing is padded."""
+    positions: Tensor
+    """[n, 1] int64: position of the next token."""
+    u: Tensor
+    """[max_tokens, n] float64 uniforms."""
+    tokens: Tensor
+    """[max_tokens, n] int64 sampled."""
+    logps: Tensor
+    """[max_tokens, n] fp32."""
+    lens: list[int]
+    """Response length of each row, 0 while it goes on."""
+    last: Tensor
+    """[n, 1] int64: the newest token of each row."""
+
+
+class TransformersEngine:
+    """A RolloutEngine in this process, on any transformers causal LM (see RolloutEngine for the contract).
+
+    Models whose layers are all plain attention take the fast way: preallocated cache, prepared mask, grouped
+    attention. Others (sliding windows, recurrent layers, ALiBi) keep transformers' own cache and masks.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        pad_token_id: int,
+        rollout_tokens: int = 65536,
+    ) -> None:
+        """`rollout_tokens`: bound on rows x (longest prompt + max_tokens) of a batch; one row always goes.
+
+        Raises ValueError when the checkpoint lacks weights of the model.
+        """
+        model, info = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"{model_path}: the checkpoint lacks {sorted(info['missing_keys'])[:5]}")
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.rollout_tokens = rollout_tokens
+        self.version = 0
+        self.asleep = False
+        self.torn = ""
+        config = self.model.config.get_text_config(decoder=True)
+        self.pad_token_id = pad_token_id
+        self.vocab_size = config.vocab_size
+        self.max_positions = getattr(config, "max_position_embeddings", None)
+        self.layers = [type(layer) for layer in DynamicCache(config=self.model.config).layers]
+        self.fast = (
+            bool(self.layers)
+            and all(kind is DynamicLayer for kind in self.layers)
+            and self.model.config._attn_implementation == "sdpa"
+            and self.model._supports_attention_backend
+        )
+        if self.fast:
+            self.model.set_attn_implementation(ATTENTION)
+        keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if keep else {}
+
+    # Weights
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
+        start = time.perf_counter()
+        own = self.model.state_dict(keep_vars=True)
+        missing = {name: p.data_ptr() for name, p in own.items() if isinstance(p, torch.nn.Parameter)}
+        first_names: dict[int, str] = {}
+        seen: set[str] = set()
+        size = 0
+        self.torn = "a push of weights did not end"
+        try:
+            for name, tensor in weights:
+                self._receive(name, tensor, own, seen, first_names)
+                size += tensor.numel() * tensor.element_size()
+            lost = sorted(name for name, ptr in missing.items() if ptr not in first_names)
+            if lost:
+                raise SyncError(
+                    f"{lost[0]}: never pushed ({len(lost)} of {len(missing)} parameters are missing)"
+                )
+        except SyncError as error:
+            self.torn = str(error)
+            raise
+        self.torn = ""
+        self.version = version
+        return SyncStats(bytes=size, seconds=time.perf_counter() - start, tensors=len(seen))
+
+    def _receive(
+        self, name: str, tensor: Tensor, own: dict[str, Tensor], seen: set[str], first_names: dict[int, str]
+    ) -> None:
+        """Copies one tensor over the parameter of its name; SyncError unless it is the first of this name."""
+        if name not in own:
+            raise SyncError(f"{name}: pushed, but the engine's model has no such parameter")
+        if name in seen:
+            raise SyncError(f"{name}: pushed twice")
+        target = own[name]
+        if tensor.shape != target.shape:
+            raise SyncError(
+                f"{name}: pushed with shape {list(tensor.shape)}, the engine's model has {list(target.shape)}"
+            )
+        seen.add(name)
+        tied = first_names.setdefault(target.data_ptr(), name)
+        with torch.no_grad():
+            if tied == name:
+                target.copy_(tensor)
+            elif not torch.equal(target, tensor.to(target)):
+                raise SyncError(f"{name}: tied to {tied} here, but pushed with other values")
+
+    def sleep(self) -> None:
+        if not self.asleep and self.device.type != "cpu":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
+        self.asleep = True
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+        self.asleep = False
+
+    # Sampling
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None
+    ) -> Rollout:
+        self._check(requests, sampling)
+        stops = torch.zeros(self.vocab_size, dtype=torch.bool)
+        stops[[i for i in sampling.stop_ids if 0 <= i < self.vocab_size]] = True
+        stops = stops.to(self.device)
+        responses: list[list[int]] = [[] for _ in requests]
+        logps: list[list[float]] = [[] for _ in requests]
+        for index in self.batches([len(q.prompt) for q in requests], sampling.max_tokens):
+            with torch.inference_mode():
+                for row, tokens, values in self._run([requests[i] for i in index], sampling, stops, progress):
+                    responses[index[row]], logps[index[row]] = tokens, values
+        stop_ids = set(sampling.stop_ids)
+        truncated = [r[-1] not in stop_ids for r in responses]
+        return Rollout.from_lists(requests, responses, logps, truncated, self.version)
+
+    def batches(self, prompt_lens: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+        """Groups of request indices, the longest prompts first, each within `rollout_tokens`."""
+        order = sorted(range(len(prompt_lens)), key=lambda i: -prompt_lens[i])
+        while order:
+            rows = max(1, self.rollout_tokens // (prompt_lens[order[0]] + max_tokens))
+            yield order[:rows]
+            order = order[rows:]
+
+    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        if self.torn:
+            raise SyncError(f"the engine's weights are incomplete: {self.torn}")
+        if self.asleep:
+            raise RolloutError("the engine is asleep; call wake() first")
+        for i, request in enumerate(requests):
+            length = len(request.prompt)
+            if not length:
+                raise ValueError(f"request {i} (row {request.row}): the prompt is empty")
+            if not 0 <= min(request.prompt) <= max(request.prompt) < self.vocab_size:
+                raise ValueError(
+                    f"request {i} (row {request.row}): a prompt token is not in [0, {self.vocab_size})"
+                )
+            if self.max_positions and length + sampling.max_tokens > self.max_positions:
+                raise ValueError(
+                    f"request {i} (row {request.row}): {length} prompt tokens + max_tokens "
+                    f"{sampling.max_tokens} exceed the model's {self.max_positions} positions"
+                )
+
+    def _run(
+        self, requests: Sequence[Request], sampling: Sampling, stops: Tensor, progress: Progress
+    ) -> Iterator[tuple[int, list[int], list[float]]]:
+        """Samples one batch; yields (row, response tokens, log-probs) as sequences end."""
+        batch, logits = self._prefill(requests, sampling.max_tokens)
+        for step in range(sampling.max_tokens):
+            if step:
+                logits = self._forward(batch, batch.cache.get_seq_length() + 1)
+                batch.positions += 1
+            batch.last, logp = sample(logits, batch.u[step], sampling.temperature)
+            batch.tokens[step] = batch.last[:, 0]
+            batch.logps[step] = logp[:, 0]
+            last = step + 1 == sampling.max_tokens
+            if not last and (step + 1) % CHECK_EVERY:
+                continue
+            self._look(batch, step + 1, stops, last, progress)
+            ended = [row for row, length in enumerate(batch.lens) if length]
+            if len(ended) == len(batch.lens):
+                yield from self._finish(batch, ended, requests)
+                return
+            if len(ended) >= COMPACT_SHARE * len(batch.lens):
+                yield from self._finish(batch, ended, requests)
+                self._compact(batch, ended)
+
+    def _prefill(self, requests: Sequence[Request], max_tokens: int) -> tuple[Batch, Tensor]:
+        """Runs the left-padded prompts; returns the batch and the [n, V] logits of their last tokens."""
+        lens = [len(q.prompt) for q in requests]
+        longest, n = max(lens), len(lens)
+        ids = torch.tensor([[self.pad_token_id] * (longest - len(q.prompt)) + [*q.prompt] for q in requests])
+        real = torch.arange(longest + max_tokens) >= longest - torch.tensor(lens)[:, None]
+        positions = (real[:, :longest].cumsum(1) - 1).clamp_(min=0).to(self.device)
+        mask = prefill_mask = None
+        if not self.fast:
+            cache = DynamicCache(config=self.model.config)
+            mask = real.to(self.device)
+            prefill_mask = mask[:, :longest]
+        else:
+            cache = Cache(layers=[FixedLayer(longest + max_tokens) for _ in self.layers])
+            if min(lens) < longest:
+                causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+                seen = causal & real[:, None, :longest] | torch.eye(
+                    longest, dtype=torch.bool
+                )  # no empty rows
+                prefill_mask = seen[:, None].to(self.device)
+                mask = torch.zeros(real.shape, dtype=self.model.dtype).masked_fill_(~real, float("-inf"))
+                mask = mask[:, None, None].to(self.device)
+        logits = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=prefill_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self.last_only,
+        ).logits[:, -1]
+        batch = Batch(
+            index=list(range(n)),
+            cache=cache,
+            mask=mask,
+            positions=positions[:, -1:] + 1,
+            u=torch.from_numpy(uniforms([q.seed for q in requests], max_tokens)).to(self.device),
+            tokens=torch.zeros(max_tokens, n, dtype=torch.int64, device=self.device),
+            logps=torch.zeros(max_tokens, n, dtype=torch.float32, device=self.device),
+            lens=[0] * n,
+            last=ids[:, -1:],
+        )
+        return batch, logits
+
+    def _forward(self, batch: Batch, width: int) -> Tensor:
+        """Feeds the last tokens; [n, V] logits."""
+        return self.model(
+            input_ids=batch.last,
+            attention_mask=None if batch.mask is None else batch.mask[..., :width],
+            position_ids=batch.positions,
+            past_key_values=batch.cache,
+            use_cache=True,
+            **self.last_only,
+        ).logits[:, -1]
+
+    def _look(self, batch: Batch, steps: int, stops: Tensor, last: bool, progress: Progress) -> None:
+        """Sets the lengths of the rows that have ended by `steps`, and reports progress."""
+        first = (steps - 1) // CHECK_EVERY * CHECK_EVERY
+        hits = stops[batch.tokens[first:steps]]  # [steps - first, n]
+        found, at = hits.any(0).tolist(), hits.int().argmax(0).tolist()
+        tokens = ended = 0
+        for row, length in enumerate(batch.lens):
+            if length:
+                continue
+            if found[row] or last:
+                batch.lens[row] = first + at[row] + 1 if found[row] else steps
+                ended += 1
+            tokens += (batch.lens[row] or steps) - first
+        progress(tokens, ended)
+
+    def _finish(
+        self, batch: Batch, rows: list[int], requests: Sequence[Request]
+    ) -> Iterator[tuple[int, list[int], list[float]]]:
+        """Hands out the ended rows; RolloutError when a log-prob is not finite."""
+        longest = max(batch.lens[row] for row in rows)
+        columns = torch.tensor(rows, device=self.device)
+        tokens = batch.tokens[:longest, columns].T.tolist()
+        logps = batch.logps[:longest, columns].T.tolist()
+        for row, ids, values in zip(rows, tokens, logps, strict=True):
+            length = batch.lens[row]
+            if not np.isfinite(values[:length]).all():
+                raise RolloutError(
+                    f"the policy's logits are not finite at prompt row {requests[batch.index[row]].row}; "
+                    f"its weights (version {self.version}) have diverged"
+                )
+            yield batch.index[row], ids[:length], values[:length]
+
+    def _compact(self, batch: Batch, ended: list[int]) -> None:
+        """Moves the last live rows into the places of ended ones and drops the tail.
+
+        Only as many rows move as there are holes, so that the cost is that of the rows dropped.
+        """
+        n = len(batch.lens) - len(ended)
+        dead = set(ended)
+        holes = [row for row in ended if row < n]
+        movers = [row for row in range(n, len(batch.lens)) if row not in dead]
+        order = list(range(n))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        kept = torch.tensor(order, device=self.device)
+        if self.fast:
+            target, source = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (holes, movers))
+            for layer in batch.cache.layers:
+                layer.move(target, source, n)
+        else:
+            batch.cache.reorder_cache(kept)
+        batch.index = [batch.index[row] for row in order]
+        batch.lens = [batch.lens[row] for row in order]
+        batch.positions = batch.positions[kept]
+        batch.mask = None if batch.mask is None else batch.mask[kept]
+        batch.u, batch.tokens, batch.logps = batch.u[:, kept], batch.tokens[:, kept], batch.logps[:, kept]
+        batch.last = batch.last[kept]
