@@ -10,7 +10,7 @@ widened, multiplied and forgotten. A target outside [0, V) selects no column: th
 says "the target is on another rank".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,11 @@ class LinearStats(NamedTuple):
     entropy: Tensor  # [N], or [0] when not asked for
     saved: Tensor  # [N, V] bf16, or [0]
     shift: Tensor  # [vocabulary blocks, N], or [0]
+
+
+def saved_shapes(tokens: int, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of `saved` and `shift`."""
+    return (tokens, vocab), (-(-vocab // min(vocab, BLOCK_VOCAB)), tokens)
 
 
 def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
@@ -68,14 +73,14 @@ def linear_forward(
     (n, _), vocab = hidden.shape, weight.shape[0]
     dtype = compute_dtype(hidden)
     h = _scaled(hidden, temperature, softcap)
-    block_n, block_v = min(n, BLOCK_TOKENS), min(vocab, BLOCK_VOCAB)
+    block_n, block_v = max(1, min(n, BLOCK_TOKENS)), min(vocab, BLOCK_VOCAB)
     peak = h.new_full((n,), -torch.inf)
     total = h.new_zeros(n)
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
     target_logit = h.new_full((n,), -torch.inf)
-    blocks = -(-vocab // block_v)
-    saved = torch.empty((n, vocab) if save_probs else 0, dtype=torch.bfloat16, device=hidden.device)
-    shift = h.new_zeros((blocks, n) if save_probs else 0)
+    kept, shifts = saved_shapes(n, vocab)
+    saved = torch.empty(kept if save_probs else 0, dtype=torch.bfloat16, device=hidden.device)
+    shift = h.new_zeros(shifts if save_probs else 0)
     buffer = h.new_empty(block_n * block_v)
     for index, (v0, v1) in enumerate(_spans(vocab, block_v)):
         w = weight[v0:v1].to(dtype)
@@ -118,37 +123,42 @@ def linear_backward(
     temperature: float,
     softcap: float | None,
     lse: Tensor,
-    entropy: Tensor | None,
-    grad_logp: Tensor,
+    entropy: Tensor,
+    grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
-    needs: tuple[bool, bool, bool],
-    saved: Tensor | None = None,
-    shift: Tensor | None = None,
+    needs: Sequence[bool],
+    saved: Tensor,
+    shift: Tensor,
+    wide: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of Σ grad_logp·logp + grad_entropy·entropy, in the inputs' dtypes; None where not needed.
+    """Gradients of Σ grad_logp·logp + grad_entropy·entropy, in the inputs' dtypes (d(hidden) in `wide` if given).
 
     dz = grad_logp·(onehot − p) − grad_entropy·p·(log p + entropy)
 
     Without entropy and soft-cap the row factor grad_logp leaves the [tokens, vocabulary] block: it scales
     hidden on one side and d(hidden) on the other. Rows whose upstream gradients are 0 are left out.
+    A gradient that is not in `needs` is None; `saved` [0] means: compute the logits again.
     """
     need_hidden, need_weight, need_bias = needs
     width, vocab = hidden.shape[1], weight.shape[0]
     dtype = compute_dtype(hidden)
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(grad_entropy)
     active = grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
+    use_saved = saved.numel() > 0
     rows = None if bool(active.all()) else active.nonzero()[:, 0]
 
     def pick(x: Tensor | None) -> Tensor | None:
         return x if x is None or rows is None else x[rows]
 
     h = _scaled(pick(hidden), temperature, softcap)
-    t, lse, entropy = pick(targets), pick(lse), pick(entropy)
-    g, ge = pick(grad_logp).to(dtype), pick(grad_entropy)
+    t, lse, g, ge = pick(targets), pick(lse), pick(grad_logp), pick(grad_entropy)
+    entropy = entropy if ge is None else pick(entropy)
     factored = ge is None and not softcap
     # What multiplies the block (p − onehot) from the token side: d(weight) = blockᵀ · left.
     left = h * -g[:, None] if factored else h
     n = h.shape[0]
-    block_n, block_v = min(n, BLOCK_TOKENS), min(vocab, BLOCK_VOCAB)
+    block_n, block_v = max(1, min(n, BLOCK_TOKENS)), min(vocab, BLOCK_VOCAB)
     d_hidden = h.new_zeros(n, width) if need_hidden else None
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     d_bias = h.new_empty(vocab) if need_bias else None
@@ -165,16 +175,16 @@ def linear_backward(
         for n0, n1 in _spans(n, block_n):
             z = buffer[: (n1 - n0) * (v1 - v0)].view(n1 - n0, v1 - v0)
             centre = lse[n0:n1, None]
-            if saved is None:
+            if not use_saved:
                 _block_logits(h[n0:n1], w, b, temperature, softcap, z)
             else:
                 kept = saved[n0:n1, v0:v1] if rows is None else saved[rows[n0:n1], v0:v1]
                 z.copy_(kept)
                 centre = centre - pick(shift[index])[n0:n1, None]
             if factored:
-                p = z.mul_(torch.exp(-centre)) if saved is not None else z.sub_(centre).exp_()
+                p = z.mul_(torch.exp(-centre)) if use_saved else z.sub_(centre).exp_()
             else:
-                log_p = z.log_().clamp_(min=FLOOR).sub_(centre) if saved is not None else z.sub_(centre)
+                log_p = z.log_().clamp_(min=FLOOR).sub_(centre) if use_saved else z.sub_(centre)
                 p = torch.exp(log_p)
             local = t[n0:n1] - v0
             here = ((local >= 0) & (local < v1 - v0)).nonzero()[:, 0]
@@ -211,9 +221,9 @@ def linear_backward(
         if factored:
             d_hidden.mul_(-g[:, None])
         d_hidden.mul_(scale)
-        d_hidden = d_hidden.to(hidden.dtype)
+        d_hidden = d_hidden.to(wide or hidden.dtype)
         if rows is not None:
-            d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, d_hidden)
+            d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
     if need_bias:
         d_bias = d_bias.mul_(scale).to(bias.dtype)
     return d_hidden, d_weight, d_bias

@@ -17,6 +17,9 @@ from ._dispatch import FLOATS_TORCH, INDICES, check_tensor, describe, resolve_ba
 from ._layout import compute_dtype
 
 
+IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
+
+
 def _stats(
     hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend
 ) -> LinearStats:
@@ -38,6 +41,16 @@ def _merge_logp(stats: LinearStats, targets: Tensor, ignore_index: int, vocab: i
     ignored = targets == ignore_index
     logp = torch.where((targets >= 0) & (targets < vocab), logp, torch.nan).masked_fill_(ignored, 0)
     return logp, stats.entropy.masked_fill(ignored, 0) if stats.entropy.numel() else stats.entropy
+
+
+def _grads(
+    hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend, wide=None
+) -> list[Tensor]:
+    """d(hidden) (in dtype `wide` if given), d(weight), d(bias); [0] where not needed."""
+    grads = linear_backward(
+        hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, needs, saved, shift, wide
+    )
+    return [hidden.new_empty(0) if x is None else x for x in grads]
 
 
 @torch.library.custom_op("rto_kernels::linear_logprob", mutates_args=())
@@ -91,10 +104,11 @@ def _linear_logprob_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_backward(
+    grads = _grads(
         hidden, weight, targets, bias, temperature, softcap, lse, entropy, grad_logp, grad_entropy,
-        needs, saved, shift,
+        saved, shift, needs, backend,
     )  # fmt: skip
+    return tuple(grads)
 
 
 @_linear_logprob_backward.register_fake
@@ -140,13 +154,141 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _ShardedLogprob(torch.autograd.Function):
-    """The same over a vocabulary split across `group`: every rank gets all the rows' results."""
+    """The same over a vocabulary split across `group`: every rank gets every row's result, the same bits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, options, group):
-        temperature, softcap, entropy, save_probs, backend = options
-        stats = _stats(
-            hidden, weight, targets, bias, temperature, softcap, -1, entropy, save_probs, backend
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_probs, backend, group):
+        # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
+        stats = _stats(hidden, weight, targets, bias, temperature, softcap, IGNORED, True, save_probs, backend)
+        here = (targets >= 0).to(stats.lse.dtype)
+        mine = torch.stack([stats.lse, stats.target_logit, stats.entropy, here])
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(ranks, mine, group=group)
+        # Merged in rank order, on every rank alike.
+        peak = torch.stack([r[0] for r in ranks]).amax(0)
+        lse = peak + sum(torch.exp(r[0] - peak) for r in ranks).log()
+        target_logit = torch.stack([r[1] for r in ranks]).amax(0)
+        found = sum(r[3] for r in ranks) == 1
+        ignored = targets == IGNORED
+        logp = torch.where(found, target_logit - lse, torch.nan).masked_fill_(ignored, 0)
+        entropy = torch.zeros_like(lse)
+        for lse_r, _, entropy_r, _ in ranks:
+            share = torch.exp(lse_r - lse)
+            entropy += torch.where(share == 0, 0.0, share * (entropy_r + lse - lse_r))
+        entropy.masked_fill_(ignored, 0)
+        ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, stats.saved, stats.shift)
+        ctx.set_materialize_grads(False)
+        ctx.args = temperature, softcap, backend, group
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, targets, bias, lse, entropy, saved, shift = ctx.saved_tensors
+        temperature, softcap, backend, group = ctx.args
+        needs = list(ctx.needs_input_grad[:3])
+        ignored = targets == IGNORED
+        d_hidden, d_weight, d_bias = _grads(
+            hidden, weight, targets, bias, temperature, softcap, lse, entropy,
+            _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored),
+            saved, shift, needs, backend, compute_dtype(hidden),
+        )  # fmt: skip
+        if needs[0]:
+            dist.all_reduce(d_hidden, group=group)
+            d_hidden = d_hidden.to(hidden.dtype)
+        grads = (g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True))
+        return *grads, *(None,) * 6
+
+
+def _shard_start(rows: int, group) -> int:
+    """This rank's first token id: the rows of the weight on the ranks before it."""
+    sizes = [None] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, rows, group=group)
+    return sum(sizes[: dist.get_rank(group)])
+
+
+def _check(hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, sharded) -> None:
+    check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
+    n, width = hidden.shape
+    same = {"dtypes": (hidden.dtype,), "device": hidden.device}
+    check_tensor("weight", weight, shape=(None, width), expect=f"[V, {width}] like hidden", **same)
+    vocab = weight.shape[0]
+    check_tensor("targets", targets, shape=(n,), expect=f"[{n}]", dtypes=INDICES, device=hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(vocab,), expect=f"[{vocab}] like weight", **same)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(f"softcap must be a positive number, or None or 0 for off, got {softcap}")
+    if vocab == 0:
+        raise ValueError(f"weight must have at least one row (a vocabulary), got {describe(weight)}")
+    if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"save_probs=True keeps probabilities in bfloat16, which suits bf16 and fp16 inputs; hidden is "
+            f"{describe(hidden)}: pass save_probs=torch.bfloat16 to accept that rounding"
         )
-        mine = torch.stack([x for x in stats[:3] if x.numel() or not x.shape[0] == 0] or [stats.lse])
-        raise NotImplementedError
+    if save_probs not in (True, False, torch.bfloat16):
+        raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
+    if not sharded and values_checked(targets):
+        bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+        if bool(bad.any()):
+            raise ValueError(
+                f"targets must be in [0, {vocab}) or ignore_index {ignore_index}, "
+                f"got {targets[bad][:4].tolist()} in {describe(targets)}"
+            )
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    save_probs: bool | torch.dtype = False,
+    process_group=None,
+    vocab_start: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target token: `log_softmax(z)[i, targets[i]]`, z as at the top of this file.
+
+    hidden   [N, H] bf16, fp16 or fp32 (fp64 on the PyTorch path)
+    weight   [V, H] of hidden's dtype; with `process_group` this rank's rows, shards may differ in size
+    targets  [N] int32 or int64; rows at `ignore_index` give 0 and take no gradient
+    bias     [V] or None
+    returns  logp [N] fp32 (fp64 for fp64), and with `return_entropy` also the entropy [N]
+
+    Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a frozen
+    weight) is not computed, and rows with a zero upstream gradient are skipped.
+
+    `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix product.
+    True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
+
+    `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;
+    d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the first id
+    of this rank's rows, found by one exchange of sizes when None.
+
+    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and, where
+    values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
+    """
+    _check(
+        hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, process_group is not None
+    )
+    backend = resolve_backend(backend, hidden)
+    temperature, softcap, save = float(temperature), float(softcap or 0.0), bool(save_probs)
+    if process_group is None:
+        logp, entropy, *_ = _linear_logprob(
+            hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, backend
+        )
+    else:
+        start = _shard_start(weight.shape[0], process_group) if vocab_start is None else vocab_start
+        local = targets.long() - start
+        local = torch.where((local >= 0) & (local < weight.shape[0]), local, ELSEWHERE)
+        local = torch.where(targets == ignore_index, IGNORED, local)
+        logp, entropy = _ShardedLogprob.apply(
+            hidden, weight, bias, local, temperature, softcap, save, backend, process_group
+        )
+    return (logp, entropy) if return_entropy else logp
