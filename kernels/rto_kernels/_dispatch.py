@@ -1,0 +1,124 @@
+"""Which implementation runs, how often a kernel was launched, and what counts as good input.
+
+Dispatch is by device. On a GPU the Triton kernels run, never silently anything else. On CPU tensors the
+chunked PyTorch path runs, except where Triton's interpreter was switched on (TRITON_INTERPRET=1 in the
+environment before the first import), which then runs the kernels themselves. `backend=` overrides both.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Triton decides at decoration time whether a kernel is compiled or interpreted, so one look at import is right.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS_TORCH = (*FLOATS, torch.float64)  # fp64 stays fp64, on the PyTorch path alone
+INDICES = (torch.int32, torch.int64)
+
+_launches: Counter[str] = Counter()
+
+
+def resolve_backend(backend: str | None, tensor: Tensor) -> str:
+    """Return "triton" or "torch" for a call whose first tensor is `tensor`.
+
+    Raises ValueError for an unknown name, and for "triton" on a device that cannot run it.
+    """
+    if backend not in (None, "triton", "torch"):
+        raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}")
+    on_gpu = tensor.device.type == "cuda"
+    if backend == "triton" and not (on_gpu or INTERPRET):
+        raise ValueError(
+            f"backend='triton' needs a CUDA tensor, or TRITON_INTERPRET=1 set before rto_kernels is imported; "
+            f"got a tensor on {tensor.device}"
+        )
+    if backend is not None:
+        return backend
+    return "triton" if on_gpu or (INTERPRET and tensor.device.type == "cpu") else "torch"
+
+
+def count_launch(kernel: str) -> None:
+    """Every launcher calls this once per kernel launch."""
+    _launches[kernel] += 1
+
+
+@contextmanager
+def count_launches() -> Iterator[Counter[str]]:
+    """Yield a Counter that holds, after the block, the launches made inside it, by kernel name."""
+    before = _launches.copy()
+    inside: Counter[str] = Counter()
+    yield inside
+    inside.update(_launches - before)
+
+
+def values_checked(tensor: Tensor) -> bool:
+    """Whether contents (not only shape and dtype) are checked: reading them on a GPU would stall the host."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("RTO_KERNELS_CHECK", "0") == "1"
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    expect: str = "",
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise ValueError naming the argument unless it is a plain local tensor of that shape, dtype and device.
+
+    `shape` may hold None where any size goes; `expect` is how the message spells the expected shape.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor{f' {expect}' if expect else ''}, got {type(tensor).__name__}")
+    check_local(name, tensor)
+    if shape is not None:
+        same_rank = len(shape) == tensor.ndim
+        if not same_rank or any(s is not None and s != t for s, t in zip(shape, tensor.shape, strict=True)):
+            wanted = expect or str([("*" if s is None else s) for s in shape])
+            raise ValueError(f"{name} must have shape {wanted}, got {describe(tensor)}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name} must have dtype {wanted}, got {describe(tensor)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the other arguments, got {describe(tensor)}")
+
+
+def check_local(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor that holds only a shard: a DTensor, or a ZeRO-3 partitioned parameter."""
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(
+            f"{name} is a DTensor of global shape {list(tensor.shape)}; pass {name}.full_tensor(), or its local "
+            f"shard {name}.to_local() together with process_group="
+        )
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0:
+        raise ValueError(
+            f"{name} is a ZeRO-3 partitioned parameter of full shape {list(getattr(tensor, 'ds_shape', []))}; call "
+            f"inside `with deepspeed.zero.GatheredParameters([{name}]):`"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, device: torch.device) -> None:
+    """cu_seqlens [B + 1]: 0, then each sequence's end, never falling, the last one equal to `tokens`."""
+    check_tensor(
+        "cu_seqlens", cu_seqlens, shape=(None,), expect="[B + 1]", dtypes=INDICES, device=device
+    )
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must have shape [B + 1] with at least its leading 0, got an empty tensor")
+    if values_checked(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(
+                f"cu_seqlens must start at 0, never fall and end at the {tokens} packed tokens, "
+                f"got {describe(cu_seqlens)} = {ends if len(ends) <= 16 else [*ends[:8], '...', *ends[-8:]]}"
+            )

@@ -1,0 +1,294 @@
+"""Log-probabilities of chosen tokens straight from hidden states; the [N, V] logits are never held.
+
+    z_iv    = softcap · tanh((hidden_i · weight_v + bias_v) / softcap) / temperature
+    logp_i  = z_i,target − lse_i,         lse_i = log Σ_v exp(z_iv)
+    H_i     = −Σ_v p_iv · log p_iv,       p_iv  = exp(z_iv − lse_i)
+    dz_iv   = g_i·(onehot_iv − p_iv) − gH_i·p_iv·(log p_iv + H_i)      g, gH: upstream gradients
+
+The backward pass computes z again, block by block, or reads the probabilities that `save_probs` kept.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._chunked import LinearStats, linear_backward, linear_forward, saved_shapes
+from ._dispatch import FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
+from ._layout import compute_dtype
+
+
+IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
+
+
+def _stats(
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend
+) -> LinearStats:
+    """Row statistics over this weight's vocabulary; rows whose target is ignore_index may hold anything."""
+    valid = targets != ignore_index
+    # Kept probabilities stay [N, V]: leaving rows out would need a second copy of them.
+    rows = None if save_probs or bool(valid.all()) else valid.nonzero()[:, 0]
+    if rows is None:
+        return linear_forward(hidden, weight, targets, bias, temperature, softcap, entropy, save_probs)
+    stats = linear_forward(hidden[rows], weight, targets[rows], bias, temperature, softcap, entropy)
+    n = hidden.shape[0]
+    spread = [x.new_zeros(n).index_copy_(0, rows, x) if x.numel() else x for x in stats[:3]]
+    return LinearStats(*spread, stats.saved, stats.shift)
+
+
+def _merge_logp(stats: LinearStats, targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """(logp, entropy): 0 where ignored, NaN where the target is outside the vocabulary."""
+    logp = stats.target_logit - stats.lse
+    ignored = targets == ignore_index
+    logp = torch.where((targets >= 0) & (targets < vocab), logp, torch.nan).masked_fill_(ignored, 0)
+    return logp, stats.entropy.masked_fill(ignored, 0) if stats.entropy.numel() else stats.entropy
+
+
+def _grads(
+    hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend, wide=None
+) -> list[Tensor]:
+    """d(hidden) (in dtype `wide` if given), d(weight), d(bias); [0] where not needed."""
+    grads = linear_backward(
+        hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, needs, saved, shift, wide
+    )
+    return [hidden.new_empty(0) if x is None else x for x in grads]
+
+
+@torch.library.custom_op("rto_kernels::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    save_probs: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stats = _stats(
+        hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend
+    )
+    logp, row_entropy = _merge_logp(stats, targets, ignore_index, weight.shape[0])
+    return logp, row_entropy, stats.lse, stats.saved, stats.shift
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend):
+    n, vocab = hidden.shape[0], weight.shape[0]
+    row = hidden.new_empty(n, dtype=compute_dtype(hidden))
+    saved, shift = saved_shapes(n, vocab) if save_probs else ((0,), (0,))
+    return (
+        row,
+        torch.empty_like(row) if entropy else row.new_empty(0),
+        torch.empty_like(row),
+        row.new_empty(saved, dtype=torch.bfloat16),
+        row.new_empty(shift),
+    )
+
+
+@torch.library.custom_op("rto_kernels::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    saved: Tensor,
+    shift: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _grads(
+        hidden, weight, targets, bias, temperature, softcap, lse, entropy, grad_logp, grad_entropy,
+        saved, shift, needs, backend,
+    )  # fmt: skip
+    return tuple(grads)
+
+
+@_linear_logprob_backward.register_fake
+def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend):
+    need_hidden, need_weight, need_bias = needs
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, _, _, backend = inputs
+    _, entropy, lse, saved, shift = output
+    ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, saved, shift)
+    ctx.mark_non_differentiable(lse, saved, shift)
+    ctx.set_materialize_grads(False)
+    ctx.args = temperature, softcap, ignore_index, backend
+
+
+def _mask_upstream(grad: Tensor | None, ignored: Tensor) -> Tensor | None:
+    return None if grad is None else grad.masked_fill(ignored, 0)
+
+
+def _backward(ctx, grad_logp, grad_entropy, *_):
+    hidden, weight, targets, bias, lse, entropy, saved, shift = ctx.saved_tensors
+    temperature, softcap, ignore_index, backend = ctx.args
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    if grad_logp is None and grad_entropy is None:
+        return (None,) * 10
+    ignored = targets == ignore_index
+    grads = _linear_logprob_backward(
+        hidden, weight, targets, bias, temperature, softcap, lse, entropy,
+        _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored),
+        saved, shift, needs, backend,
+    )  # fmt: skip
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return d_hidden, d_weight, None, d_bias, *(None,) * 6
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _ShardedLogprob(torch.autograd.Function):
+    """The same over a vocabulary split across `group`: every rank gets every row's result, the same bits."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_probs, backend, group):
+        # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
+        stats = _stats(hidden, weight, targets, bias, temperature, softcap, IGNORED, True, save_probs, backend)
+        here = (targets >= 0).to(stats.lse.dtype)
+        mine = torch.stack([stats.lse, stats.target_logit, stats.entropy, here])
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(ranks, mine, group=group)
+        # Merged in rank order, on every rank alike.
+        peak = torch.stack([r[0] for r in ranks]).amax(0)
+        lse = peak + sum(torch.exp(r[0] - peak) for r in ranks).log()
+        target_logit = torch.stack([r[1] for r in ranks]).amax(0)
+        found = sum(r[3] for r in ranks) == 1
+        ignored = targets == IGNORED
+        logp = torch.where(found, target_logit - lse, torch.nan).masked_fill_(ignored, 0)
+        entropy = torch.zeros_like(lse)
+        for lse_r, _, entropy_r, _ in ranks:
+            share = torch.exp(lse_r - lse)
+            entropy += torch.where(share == 0, 0.0, share * (entropy_r + lse - lse_r))
+        entropy.masked_fill_(ignored, 0)
+        ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, stats.saved, stats.shift)
+        ctx.set_materialize_grads(False)
+        ctx.args = temperature, softcap, backend, group
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, targets, bias, lse, entropy, saved, shift = ctx.saved_tensors
+        temperature, softcap, backend, group = ctx.args
+        needs = list(ctx.needs_input_grad[:3])
+        ignored = targets == IGNORED
+        d_hidden, d_weight, d_bias = _grads(
+            hidden, weight, targets, bias, temperature, softcap, lse, entropy,
+            _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored),
+            saved, shift, needs, backend, compute_dtype(hidden),
+        )  # fmt: skip
+        if needs[0]:
+            dist.all_reduce(d_hidden, group=group)
+            d_hidden = d_hidden.to(hidden.dtype)
+        grads = (g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True))
+        return *grads, *(None,) * 6
+
+
+def _shard_start(rows: int, group) -> int:
+    """This rank's first token id: the rows of the weight on the ranks before it."""
+    sizes = [None] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, rows, group=group)
+    return sum(sizes[: dist.get_rank(group)])
+
+
+def _check(hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, sharded) -> None:
+    check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
+    n, width = hidden.shape
+    same = {"dtypes": (hidden.dtype,), "device": hidden.device}
+    check_tensor("weight", weight, shape=(None, width), expect=f"[V, {width}] like hidden", **same)
+    vocab = weight.shape[0]
+    check_tensor("targets", targets, shape=(n,), expect=f"[{n}]", dtypes=INDICES, device=hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(vocab,), expect=f"[{vocab}] like weight", **same)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(f"softcap must be a positive number, or None or 0 for off, got {softcap}")
+    if vocab == 0:
+        raise ValueError(f"weight must have at least one row (a vocabulary), got {describe(weight)}")
+    if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"save_probs=True keeps probabilities in bfloat16, which suits bf16 and fp16 inputs; hidden is "
+            f"{describe(hidden)}: pass save_probs=torch.bfloat16 to accept that rounding"
+        )
+    if save_probs not in (True, False, torch.bfloat16):
+        raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
+    if not sharded and values_checked(targets):
+        bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+        if bool(bad.any()):
+            raise ValueError(
+                f"targets must be in [0, {vocab}) or ignore_index {ignore_index}, "
+                f"got {targets[bad][:4].tolist()} in {describe(targets)}"
+            )
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    save_probs: bool | torch.dtype = False,
+    process_group=None,
+    vocab_start: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target token: `log_softmax(z)[i, targets[i]]`, z as at the top of this file.
+
+    hidden   [N, H] bf16, fp16 or fp32 (fp64 on the PyTorch path)
+    weight   [V, H] of hidden's dtype; with `process_group` this rank's rows, shards may differ in size
+    targets  [N] int32 or int64; rows at `ignore_index` give 0 and take no gradient
+    bias     [V] or None
+    returns  logp [N] fp32 (fp64 for fp64), and with `return_entropy` also the entropy [N]
+
+    Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a frozen
+    weight) is not computed, and rows with a zero upstream gradient are skipped.
+
+    `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix product.
+    True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
+
+    `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;
+    d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the first id
+    of this rank's rows, found by one exchange of sizes when None.
+
+    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and, where
+    values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
+    """
+    _check(
+        hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, process_group is not None
+    )
+    backend = resolve_backend(backend, hidden)
+    temperature, softcap, save = float(temperature), float(softcap or 0.0), bool(save_probs)
+    if process_group is None:
+        logp, entropy, *_ = _linear_logprob(
+            hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, backend
+        )
+    else:
+        start = _shard_start(weight.shape[0], process_group) if vocab_start is None else vocab_start
+        local = targets.long() - start
+        local = torch.where((local >= 0) & (local < weight.shape[0]), local, ELSEWHERE)
+        local = torch.where(targets == ignore_index, IGNORED, local)
+        logp, entropy = _ShardedLogprob.apply(
+            hidden, weight, bias, local, temperature, softcap, save, backend, process_group
+        )
+    return (logp, entropy) if return_entropy else logp

@@ -1,0 +1,228 @@
+"""Log-probabilities of chosen tokens from logits that the caller already holds, each logit read once.
+
+    z_iv   = logits_iv / temperature
+    logp_i = z_i,target − lse_i,   lse_i = log Σ_v exp(z_iv),   H_i = −Σ_v p_iv · log p_iv,   p_iv = exp(z_iv − lse_i)
+    dlogits_iv = (g_i·(onehot_iv − p_iv) − gH_i·p_iv·(log p_iv + H_i)) / temperature
+"""
+
+import torch
+from torch import Tensor
+
+from ._chunked import FLOOR
+from ._dispatch import FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
+from ._layout import compute_dtype
+
+# Rows of a PyTorch-path block: about this many elements are widened at a time.
+BLOCK_ELEMENTS = 1 << 21
+
+
+def _blocks(logits: Tensor):
+    step = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _forward_torch(logits, targets, temperature, ignore_index, entropy) -> tuple[Tensor, Tensor, Tensor]:
+    (n, vocab), dtype = logits.shape, compute_dtype(logits)
+    logp, lse = logits.new_empty(n, dtype=dtype), logits.new_empty(n, dtype=dtype)
+    rows_entropy = logits.new_empty(n if entropy else 0, dtype=dtype)
+    for rows in _blocks(logits):
+        z = logits[rows].to(dtype)
+        if temperature != 1.0:
+            z = z / temperature
+        t = targets[rows]
+        inside = (t >= 0) & (t < vocab)
+        picked = z.gather(1, torch.where(inside, t, 0).long()[:, None])[:, 0]
+        if entropy:
+            log_p = torch.log_softmax(z, 1)
+            # The log-sum-exp leaves by the largest logit, where the subtraction loses least.
+            peak, at = z.max(1)
+            lse[rows] = peak - log_p.gather(1, at[:, None])[:, 0]
+            rows_entropy[rows] = -(log_p.exp() * log_p.clamp(min=FLOOR)).sum(1)
+        else:
+            lse[rows] = torch.logsumexp(z, 1)
+        logp[rows] = torch.where(inside, picked - lse[rows], torch.nan)
+    ignored = targets == ignore_index
+    logp.masked_fill_(ignored, 0)
+    if entropy:
+        rows_entropy.masked_fill_(ignored, 0)
+    return logp, rows_entropy, lse
+
+
+def _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out: Tensor) -> Tensor:
+    dtype, vocab = compute_dtype(logits), logits.shape[1]
+    ignored = targets == ignore_index
+    g = torch.zeros_like(lse) if g is None else g.masked_fill(ignored, 0)
+    ge = None if ge is None else ge.masked_fill(ignored, 0)
+    for rows in _blocks(logits):
+        z = logits[rows].to(dtype)
+        log_p = (z / temperature if temperature != 1.0 else z).sub(lse[rows, None])
+        coefficient = -g[rows, None]
+        if ge is not None:
+            p = log_p.exp()
+            coefficient = log_p.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(-ge[rows, None]).add_(coefficient)
+            d = p.mul_(coefficient)
+            silent = (g[rows] == 0) & (ge[rows] == 0)
+        else:
+            d = log_p.exp_().mul_(coefficient)
+            silent = g[rows] == 0
+        t = targets[rows]
+        here = ((t >= 0) & (t < vocab)).nonzero()[:, 0]
+        d[here, t[here].long()] += g[rows][here]
+        if temperature != 1.0:
+            d.div_(temperature)
+        # A row nobody asks about takes exactly 0, whatever it holds (padding may be NaN).
+        out[rows] = d.masked_fill_(silent[:, None], 0)
+    return out
+
+
+@torch.library.custom_op("rto_kernels::logits_logprob", mutates_args=())
+def _logits_logprob(
+    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_torch(logits, targets, temperature, ignore_index, entropy)
+
+
+@_logits_logprob.register_fake
+def _(logits, targets, temperature, ignore_index, entropy, backend):
+    row = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits))
+    return row, torch.empty_like(row) if entropy else row.new_empty(0), torch.empty_like(row)
+
+
+@torch.library.custom_op("rto_kernels::logits_logprob_backward", mutates_args=())
+def _logits_logprob_backward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return _gradient(
+        logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, out, backend
+    )
+
+
+@_logits_logprob_backward.register_fake
+def _(logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _gradient(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out, backend) -> Tensor:
+    """d(logits) into `out`, which may be `logits` itself: every element is read before it is written."""
+    return _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, *ctx.args = inputs
+    _, entropy, lse = output
+    ctx.save_for_backward(logits, targets, lse, entropy)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_logp, grad_entropy, _):
+    logits, targets, lse, entropy = ctx.saved_tensors
+    temperature, ignore_index, _, backend = ctx.args
+    if grad_logp is None and grad_entropy is None:
+        return (None,) * 6
+    grad = _logits_logprob_backward(
+        logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, backend
+    )
+    return grad, *(None,) * 5
+
+
+_logits_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _InplaceLogprob(torch.autograd.Function):
+    """The backward pass writes d(logits) over the logits: no second [N, V] tensor ever exists."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, ignore_index, want_entropy, backend):
+        logp, entropy, lse = _logits_logprob(logits, targets, temperature, ignore_index, want_entropy, backend)
+        ctx.save_for_backward(logits, targets, lse, entropy)
+        ctx.set_materialize_grads(False)
+        ctx.args = temperature, ignore_index, backend
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        logits, targets, lse, entropy = ctx.saved_tensors
+        temperature, ignore_index, backend = ctx.args
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 6
+        # The version moves with the write, so a second backward over the same logits is refused by autograd.
+        grad = _gradient(
+            logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy,
+            logits.detach(), backend,
+        )  # fmt: skip
+        return grad, *(None,) * 5
+
+
+def check_logits(name: str, logits: Tensor, targets: Tensor, ignore_index: int | None) -> None:
+    """Raise ValueError unless logits are [..., V] floats and targets [...] ids (or ignore_index) into them."""
+    check_tensor(name, logits, dtypes=FLOATS_TORCH)
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., V] with V > 0, got {describe(logits)}")
+    shape = tuple(logits.shape[:-1])
+    check_tensor(
+        "targets", targets, shape=shape, expect=f"{list(shape)} like {name} without its last dimension",
+        dtypes=INDICES, device=logits.device,
+    )  # fmt: skip
+    if values_checked(targets):
+        bad = (targets < 0) | (targets >= logits.shape[-1])
+        if ignore_index is not None:
+            bad &= targets != ignore_index
+        if bool(bad.any()):
+            raise ValueError(
+                f"targets must be in [0, {logits.shape[-1]})"
+                f"{'' if ignore_index is None else f' or ignore_index {ignore_index}'}, "
+                f"got {targets[bad][:4].tolist()} in {describe(targets)}"
+            )
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`log_softmax(logits / temperature)` at each target token, and the entropy of each row if asked for.
+
+    logits   [..., V] bf16, fp16 or fp32 (fp64 on the PyTorch path)
+    targets  [...] int32 or int64; at `ignore_index` the result is 0 and the row takes no gradient
+    returns  logp [...] fp32 (fp64 for fp64), and with `return_entropy` also the entropy [...]
+
+    `inplace_backward` writes the gradient over the logits, which saves a tensor of their size: only for
+    contiguous logits that nothing else reads after this call's forward pass.
+
+    Raises ValueError for a wrong shape, dtype or device, for a DTensor, and, where values can be read without
+    stalling a GPU, for a target outside the vocabulary (on a GPU: NaN); also for inplace_backward under
+    torch.compile, which cannot see the overwriting, or on logits that are not contiguous.
+    """
+    check_logits("logits", logits, targets, ignore_index)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    backend = resolve_backend(backend, logits)
+    flat, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    args = (flat, ids, float(temperature), ignore_index, return_entropy, backend)
+    if inplace_backward:
+        if torch.compiler.is_compiling():
+            raise ValueError("inplace_backward must be False under torch.compile: it overwrites a saved tensor")
+        if not logits.is_contiguous():
+            raise ValueError(f"inplace_backward needs contiguous logits, got strides {logits.stride()}")
+        logp, entropy = _InplaceLogprob.apply(*args)
+    else:
+        logp, entropy, _ = _logits_logprob(*args)
+    logp = logp.reshape(targets.shape)
+    return (logp, entropy.reshape(targets.shape)) if return_entropy else logp
