@@ -223,6 +223,7 @@ def test_plain_console_shows_key_columns_and_nothing_that_moves(tmp_path, capsys
     with logger(tmp_path, stage="RTO") as log:
         for step in (1, 2):
             with log.phase("rollout"):
+                time.sleep(0.01)
                 log.progress(1000, 1, 1)
             log.log(step, {**figures, "policy/clip_fraction": 0.1})
         log.warn("[b]careful[/b]")
