@@ -1,12 +1,12 @@
 """Prompts, preference pairs and SFT rows -> token ids.
 
-`load_prompts`, `load_preferences` and `load_sft` read a Hub data set, a local .jsonl/.json/.parquet/.csv file or
-a folder saved by `datasets.save_to_disk` (sources.py), bring every known row format to prompt and response
-(rows.py) and encode them with the run's template (template.py). A row's number is its 0-based index in the data
-set; messages about JSON lines and CSV files name the 1-based line instead.
+`load_prompts`, `load_preferences` and `load_sft` read a Hub data set, a local .jsonl/.json/.parquet/.csv
+file or a folder saved by `datasets.save_to_disk` (sources.py), bring every known row format to prompt and
+response (rows.py) and encode them with the run's template (template.py). A row's number is its 0-based index
+in the data set; messages about JSON lines and CSV files name the 1-based line instead.
 
-Tokenised rows are kept in `<HF_DATASETS_CACHE>/rto_fast`, an Arrow file for each combination of data, tokenizer,
-template, keys and row limit. Length limits apply after the cache, so a new limit tokenises nothing again.
+Tokenised rows are kept in `<HF_DATASETS_CACHE>/rto_fast`, an Arrow file for each combination of data,
+tokenizer, template, keys and row limit. Length limits apply after the cache: a new one tokenises nothing.
 """
 
 from __future__ import annotations
@@ -211,9 +211,10 @@ def load_preferences(
 ) -> tuple[PreferenceData, PreferenceData]:
     """(training pairs, held-out pairs), at most `config.max_length` tokens of prompt + longer response.
 
-    Where chosen and rejected are whole conversations, their earlier turns are the prompt and must be the same in
-    both. Held out are the rows of `config.eval_data`, else a share `config.eval_fraction` chosen by the seed,
-    whole prompts at a time, so that no held-out prompt is trained on. Prints the counts; raises DataError.
+    Where chosen and rejected are whole conversations, their earlier turns are the prompt and must be the same
+    in both. Held out are the rows of `config.eval_data`, else a share `config.eval_fraction` chosen by the
+    seed, whole prompts at a time, so that no held-out prompt is trained on. Prints the counts. Raises
+    DataError.
     """
     keys = {"prompt": config.prompt_key, "chosen": config.chosen_key, "rejected": config.rejected_key}
     encode = partial(preference_row, tokenizer=tokenizer, template=template)
@@ -223,9 +224,7 @@ def load_preferences(
     )
 
 
-def load_sft(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> tuple[SFTData, SFTData]:
+def load_sft(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[SFTData, SFTData]:
     """(training rows, held-out rows), at most `config.max_length` tokens of prompt + response.
 
     Of a `messages` list the last turn, the assistant's, is the response and all earlier ones are the prompt.
@@ -234,8 +233,7 @@ def load_sft(
     encode = partial(sft_row, tokenizer=tokenizer, template=template)
     columns = partial(sft_columns, prompt=config.prompt_key, response=config.response_key)
     return tuple(
-        SFTData(p.prompt_ids, p.first_ids, p.rows, p.counts)
-        for p in _train_and_held_out(config, encode, columns)
+        SFTData(p.prompt_ids, p.first_ids, p.rows, p.counts) for p in _train_and_held_out(config, encode, columns)
     )
 
 
@@ -273,7 +271,7 @@ def _train_and_held_out(config: SupervisedConfig, encode: Encode, columns: Colum
 
 
 def _held_out(prompts: TokenLists, fraction: float, seed: int) -> np.ndarray:
-    """[rows] bool: about `fraction` of the rows, all rows of a prompt together, in the order of seeded hashes.
+    """[rows] bool: about `fraction` of the rows, all rows of a prompt together, in order of seeded hashes.
 
     At least one row when fraction > 0 and there are two; rows go singly where every prompt has too many.
     """
@@ -293,9 +291,7 @@ def _held_out(prompts: TokenLists, fraction: float, seed: int) -> np.ndarray:
     return held_out
 
 
-def _judge(
-    config: RunConfig, rows: _Rows, limit: int, limit_name: str
-) -> tuple[np.ndarray, Counts, np.ndarray]:
+def _judge(config: RunConfig, rows: _Rows, limit: int, limit_name: str) -> tuple[np.ndarray, Counts, np.ndarray]:
     """(kept rows, counts, the kept rows' response limits in tokens).
 
     Raises DataError where a flag says refuse and where no row is left; prints the counts on rank 0.
@@ -304,8 +300,8 @@ def _judge(
     bad = [i for i, reason in enumerate(reasons) if reason]
     if bad and config.invalid_rows == "refuse":
         raise DataError(
-            f"{rows.at(bad[0])}: {rows.details[bad[0]]} ({reasons[bad[0]]}; the first of {len(bad):,} unusable "
-            f"rows in {len(reasons):,}); mend the data, or pass --invalid-rows skip"
+            f"{rows.at(bad[0])}: {rows.details[bad[0]]} ({reasons[bad[0]]}; the first of {len(bad):,} "
+            f"unusable rows in {len(reasons):,}); mend the data, or pass --invalid-rows skip"
         )
     prompt = rows.prompt_ids.lengths
     lengths = prompt + np.maximum(rows.first_ids.lengths, rows.second_ids.lengths)
@@ -313,8 +309,8 @@ def _judge(
     responses = bool(rows.first_ids.lengths.any())
     if over and config.overlong == "refuse":
         raise DataError(
-            f"{rows.at(over[0])}: {lengths[over[0]]} tokens, over {limit_name} {limit} (the first of {len(over):,} "
-            f"such rows in {len(reasons):,}, the longest has {lengths.max()}); raise "
+            f"{rows.at(over[0])}: {lengths[over[0]]} tokens, over {limit_name} {limit} (the first of "
+            f"{len(over):,} such rows in {len(reasons):,}, the longest has {lengths.max()}); raise "
             f"--{limit_name.replace('_', '-')}, or pass --overlong skip{' or truncate' if responses else ''}"
         )
     truncated = 0
@@ -380,8 +376,8 @@ _FEATURES = datasets.Features(
 def _load(config: RunConfig, argument: str, name: str, encode: Encode, columns: Columns) -> _Rows:
     """Tokenises a data set, or takes its rows from the cache.
 
-    With several ranks the first of each machine goes ahead and the others read what it wrote; the error of one is
-    raised by all.
+    With several ranks the first of each machine goes ahead and the others read what it wrote; an error of one
+    is raised by all.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return _load_here(config, argument, name, encode, columns)
@@ -420,8 +416,8 @@ def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, colu
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".part-")
     except OSError as e:
         raise DataError(
-            f"data_cache: cannot write to {str(folder)!r} ({e}); set HF_DATASETS_CACHE to a folder of yours, or turn "
-            "data_cache off"
+            f"data_cache: cannot write to {str(folder)!r} ({e}); set HF_DATASETS_CACHE to a folder of yours, "
+            "or turn data_cache off"
         ) from e
     with scratch:
         table = _tokenise(config, read, encode, columns, scratch.name)
@@ -435,7 +431,7 @@ def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, colu
 def _tokenise(
     config: RunConfig, read: Callable[[int], Table], encode: Encode, columns: Columns, scratch: str
 ) -> pa.Table:
-    """Reads and encodes every row into a table of _FEATURES, with a progress bar; `scratch` holds its memory map."""
+    """All rows as _FEATURES, with a progress bar; the table is a memory map of files in `scratch`."""
     table = read(config.max_rows)
     rows = len(table.rows)
     cores = min(MAX_WORKERS, len(os.sched_getaffinity(0))) if rows >= PARALLEL_ROWS else 1
@@ -449,7 +445,7 @@ def _tokenise(
         cache_file_name=os.path.join(scratch, "rows.arrow"),
         load_from_cache_file=False,
         new_fingerprint="rto_fast",
-        desc=f"Tokenising {table.name}",
+        desc=f"Tokenising {Path(table.name).name}",
     )
     return mapped.data.table
 

@@ -1,8 +1,8 @@
 """Row formats: what users' data sets look like -> (prompt, response), or the reason why a row cannot be used.
 
-Prompts are strings or message lists. Responses are strings, one assistant message, or the whole conversation with
-the response as its last turn; then the earlier turns are the prompt, whatever the prompt's column says (there
-`ultrafeedback_binarized` repeats the first of them).
+Prompts are strings or message lists. Responses are strings, one assistant message, or the whole conversation
+with the response as its last turn; then the earlier turns are the prompt, and a string in the prompt's column
+(where `ultrafeedback_binarized` repeats the first turn) is not read.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ def _text(value: Any, key: str) -> str:
     if value is None:
         raise BadRow(MISSING, f"{key!r} is missing")
     if not isinstance(value, str):
-        raise BadRow(
-            NOT_TEXT, f"{key!r} is {type(value).__name__} where text was expected: {str(value)[:60]!r}"
-        )
+        raise BadRow(NOT_TEXT, f"{key!r} is {type(value).__name__} where text was expected: {str(value)[:60]!r}")
     if not value.strip():
         raise BadRow(EMPTY, f"{key!r} is empty")
     return value
@@ -150,9 +148,7 @@ def _prompt(value: Any, key: str) -> Prompt:
         return _text(value, key)
     messages = _messages(value, key)
     if messages[-1]["role"] == "assistant":
-        raise BadRow(
-            NO_USER_TURN, f"the prompt in {key!r} ends in an assistant turn where a user's was expected"
-        )
+        raise BadRow(NO_USER_TURN, f"the prompt in {key!r} ends in an assistant turn where a user's was expected")
     return messages
 
 

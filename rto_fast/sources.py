@@ -36,7 +36,7 @@ class Table:
     name: str
     """As the user gave it."""
     rows: datasets.Dataset
-    """The rows; under `as_text` in two columns, `json` (the row as JSON) and `line` (1-based; 0 = unknown)."""
+    """The rows; under `as_text` in two columns, `json` (the whole row) and `line` (1-based; 0 = unknown)."""
     columns: list[str]
     as_text: bool
 
@@ -61,16 +61,14 @@ class Table:
 def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[int], Table]]:
     """(fingerprint of the content, reader of the first n rows where 0 = all).
 
-    A file is hashed here and parsed by the reader alone. `split` is the split of a Hub data set or saved folder.
+    A file is hashed here and parsed by the reader alone. `split` is that of a Hub data set or saved folder.
     Both raise DataError.
     """
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             expected = ", ".join(SUFFIXES)
-            raise DataError(
-                f"{argument}: {name!r} has unknown file type {path.suffix!r}; expected {expected}"
-            )
+            raise DataError(f"{argument}: {name!r} has unknown file type {path.suffix!r}; expected {expected}")
         if not path.stat().st_size:
             raise DataError(f"{argument}: {name!r} is empty")
         with path.open("rb") as f:
@@ -86,8 +84,8 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
             data = datasets.load_dataset(name, split=split)
         except Exception as e:  # datasets and huggingface_hub raise many unrelated types here
             raise DataError(
-                f"{argument}: {name!r} is no local file or folder{near_names(path)}, and the Hub gave no data set "
-                f"of this name with split {split!r}: {_one_line(e)}"
+                f"{argument}: {name!r} is no local file or folder{near_names(path)}, and the Hub gave no "
+                f"data set of this name with split {split!r}: {_one_line(e)}"
             ) from e
     return data._fingerprint, lambda max_rows: _typed(argument, name, data, max_rows)
 
@@ -104,9 +102,7 @@ def _saved_folder(argument: str, name: str, path: Path, split: str) -> datasets.
     if not isinstance(data, datasets.DatasetDict):
         return data
     if split not in data:
-        raise DataError(
-            f"{argument}: {name!r} has no split {split!r}; it has {', '.join(data)}; see --data-split"
-        )
+        raise DataError(f"{argument}: {name!r} has no split {split!r}; it has {', '.join(data)}; see --data-split")
     return data[split]
 
 
@@ -155,14 +151,10 @@ def _json_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, Any]
             return json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
         except json.JSONDecodeError as e:
             where = f"line {line + e.lineno - 1}, column {e.colno}"
-            raise DataError(
-                f"{argument}: {name!r}, {where}: malformed JSON: {e.msg}; mend or delete it"
-            ) from e
+            raise DataError(f"{argument}: {name!r}, {where}: malformed JSON: {e.msg}; mend or delete it") from e
         except UnicodeDecodeError as e:
             where = f"line {line + text[: e.start].count(10)}"
-            raise DataError(
-                f"{argument}: {name!r}, {where}: not UTF-8 ({e.reason}); mend or delete it"
-            ) from e
+            raise DataError(f"{argument}: {name!r}, {where}: not UTF-8 ({e.reason}); mend or delete it") from e
 
     with path.open("rb") as f:
         start = f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -185,8 +177,8 @@ def _csv_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, dict[
             for values in reader:
                 if values and len(values) != len(header):
                     raise DataError(
-                        f"{argument}: {name!r}, line {reader.line_num}: {len(values)} fields where the header has "
-                        f"{len(header)}; mend or delete it"
+                        f"{argument}: {name!r}, line {reader.line_num}: {len(values)} fields where the "
+                        f"header has {len(header)}; mend or delete it"
                     )
                 if values:
                     yield reader.line_num, dict(zip(header, values, strict=True))

@@ -50,7 +50,7 @@ class ChatTemplate:
     """sha256 (hex) of the source and of the tokenizer's BOS and EOS, which templates write."""
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-        """Token ids that a response is sampled after; raises jinja2.TemplateError where the template refuses."""
+        """Token ids that a response is sampled after; raises jinja2.TemplateError as the template does."""
         return self._with_bos(tokenizer, _encode(tokenizer, self.text_of(tokenizer, prompt)))
 
     def encode_pair(
@@ -97,17 +97,15 @@ class ChatTemplate:
             tail = full[len(head) :]
         else:
             warnings.warn(
-                "chat_template: the rendered conversation does not begin with the rendered generation prompt, "
-                "so responses are encoded on their own behind it; a template that agrees with itself is safer",
+                "chat_template: a rendered conversation does not begin with the rendered generation prompt: "
+                "responses are encoded on their own behind it. A template that agrees with itself is safer",
                 stacklevel=4,
             )
             at = full.rfind(response.strip())
             tail = full[at:] if at >= 0 else response
         return tail.rstrip() if _ends_turn(tokenizer, tail) else tail
 
-    def _render(
-        self, tokenizer: PreTrainedTokenizerBase, turns: list[Message], add_generation_prompt: bool
-    ) -> str:
+    def _render(self, tokenizer: PreTrainedTokenizerBase, turns: list[Message], add_generation_prompt: bool) -> str:
         return tokenizer.apply_chat_template(
             turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
         )
@@ -132,9 +130,7 @@ def _response_text(response: str | list[Message]) -> str:
     if isinstance(response, str):
         return response
     if len(response) != 1 or response[0]["role"] != "assistant":
-        raise ValueError(
-            f"response: expected one assistant message, got roles {[m['role'] for m in response]}"
-        )
+        raise ValueError(f"response: expected one assistant message, got roles {[m['role'] for m in response]}")
     return response[0]["content"]
 
 
@@ -178,7 +174,7 @@ def load_template(config_chat_template: str, tokenizer: PreTrainedTokenizerBase)
         path = Path(config_chat_template).expanduser()
         require(
             path.is_file(),
-            f"chat_template: no file {str(path)!r}{near_names(path)}; give auto, plain or a Jinja file's path",
+            f"chat_template: no file {str(path)!r}{near_names(path)}; give auto, plain or a Jinja file",
         )
         source = path.read_text(encoding="utf-8")
         require(bool(source.strip()), f"chat_template: {str(path)!r} is empty")
@@ -222,9 +218,7 @@ def check_template(folder: str | Path, template: ChatTemplate, argument: str) ->
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["hash"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ConfigError(
-            f"{argument}: {str(path)!r} is not a template record ({e}); export the model again"
-        ) from e
+        raise ConfigError(f"{argument}: {str(path)!r} is not a template record ({e}); export the model again") from e
     require(
         stored == template.hash,
         f"{argument}: {str(folder)!r} was trained with chat template {stored}, this run uses {template.hash}"
@@ -255,21 +249,19 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     require(
         bool(ids),
-        f"{model_path!r}: neither generation_config.json nor the tokenizer names an end-of-sequence token, so "
+        f"{model_path!r}: neither generation_config.json nor the tokenizer names an end-of-sequence token; "
         "no response would ever stop; set eos_token_id in generation_config.json",
     )
     return tuple(dict.fromkeys(ids))
 
 
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, argument: str
-) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, argument: str) -> None:
     """Raises ConfigError when the tokenizer has ids that the model's embedding has no row for."""
     top, size = max(tokenizer.get_vocab().values()), model_config.get_text_config().vocab_size
     require(
         top < size,
-        f"{argument}: the tokenizer has ids up to {top}, the model's vocabulary has {size} ids (up to {size - 1})"
-        "; use the model's own tokenizer, or resize its embeddings",
+        f"{argument}: the tokenizer has ids up to {top}, the model has {size} (up to {size - 1}); "
+        "use the model's own tokenizer, or resize its embeddings",
     )
 
 
