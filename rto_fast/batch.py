@@ -127,9 +127,7 @@ class Rollout:
     def cat(parts: Sequence[Rollout]) -> Rollout:
         """Concatenates rollouts of one version."""
         names = [f.name for f in dataclasses.fields(Rollout) if f.name != "version"]
-        return Rollout(
-            **{n: torch.cat([getattr(p, n) for p in parts]) for n in names}, version=parts[0].version
-        )
+        return Rollout(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names}, version=parts[0].version)
 
     @staticmethod
     def from_lists(

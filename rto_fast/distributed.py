@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+
+if not torch.accelerator.is_available():  # else DeepSpeed looks for one and warns
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
 
 # A long generation on one rank must not trip the others' collectives.
 TIMEOUT = timedelta(hours=4)
@@ -32,7 +36,12 @@ def init() -> torch.device:
     if not dist.is_initialized():
         accelerator.set_device(local_rank)
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    return torch.device(accelerator.current_device_name())
+    return device()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def rank() -> int:
@@ -68,8 +77,7 @@ def broadcast_object(item: Any) -> Any:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """All-reduced sum, fp64, on the CPU: deterministic for a given number of ranks."""
-    device = torch.device(get_accelerator().current_device_name())
-    total = values.detach().to(device=device, dtype=torch.float64)
+    total = values.detach().to(device=device(), dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(total)
     return total.cpu()
@@ -83,9 +91,7 @@ def gather_ragged(local: Sequence[Tensor], owners: Sequence[Sequence[int]]) -> l
     """
     ordered: list[Tensor | None] = [None] * sum(len(o) for o in owners)
     flat = torch.cat(list(local)) if local else torch.empty(0)
-    for index, (values, sizes) in zip(
-        owners, gather_objects((flat.cpu(), [t.numel() for t in local])), strict=True
-    ):
+    for index, (values, sizes) in zip(owners, gather_objects((flat.cpu(), [t.numel() for t in local])), strict=True):
         for i, piece in zip(index, values.split(sizes), strict=True):
             ordered[i] = piece
     return ordered  # type: ignore[return-value]

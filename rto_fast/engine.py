@@ -32,6 +32,10 @@ class StepResult:
     """False: a gradient was not finite and no parameter has moved."""
 
 
+class Diverged(RuntimeError):
+    """Too many non-finite steps in a row; the message says what was not finite."""
+
+
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, floor: float) -> float:
     """Linear warm-up, then a cosine to `floor` x peak; a pure function of the step (0 .. total - 1)."""
     warmup = math.ceil(warmup_ratio * total)
@@ -82,6 +86,11 @@ class TrainEngine:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward in evaluation mode (no activation checkpoints, no dropout)."""
+        self.deepspeed.eval()
         return self.deepspeed(*args, **kwargs)
 
     def lr(self, step: int) -> float:

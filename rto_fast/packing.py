@@ -7,12 +7,13 @@ changes the order of sums only: losses are divided by the train batch's global c
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rto_fast import distributed
 from rto_fast.attention import PackedLayout
 from rto_fast.batch import offsets, ragged_arange
 
@@ -34,9 +35,7 @@ class PackedBatch:
     """[B] int64: the last token of each sequence."""
 
     @staticmethod
-    def make(
-        sequences: Sequence[Tensor], prompt_lens: Sequence[int], device: torch.device, kernel: str
-    ) -> PackedBatch:
+    def make(sequences: Sequence[Tensor], prompt_lens: Sequence[int], device: torch.device, kernel: str) -> PackedBatch:
         """sequences: B tensors [len] int64, prompt then response; kernel: see attention.PackedLayout."""
         lens = torch.tensor([s.numel() for s in sequences])
         prompts = torch.tensor(list(prompt_lens))
@@ -93,3 +92,28 @@ def plan(lens: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
     plans = [micro_batches(share, lens, budget) for share in balance(lens, ranks)]
     most = max(len(p) for p in plans)
     return [p + [[] for _ in range(most - len(p))] for p in plans]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how forwards run."""
+
+    device: torch.device
+    kernel: str
+    """Kernel of packed attention, see attention.PackedLayout."""
+    lockstep: bool
+    """ZeRO-3: every rank must do equally many forwards."""
+    micro_tokens: int
+    """Tokens a micro-batch holds at most."""
+
+    def micro(self, sequences: Sequence[Tensor], prompt_lens: Sequence[int]) -> Iterator[tuple[list[int], PackedBatch]]:
+        """(indices, packed batch) over this rank's sequences; empty index lists are dummies of lockstep."""
+        lens = [s.numel() for s in sequences]
+        batches = micro_batches(range(len(lens)), lens, self.micro_tokens)
+        if self.lockstep:
+            most = max(distributed.gather_objects(len(batches)))
+            batches += [[] for _ in range(most - len(batches))]
+        for index in batches:
+            chosen = [sequences[i] for i in index] or [torch.zeros(2, dtype=torch.int64)]
+            prompts = [prompt_lens[i] for i in index] or [1]
+            yield index, PackedBatch.make(chosen, prompts, self.device, self.kernel)

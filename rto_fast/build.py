@@ -1,0 +1,293 @@
+"""From settings to the parts of a run: checks first, then data, then models, engines and state."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast import data, distributed, models, runfiles
+from rto_fast.algo import KLController
+from rto_fast.assembly import choose_attention, frozen, open_output, save_model, save_tokenizer
+from rto_fast.batch import Request, Rollout, Scores, Targets
+from rto_fast.config import RTOConfig, require
+from rto_fast.data import PromptData
+from rto_fast.ema import WeightAverage
+from rto_fast.engine import DTYPES, Checkpoints, TrainEngine
+from rto_fast.metrics import RunLogger
+from rto_fast.models import ScalarModel
+from rto_fast.packing import Placement
+from rto_fast.report_samples import report_samples
+from rto_fast.rewards import ResponseTexts, load_reward_sources
+from rto_fast.rollout import RolloutEngine, Sampling, make_engine, sample_seed
+from rto_fast.scoring import ModelReward, Scorers, same_tokenizer
+from rto_fast.template import (
+    ChatTemplate,
+    check_max_length,
+    check_template,
+    check_vocabulary,
+    load_template,
+    load_tokenizer,
+    stop_token_ids,
+)
+
+SAMPLED_ITERATIONS = 4
+"""Iterations, evenly spread, whose samples go into the report."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the engines."""
+
+    iteration: int
+    kl: KLController
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+
+
+@dataclass
+class Run:
+    """The parts of one RTO run."""
+
+    config: RTOConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    prompts: PromptData
+    iterations: int
+    placement: Placement
+    policy: TrainEngine
+    critic: TrainEngine
+    scorers: Scorers
+    rollout_engine: RolloutEngine
+    sampling: Sampling
+    average: WeightAverage
+    checkpoints: Checkpoints
+    logger: RunLogger
+    state: State
+
+    def requests(self, iteration: int) -> list[Request]:
+        """The iteration's requests. Prompts come in a new order each epoch; seeds know neither rank nor batch."""
+        config, requests = self.config, []
+        for index in range(iteration * config.rollout_batch, (iteration + 1) * config.rollout_batch):
+            epoch, place = divmod(index, len(self.prompts.prompt_ids))
+            row = _permutation(len(self.prompts.prompt_ids), f"prompts/{config.seed}/{epoch}")[place]
+            for j in range(config.responses_per_prompt):
+                seed = sample_seed(config.seed, index, epoch, j)
+                requests.append(Request(tuple(self.prompts.prompt_ids[row]), row, index, j, seed))
+        return requests
+
+    def texts(self, rollout: Rollout) -> ResponseTexts:
+        """What reward sources see of a rollout."""
+        rows = rollout.rows.tolist()
+        return ResponseTexts(
+            prompts=[self.prompts.texts[r] for r in rows],
+            responses=self.tokenizer.batch_decode([r.tolist() for r in rollout.responses()], skip_special_tokens=True),
+            messages=[self.prompts.messages[r] for r in rows],
+        )
+
+    def train_batches(self, iteration: int, epoch: int, responses: int) -> list[list[int]]:
+        """The rollout's responses in a new order each PPO epoch, cut into train batches."""
+        order = _permutation(responses, f"train/{self.config.seed}/{iteration}/{epoch}")
+        size = self.config.train_batch
+        return [list(order[i : i + size]) for i in range(0, responses, size)]
+
+    def optimiser_step(self, iteration: int, epoch: int, number: int) -> int:
+        """Index of a train batch's update in the whole run."""
+        batches = self.config.responses // self.config.train_batch
+        return (iteration * self.config.ppo_epochs + epoch) * batches + number
+
+    def sync(self) -> None:
+        """The policy's weights go to the rollout engine (and into the running average)."""
+        if self.config.ema_decay:
+            self.average.update(self.policy.weights())
+        self.rollout_engine.push(self.policy.weights(), version=self.state.iteration + 1)
+
+    def keep_samples(
+        self, iteration: int, rollout: Rollout, scores: Scores, targets: Targets, texts: ResponseTexts
+    ) -> None:
+        """Some responses of a few iterations, first and last among them, for the report."""
+        last = self.iterations - 1
+        kept = {round(i * last / (SAMPLED_ITERATIONS - 1)) for i in range(SAMPLED_ITERATIONS)}
+        if self.config.report_samples and iteration in kept and distributed.rank() == 0:
+            count = min(len(rollout), -(-self.config.report_samples // len(kept)))
+            rows = report_samples(self.tokenizer, rollout, scores, targets, texts, range(count), iteration + 1)
+            runfiles.append_samples(Path(self.config.output_dir) / runfiles.SAMPLES, rows)
+
+    def save_if_due(self) -> None:
+        """Checkpoint and export where this iteration is due for them."""
+        config, done = self.config, self.state.iteration
+        if config.export_every and done % config.export_every == 0 and done < self.iterations:
+            self.export(Path(config.output_dir) / f"export-{done:08d}")
+        if config.save_every and done % config.save_every == 0:
+            with self.logger.phase("checkpoint"):
+                state = {"kl": dataclasses.asdict(self.state.kl), "bad_steps": self.state.bad_steps,
+                         "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
+                tensors = {"average": self.average.weights, "rng": torch.get_rng_state()}
+                self.checkpoints.save(done, self.engines, state, tensors)
+
+    @property
+    def engines(self) -> dict[str, TrainEngine]:
+        return {"policy": self.policy, "critic": self.critic}
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Continues from checkpoint `step`."""
+        tensors = self.checkpoints.load(step, self.engines)
+        self.average.weights = tensors["average"]
+        torch.set_rng_state(tensors["rng"])
+        self.state = State(step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"])
+        self.rollout_engine.push(self.policy.weights(), version=step)
+
+    def export(self, folder: Path) -> None:
+        """policy/, critic/ (and ema/) as Hugging Face folders under `folder`."""
+        writes = distributed.rank() == 0
+        for name, engine in self.engines.items():
+            save_model(engine.model, folder / name, self.tokenizer, self.template, writes)
+        if self.config.ema_decay and writes:
+            with_average = {n: t.to(DTYPES[self.config.dtype]) for n, t in self.average.weights.items()}
+            self.policy.model.lm.save_pretrained(folder / "ema", state_dict=with_average)
+            save_tokenizer(folder / "ema", self.tokenizer, self.template)
+        distributed.barrier()
+
+    def finish(self) -> None:
+        """Exports the models and writes the report."""
+        self.export(Path(self.config.output_dir))
+        if distributed.rank() == 0:
+            path = report.write_run_report(Path(self.config.output_dir))
+            self.logger.message(f"policy: {Path(self.config.output_dir) / 'policy'}; report: {path}")
+
+
+def build(config: RTOConfig) -> Run:
+    """Checks everything that can be wrong, cheapest first, then makes the run; resumes where asked to.
+
+    Raises ConfigError, with nothing written, on settings, files or models that cannot work.
+    """
+    config.validate()
+    device = distributed.init()
+    checkpoints = open_output(config)
+    found = checkpoints.read()
+    remote_and_functions = load_reward_sources(config)
+    tokenizer = load_tokenizer(config.policy)
+    template = load_template(config.chat_template, tokenizer)
+    _check_models(config, tokenizer, template)
+    prompts = data.load_prompts(config, tokenizer, template)
+    iterations = config.iterations or -(-round(config.epochs * len(prompts.prompt_ids)) // config.rollout_batch)
+
+    dtype = DTYPES[config.dtype]
+    attention, kernel = choose_attention(config, device)
+    placement = Placement(device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.score_tokens)
+    loading = {"dtype": dtype, "attention": attention}
+
+    start = found[0] if found else 0
+    logger = RunLogger(
+        config.output_dir, stage="RTO" if config.beta1 else "PPO", total_steps=iterations,
+        rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
+        start_step=start,
+    )  # fmt: skip
+    logger.message(str(prompts.counts))
+
+    updates = config.ppo_epochs * (config.responses // config.train_batch)
+    policy = TrainEngine(
+        models.load_policy(config.policy, argument="policy", **loading), config,
+        peak_lr=config.policy_lr, total_steps=max(1, (iterations - config.critic_warmup) * updates),
+    )  # fmt: skip
+    critic_model, origin = _critic(config, tokenizer, loading)
+    logger.message(f"critic: starts from {origin}")
+    critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
+
+    reference = frozen(models.load_policy(config.reference or config.policy, argument="reference", **loading), config)
+    dpo, dpo_ref = None, reference
+    if config.beta1:
+        dpo = frozen(models.load_policy(config.dpo_model, argument="dpo_model", **loading), config)
+        if config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
+            dpo_ref = frozen(models.load_policy(config.dpo_ref, argument="dpo_ref", **loading), config)
+    sources = [_model_reward(i, config, tokenizer, placement, loading) for i in range(len(config.reward_model))]
+    scorers = Scorers(
+        policy=policy.evaluate, critic=critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
+        rewards=[*sources, *remote_and_functions], reward_weights=config.reward_weights,
+    )  # fmt: skip
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    run = Run(
+        config=config, tokenizer=tokenizer, template=template, prompts=prompts, iterations=iterations,
+        placement=placement, policy=policy, critic=critic, scorers=scorers,
+        rollout_engine=make_engine(config, config.policy, device, dtype, pad),
+        sampling=Sampling(config.max_response_length, config.temperature, stop_token_ids(config.policy, tokenizer)),
+        average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
+        checkpoints=checkpoints, logger=logger,
+        state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
+    )  # fmt: skip
+    if found:
+        run.restore(*found)
+    return run
+
+
+def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Vocabularies, positions and templates of all models, from their configs alone."""
+    policy = models.load_config(config.policy, "policy")
+    check_vocabulary(tokenizer, policy, "policy")
+    check_template(config.policy, template, "policy")
+    length = config.max_prompt_length + config.max_response_length
+    check_max_length(length, policy, "max_prompt_length + max_response_length")
+    others = {"reference": config.reference}
+    if config.beta1:
+        others |= {"dpo_model": config.dpo_model, "dpo_ref": config.dpo_ref}
+    for argument, path in others.items():
+        if path:
+            other = models.load_config(path, argument)
+            require(
+                other.vocab_size == policy.vocab_size,
+                f"{argument}: {path!r} has a vocabulary of {other.vocab_size} tokens, the policy's has "
+                f"{policy.vocab_size}; token rewards compare the two token by token",
+            )
+            check_template(path, template, argument)
+            check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
+    for path in config.reward_model:
+        models.load_config(path, "reward_model")
+        if same_tokenizer(tokenizer, load_tokenizer(path)):
+            check_template(path, template, "reward_model")
+
+
+def _critic(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, loading: dict[str, Any]) -> tuple[ScalarModel, str]:
+    """The critic and where it came from."""
+    if config.reward_model and config.critic != "policy":
+        path = config.reward_model[0]
+        if same_tokenizer(tokenizer, load_tokenizer(path)):
+            return models.load_scalar(path, argument="reward_model", **loading), f"the reward model {path}"
+        require(
+            config.critic == "auto",
+            f"critic: the reward model {path!r} has another tokenizer than the policy, so its weights cannot read "
+            "the policy's tokens; use --critic policy",
+        )
+    scalar = models.new_scalar(config.policy, argument="policy", **loading)
+    return scalar, f"the policy's backbone {config.policy} with a zero head"
+
+
+def _model_reward(
+    number: int, config: RTOConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement, loading: dict[str, Any]
+) -> ModelReward:
+    path = config.reward_model[number]
+    name = f"model{number}" if len(config.reward_model) > 1 else "model"
+    model = frozen(models.load_scalar(path, argument="reward_model", **loading), config)
+    own = load_tokenizer(path)
+    if same_tokenizer(tokenizer, own):
+        return ModelReward(name, model, placement)
+    limit = getattr(models.load_config(path, "reward_model"), "max_position_embeddings", 0)
+    return ModelReward(name, model, placement, own, load_template("auto", own), limit)
+
+
+def _permutation(count: int, key: str) -> Sequence[int]:
+    """A shuffle of range(count) that depends on `key` alone."""
+    if key not in _permutations:
+        _permutations.clear()
+        order = list(range(count))
+        random.Random(key).shuffle(order)
+        _permutations[key] = order
+    return _permutations[key]
+
+
+_permutations: dict[str, list[int]] = {}

@@ -1,0 +1,75 @@
+"""The figures that an iteration logs; names are those of the report's curves."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rto_fast.batch import Rollout, Scores, Targets
+from rto_fast.ppo_update import UpdateStats
+
+
+def not_finite(scores: Scores) -> str:
+    """What in the scores is NaN or infinite, for the diagnosis; empty when nothing is."""
+    names = ("score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values")
+    counts = {n: int((~torch.isfinite(getattr(scores, n))).sum()) for n in names}
+    return ", ".join(f"{k} non-finite {n} values" for n, k in counts.items() if k)
+
+
+def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor]) -> dict[str, float]:
+    gap = (scores.old_logp.cpu() - rollout.sampler_logp).abs()
+    return {
+        "reward/score": float(scores.score.mean()),
+        **{f"reward/{name}": float(values.mean()) for name, values in sources.items()},
+        "response/length": float(rollout.response_lens.float().mean()),
+        "response/truncated": float(rollout.truncated.float().mean()),
+        "response/empty": float((rollout.response_lens == 0).float().mean()),
+        "sampler/logp_diff_mean": float(gap.mean()) if gap.numel() else 0.0,
+        "sampler/logp_diff_max": float(gap.max()) if gap.numel() else 0.0,
+    }
+
+
+def of_targets(targets: Targets, responses: int, beta2: float) -> dict[str, float]:
+    tokens = max(1, targets.kl.numel())
+    mean, rstd = targets.whiten
+    return {
+        "reward/total": float(targets.rewards.sum()) / responses,
+        "reward/dpo": float(targets.dpo_reward.sum()) / responses,
+        "kl/response": float(targets.kl.sum()) / responses,
+        "kl/token": float(targets.kl.sum()) / tokens,
+        "kl/k3": float((torch.expm1(-targets.kl) + targets.kl).sum()) / tokens,
+        "kl/beta2": beta2,
+        "advantage/mean": float(mean),
+        "advantage/std": 1 / float(rstd),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def of_policy(steps: list[UpdateStats]) -> dict[str, float]:
+    if not steps:
+        return {}
+    return {
+        "policy/loss": _mean([s.loss for s in steps]),
+        "policy/entropy": _mean([float(s.stats.entropy) for s in steps]),
+        "policy/clip_fraction": _mean([float(s.stats.clip_low + s.stats.clip_high) for s in steps]),
+        "policy/ratio_mean": _mean([float(s.stats.ratio_mean) for s in steps]),
+        "policy/ratio_max": max(float(s.stats.ratio_max) for s in steps),
+        "policy/kl_k3": _mean([float(s.stats.kl_k3) for s in steps]),
+        "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
+        "policy/lr": steps[-1].lr,
+    }
+
+
+def of_critic(steps: list[UpdateStats]) -> dict[str, float]:
+    return {
+        "critic/loss": _mean([s.loss for s in steps]),
+        "critic/clip_fraction": _mean([float(s.stats.value_clip) for s in steps]),
+        "critic/explained_variance": _mean([float(s.stats.explained_variance()) for s in steps]),
+        "critic/grad_norm": _mean([s.result.grad_norm for s in steps]),
+        "critic/lr": steps[-1].lr,
+    }

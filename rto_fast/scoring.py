@@ -1,0 +1,141 @@
+"""What the models say of a rollout: log-probs, values and scores; no gradient, packed, shared out over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast import distributed
+from rto_fast.batch import Rollout, Scores
+from rto_fast.config import RTOConfig
+from rto_fast.packing import Placement, balance
+from rto_fast.rewards import ResponseTexts, RewardSource
+from rto_fast.template import ChatTemplate
+
+# A model as the scorer calls it: a bare module, or a DeepSpeed engine around one.
+Model = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The models of one run, each callable on packed batches. `reference is dpo_ref` where they are one model."""
+
+    policy: Model
+    critic: Model
+    reference: Model
+    dpo: Model | None
+    """None when beta1 = 0: the token reward is off."""
+    dpo_ref: Model
+    rewards: Sequence[RewardSource]
+    reward_weights: Sequence[float]
+
+
+@torch.no_grad()
+def score(
+    rollout: Rollout,
+    texts: ResponseTexts,
+    scorers: Scorers,
+    config: RTOConfig,
+    placement: Placement,
+    progress: Callable[[int], None],
+) -> tuple[Scores, dict[str, Tensor]]:
+    """Scores of the global rollout, the same on every rank, and each reward source's own scores [B].
+
+    Each rank computes a share that is balanced by tokens; `progress` is told of tokens done. fp32, on the device.
+    """
+    owners = balance(rollout.seq_lens.tolist(), distributed.world_size())
+    mine = owners[distributed.rank()]
+    local, local_texts = rollout.select(mine), texts.select(mine)
+
+    named = {s.name: s.score(local, local_texts) for s in scorers.rewards}
+    pieces = _token_scores(local, scorers, config, placement, progress)
+    gathered = [distributed.gather_ragged(p, owners) for p in zip(*pieces, strict=True)]
+    names = [f.name for f in fields(Scores) if f.name != "score"]
+    tensors = {n: torch.cat(p).to(placement.device) for n, p in zip(names, gathered, strict=True)}
+
+    sources = {
+        n: torch.cat(distributed.gather_ragged(list(t.float().cpu().split(1)), owners)) for n, t in named.items()
+    }
+    total = torch.zeros(len(rollout))
+    for weight, source in zip(scorers.reward_weights, sources.values(), strict=True):
+        total += weight * source
+    if config.truncated_reward is not None:
+        total = torch.where(rollout.truncated, torch.tensor(config.truncated_reward), total)
+    return Scores(**tensors, score=total.to(placement.device)), sources
+
+
+def _token_scores(
+    local: Rollout, scorers: Scorers, config: RTOConfig, placement: Placement, progress: Callable[[int], None]
+) -> list[tuple[Tensor, ...]]:
+    """For each sequence of this rank the fields of Scores in order, but for `score`; each [its response's length]."""
+    temperatures = (config.temperature,) if config.temperature == 1 else (config.temperature, 1.0)
+    out: list[tuple[Tensor, ...] | None] = [None] * len(local)
+    for index, batch in placement.micro(local.sequences(), local.prompt_lens.tolist()):
+        policy, _ = scorers.policy(batch, temperatures=temperatures)
+        reference = scorers.reference(batch)[0][0]
+        dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)[0][0]
+        dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)[0][0]
+        # One critic forward: the values of all states, and of the state after each last token.
+        states = torch.cat([batch.state_positions, batch.last_positions])
+        values, after = scorers.critic(batch, states).split([batch.state_positions.numel(), len(batch.last_positions)])
+        lens = batch.cu_responses.diff().tolist()
+        columns = [t.split(lens) for t in (policy[0], policy[-1], reference, dpo, dpo_ref, values)]
+        for j, i in enumerate(index):
+            bootstrapped = config.truncation == "bootstrap" and bool(local.truncated[i])
+            last = after[j : j + 1] if bootstrapped else torch.zeros_like(after[j : j + 1])
+            out[i] = (*(c[j].clone() for c in columns), last)
+        progress(sum(int(local.seq_lens[i]) for i in index))
+    return out  # type: ignore[return-value]
+
+
+class ModelReward:
+    """A local reward model, on the policy's tokens where the tokenizers agree, else on the text re-tokenised."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        placement: Placement,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        template: ChatTemplate | None = None,
+        max_length: int = 0,
+    ) -> None:
+        """tokenizer, template: the reward model's own, or None where the policy's tokens are its own.
+
+        max_length: positions of the reward model, in tokens; 0 = unlimited.
+        """
+        self.name, self.model, self.placement = name, model, placement
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
+        """[B] fp32: the model's normalised output at the last token of each sequence."""
+        sequences, prompt_lens = rollout.sequences(), rollout.prompt_lens.tolist()
+        if self.tokenizer is not None:
+            sequences, prompt_lens = self._retokenised(texts)
+        out = torch.zeros(len(rollout))
+        for index, batch in self.placement.micro(sequences, prompt_lens):
+            values = self.model(batch, batch.last_positions)
+            if index:
+                out[torch.tensor(index)] = values.float().cpu()
+        return out
+
+    def _retokenised(self, texts: ResponseTexts) -> tuple[list[Tensor], list[int]]:
+        sequences, prompt_lens = [], []
+        for messages, prompt, response in zip(texts.messages, texts.prompts, texts.responses, strict=True):
+            head, tail = self.template.encode_pair(self.tokenizer, messages or prompt, response)
+            ids = torch.tensor((head + tail)[: self.max_length or None], dtype=torch.int64)
+            sequences.append(ids)
+            prompt_lens.append(min(len(head), ids.numel()))
+        return sequences, prompt_lens
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether both give every text the same ids."""
+    if a.is_fast and b.is_fast:
+        return a.backend_tokenizer.to_str() == b.backend_tokenizer.to_str()
+    return type(a) is type(b) and a.get_vocab() == b.get_vocab()

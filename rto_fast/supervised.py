@@ -1,0 +1,216 @@
+"""The loop that SFT, reward model and DPO share: packed train batches over rows, evaluation, checkpoints.
+
+What differs between them is a `Stage`: which sequences a row has, and what their loss is.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast import distributed
+from rto_fast.assembly import save_model
+from rto_fast.config import SupervisedConfig
+from rto_fast.engine import Checkpoints, Diverged, TrainEngine
+from rto_fast.metrics import RunLogger
+from rto_fast.packing import PackedBatch, Placement, balance, micro_batches, plan
+from rto_fast.template import ChatTemplate
+
+Sums = dict[str, Tensor]
+"""Metric name -> sum over rows (fp32 scalar)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the model reads it: each of its responses behind the prompt."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(self.prompt) + len(r) for r in self.responses)
+
+
+class Stage(Protocol):
+    """What a supervised stage trains and how."""
+
+    name: str
+    model: nn.Module
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+
+    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+        """Sum of the loss over the batch's rows or tokens, and sums of metrics over its rows."""
+        ...
+
+    def count(self, rows: Sequence[Row]) -> float:
+        """What the loss of these rows is divided by: rows, or response tokens."""
+        ...
+
+    def finish(self, model: object, placement: Placement) -> dict[str, float]:
+        """After training: figures to log, and whatever the model's config should carry."""
+        ...
+
+
+class RowBatch:
+    """Rows packed with their sequences sorted by length (equal ones share an attention call)."""
+
+    def __init__(self, rows: Sequence[Row], index: Sequence[int], held_out: bool, placement: Placement) -> None:
+        """index: positions of `rows` in their data set, for tables that are kept beside it."""
+        self.rows, self.index, self.held_out = rows, list(index), held_out
+        pairs = [(row.prompt, response) for row in rows for response in row.responses]
+        self.order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        self.packed = PackedBatch.make(
+            [torch.tensor(pairs[i][0] + pairs[i][1]) for i in self.order],
+            [len(pairs[i][0]) for i in self.order], placement.device, placement.kernel,
+        )  # fmt: skip
+        self.place = torch.tensor(self.order).argsort().to(placement.device)
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """One value a packed sequence -> [rows, responses a row]."""
+        return values[self.place].view(len(self.rows), -1)
+
+    def sequence_sums(self, token_values: Tensor) -> Tensor:
+        """[R] -> [rows, responses a row]: sums over each response's tokens, in a fixed order."""
+        return self.by_row(torch.segment_reduce(token_values, "sum", lengths=self.packed.cu_responses.diff()))
+
+
+def steps_of(config: SupervisedConfig, rows: int) -> int:
+    return max(1, math.ceil(config.epochs * rows / config.batch))
+
+
+def batch_rows(config: SupervisedConfig, rows: int, step: int) -> list[int]:
+    """Rows of an optimiser step: each epoch in a new order, the last batch running into the next epoch's."""
+    out = []
+    for i in range(step * config.batch, (step + 1) * config.batch):
+        epoch, place = divmod(i, rows)
+        out.append((epoch, place))
+    orders = {}
+    for epoch, _ in out:
+        if epoch not in orders:
+            orders[epoch] = list(range(rows))
+            random.Random(f"rows/{config.seed}/{epoch}").shuffle(orders[epoch])
+    return [orders[e][p] for e, p in out]
+
+
+def fit(
+    config: SupervisedConfig,
+    stage: Stage,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    placement: Placement,
+    checkpoints: Checkpoints,
+    logger: RunLogger,
+    found: tuple[int, dict[str, Any]] | None,
+) -> Path:
+    """Trains, evaluates and exports; returns the Hugging Face folder (`output_dir/model`).
+
+    found: the checkpoint to go on from, as Checkpoints.read gives it.
+    """
+    total = steps_of(config, len(stage.train))
+    engine = TrainEngine(stage.model, config, peak_lr=config.lr, total_steps=total)
+    bad_in_a_row, start = 0, 0
+    if found:
+        start, state = found
+        checkpoints.load(start, {"model": engine})
+        bad_in_a_row = state["bad_in_a_row"]
+    with logger:
+        for step in range(start, total):
+            with logger.phase("train"):
+                metrics, applied = train_step(config, stage, engine, placement, logger, step)
+            bad_in_a_row = 0 if applied else bad_in_a_row + 1
+            logger.log(step + 1, metrics)
+            if not applied:
+                logger.warn(f"skipped step {step + 1}: loss {metrics['train/loss']}, gradient norm "
+                            f"{metrics['train/grad_norm']}")  # fmt: skip
+                if config.max_bad_steps and bad_in_a_row >= config.max_bad_steps:
+                    raise Diverged(f"{bad_in_a_row} non-finite steps in a row at step {step + 1}; parameters are those "
+                                   "before them. Look at the learning rate and at bf16 against fp32.")  # fmt: skip
+            if config.save_every and (step + 1) % config.save_every == 0:
+                with logger.phase("checkpoint"):
+                    checkpoints.save(step + 1, {"model": engine}, {"bad_in_a_row": bad_in_a_row}, {})
+        with logger.phase("evaluate"):
+            metrics = evaluate(stage, engine, placement)
+            metrics |= stage.finish(engine.evaluate, placement)
+        if metrics:
+            logger.log(total, metrics)
+        folder = Path(config.output_dir) / "model"
+        save_model(engine.model, folder, tokenizer, template, distributed.rank() == 0)
+        distributed.barrier()
+        logger.message(f"{stage.name}: {folder}")
+    return folder
+
+
+def train_step(
+    config: SupervisedConfig, stage: Stage, engine: TrainEngine, placement: Placement, logger: RunLogger, step: int
+) -> tuple[dict[str, float], bool]:
+    """One optimiser step over all ranks -> (metrics, whether parameters moved)."""
+    index = batch_rows(config, len(stage.train), step)
+    rows = [stage.train[i] for i in index]
+    lens = [row.tokens for row in rows]
+    shortest = min(range(len(rows)), key=lambda i: lens[i])
+    mine = plan(lens, distributed.world_size(), placement.micro_tokens)[distributed.rank()]
+    micro = [(part, 1.0) if part else ([shortest], 0.0) for part in mine]
+    count = stage.count(rows)
+    sums: Sums = {}
+
+    def loss(item: tuple[list[int], float]) -> Tensor:
+        part, weight = item
+        batch = RowBatch([rows[i] for i in part], [index[i] for i in part], False, placement)
+        value, metrics = stage.loss(engine, batch)
+        if weight:
+            add(sums, {"loss": value.detach() / count, **{k: v / len(rows) for k, v in metrics.items()}})
+            logger.progress(sum(lens[i] for i in part))
+        return value * (weight / count)
+
+    result = engine.update(micro, loss, step=step)
+    means = reduce_sums(sums)
+    metrics = {f"train/{k}": v for k, v in means.items()}
+    metrics |= {"train/grad_norm": result.grad_norm, "train/lr": engine.lr(step)}
+    return metrics, result.applied and math.isfinite(means["loss"])
+
+
+@torch.no_grad()
+def evaluate(stage: Stage, engine: TrainEngine, placement: Placement) -> dict[str, float]:
+    """Loss and metrics over the held-out rows; {} when there are none."""
+    if not stage.held_out:
+        return {}
+    sums: Sums = {}
+    for batch in held_out_batches(stage.held_out, placement):
+        value, metrics = stage.loss(engine.evaluate, batch)
+        if batch.index:
+            add(sums, {"loss": value / stage.count(stage.held_out)})
+            add(sums, {k: v / len(stage.held_out) for k, v in metrics.items()})
+    return {f"eval/{k}": v for k, v in reduce_sums(sums).items()}
+
+
+def held_out_batches(rows: Sequence[Row], placement: Placement, *, held_out: bool = True) -> Iterator[RowBatch]:
+    """This rank's share of `rows`, packed; batches with an empty index are dummies that keep ZeRO-3 in step."""
+    lens = [row.tokens for row in rows]
+    batches = micro_batches(balance(lens, distributed.world_size())[distributed.rank()], lens, placement.micro_tokens)
+    if placement.lockstep:
+        batches += [[]] * (max(distributed.gather_objects(len(batches))) - len(batches))
+    for index in batches:
+        yield RowBatch([rows[i] for i in index] or [min(rows, key=lambda r: r.tokens)], index, held_out, placement)
+
+
+def add(sums: Sums, more: Sums) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def reduce_sums(sums: Sums) -> dict[str, float]:
+    """Sums over ranks; a rank whose micro-batches were all dummies has no names of its own."""
+    names = sorted({n for names in distributed.gather_objects(list(sums)) for n in names})
+    zero = torch.zeros(())
+    total = distributed.sum_over_ranks(torch.stack([sums.get(n, zero).double().cpu() for n in names]))
+    return dict(zip(names, total.tolist(), strict=True))

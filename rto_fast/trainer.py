@@ -1,0 +1,125 @@
+"""Reinforced Token Optimization (arXiv 2404.18922, Algorithm 1): the loop, and nothing of how its parts are made.
+
+    for each batch of prompts x:
+        y ~ pi(. | x)                                                           rollout
+        log pi, log pi_ref, log pi_dpo, V, r(x, y)                              score
+        r_t = beta1 log(pi_dpo / pi_ref) - beta2 log(pi / pi_ref) + [t = T] beta3 r    token reward, Eq. 4.7
+        A, R = GAE(r, V), whitened over the rollout                             targets
+        PPO updates of pi and V                                                 train
+        weights of pi -> sampler                                                sync
+
+Every rank holds the whole rollout (some 40 bytes a token), so that all of them see the same targets and cut the
+same train batches out of it; generation, forwards and gradients are shared out by tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+import torch
+
+from rto_fast import algo, build, distributed, rto_metrics, scoring
+from rto_fast.batch import Rollout, Scores, Targets
+from rto_fast.build import Run
+from rto_fast.config import RTOConfig
+from rto_fast.engine import Diverged
+from rto_fast.packing import balance
+from rto_fast.ppo_update import TrainBatch
+from rto_fast.rewards import ResponseTexts
+
+Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
+
+
+def train(config: RTOConfig, observe: Observer | None = None) -> Run:
+    """Runs RTO (PPO where beta1 = 0) and writes checkpoints, logs, the report and Hugging Face folders.
+
+    observe: called with each global rollout and its texts; what it returns is logged (a known true reward, say).
+    """
+    run = build.build(config)
+    with closing(run.logger):
+        for iteration in range(run.state.iteration, run.iterations):
+            metrics = rto_iteration(run, iteration, observe)
+            run.state.iteration = iteration + 1
+            run.logger.log(iteration + 1, metrics)
+            run.save_if_due()
+        run.finish()
+    return run
+
+
+def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> dict[str, float]:
+    """One turn of the loop; returns its metrics."""
+    config, state = run.config, run.state
+    with run.logger.phase("rollout"):
+        rollout = sample(run, iteration)
+    with run.logger.phase("score"):
+        texts = run.texts(rollout)
+        scores, sources = scoring.score(rollout, texts, run.scorers, config, run.placement, run.logger.progress)
+    metrics = rto_metrics.of_rollout(rollout, scores, sources)
+    metrics["samples"] = (iteration + 1) * config.responses
+    metrics |= observe(rollout, texts) if observe else {}
+    if not_finite := rto_metrics.not_finite(scores):
+        return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}")
+
+    targets = algo.targets(rollout, scores, config, state.kl.beta2)
+    metrics |= rto_metrics.of_targets(targets, len(rollout), state.kl.beta2)
+    state.kl.update(metrics["kl/token"], len(rollout))
+    run.keep_samples(iteration, rollout, scores, targets, texts)
+
+    with run.logger.phase("train"):
+        metrics |= ppo_updates(run, iteration, rollout, scores, targets)
+    with run.logger.phase("sync"):
+        run.sync()
+    return metrics
+
+
+def sample(run: Run, iteration: int) -> Rollout:
+    """The global rollout of an iteration, the same on every rank, in the order of its prompts."""
+    requests = run.requests(iteration)
+    owners = balance([len(r.prompt) + run.sampling.max_tokens for r in requests], distributed.world_size())
+    mine = sorted(owners[distributed.rank()])
+    run.rollout_engine.wake()
+    local = run.rollout_engine.generate(
+        [requests[i] for i in mine],
+        run.sampling,
+        lambda tokens, done: run.logger.progress(tokens, done=done, total=len(mine)),
+    )
+    run.rollout_engine.sleep()
+    parts = distributed.gather_objects((mine, local))
+    order = torch.tensor([i for index, _ in parts for i in index])
+    return Rollout.cat([part for _, part in parts]).select(order.argsort())
+
+
+def ppo_updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets) -> dict[str, float]:
+    """PPO epochs over the rollout: each train batch moves the policy, then the critic."""
+    config = run.config
+    trains_policy = iteration >= config.critic_warmup
+    policy_steps, critic_steps = [], []
+    for epoch in range(config.ppo_epochs):
+        for number, index in enumerate(run.train_batches(iteration, epoch, len(rollout))):
+            step = run.optimiser_step(iteration, epoch, number)
+            batch = TrainBatch(run, rollout, scores, targets, index)
+            if trains_policy:
+                policy_steps.append(batch.update_policy(step - run.optimiser_step(config.critic_warmup, 0, 0)))
+            critic_steps.append(batch.update_critic(step))
+            run.logger.progress(int(rollout.seq_lens[index].sum()))
+    skipped = [s for s in (*policy_steps, *critic_steps) if not s.result.applied]
+    metrics = rto_metrics.of_policy(policy_steps) | rto_metrics.of_critic(critic_steps)
+    if skipped:
+        return metrics | bad_step(run, f"{len(skipped)} updates of iteration {iteration + 1} had non-finite gradients")
+    run.state.bad_in_a_row = 0
+    return metrics | {"bad_steps": float(run.state.bad_steps)}
+
+
+def bad_step(run: Run, what: str) -> dict[str, float]:
+    """Counts a skipped step; raises Diverged after `max_bad_steps` in a row."""
+    state = run.state
+    state.bad_steps += 1
+    state.bad_in_a_row += 1
+    run.logger.warn(f"skipped: {what}")
+    if run.config.max_bad_steps and state.bad_in_a_row >= run.config.max_bad_steps:
+        raise Diverged(
+            f"{state.bad_in_a_row} bad steps in a row, the last: {what}. Parameters are those before them; the last "
+            f"checkpoint is whole. Look at the learning rates, the reward sources and bf16 against fp32."
+        )
+    return {"bad_steps": float(state.bad_steps)}
