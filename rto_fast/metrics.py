@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from rto_fast.config import ConfigError
-from rto_fast.runfiles import METRICS, RUN, SAMPLES, drop_after, json_line, write_atomic
+from rto_fast.runfiles import METRICS, RUN, SAMPLES, drop_after, duration, json_line, write_atomic
 
 COLUMNS = (
     ("reward", "reward/score", ".3f"),
@@ -53,16 +53,6 @@ PLAIN_PROGRESS_S = 30.0
 """Seconds between progress lines inside a phase when there is no terminal."""
 RATE_WINDOW = 20
 """Logged steps over which the time left is estimated."""
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `42s`, `3m 07s` or `5h 12m`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
 def peak_memory_gib() -> float:
@@ -122,9 +112,7 @@ class LiveDisplay:
             transient=True,
             refresh_per_second=4,
         )
-        self._run = self._progress.add_task(
-            stage, total=total or None, completed=done, note=f"step {done}/{total}"
-        )
+        self._run = self._progress.add_task(stage, total=total or None, completed=done, note=f"step {done}/{total}")
         self._phase = self._progress.add_task("", total=None, note="", visible=False)
         self._running = False
 
@@ -198,9 +186,7 @@ class RunLogger:
         start_step: int = 0,
     ) -> None:
         if wandb_project and importlib.util.find_spec("wandb") is None:  # on every rank, lest the others wait
-            raise ConfigError(
-                "wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out"
-            )
+            raise ConfigError("wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out")
         self.active = rank == 0
         if not self.active:
             return
@@ -216,9 +202,7 @@ class RunLogger:
         run = {"stage": stage, "total_steps": total_steps, "config": config}
         write_atomic(self._dir / RUN, json_line(run))
         self._file = (self._dir / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(self._dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         self._wandb = self._start_wandb(wandb_project, stage, config) if wandb_project else None
 
         self._console = Console(highlight=False)
@@ -292,9 +276,7 @@ class RunLogger:
             return
         name = self._phases.current
         if name is None:
-            raise RuntimeError(
-                "RunLogger.progress: no phase is open; call it inside `with logger.phase(name):`"
-            )
+            raise RuntimeError("RunLogger.progress: no phase is open; call it inside `with logger.phase(name):`")
         self._phases.tokens[name] = self._phases.tokens.get(name, 0) + int(tokens)
         self._span_tokens += int(tokens)
         rate = self._span_tokens / max(time.perf_counter() - self._span_start, 1e-9)

@@ -61,6 +61,16 @@ class ReportSample:
                 raise ValueError(f"ReportSample.{name}: {length} values for {len(self.tokens)} tokens")
 
 
+def duration(seconds: float) -> str:
+    """Seconds as `42s`, `3m 07s` or `5h 12m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
 def write_atomic(path: Path | str, text: str) -> None:
     """Writes UTF-8 text so that a kill leaves the old file or the new one, never a part."""
     path = Path(path)

@@ -20,11 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rto_fast import metrics
 from rto_fast.config import ConfigError
-from rto_fast.metrics import LiveDisplay, RunLogger, duration
+from rto_fast.metrics import LiveDisplay, RunLogger
 from rto_fast.runfiles import (
     ReportSample,
     append_samples,
     drop_after,
+    duration,
     read_metrics,
     read_rows,
     read_samples,
@@ -206,9 +207,7 @@ def test_wandb_gets_the_rows_and_keeps_its_run_on_resume(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: object())
     for start in (0, 1):
-        log = RunLogger(
-            tmp_path, stage="RTO", total_steps=2, rank=0, wandb_project="p", config={}, start_step=start
-        )
+        log = RunLogger(tmp_path, stage="RTO", total_steps=2, rank=0, wandb_project="p", config={}, start_step=start)
         log.log(start + 1, {"policy/loss": 0.5})
         log.close()
     assert ids[0] == ids[1]
