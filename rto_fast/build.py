@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import data, distributed, models, runfiles
+from rto_fast import data, distributed, models, report, runfiles
 from rto_fast.algo import KLController
 from rto_fast.assembly import choose_attention, frozen, open_output, save_model, save_tokenizer
 from rto_fast.batch import Request, Rollout, Scores, Targets
@@ -158,7 +158,7 @@ class Run:
         """Exports the models and writes the report."""
         self.export(Path(self.config.output_dir))
         if distributed.rank() == 0:
-            path = report.write_run_report(Path(self.config.output_dir))
+            path = report.report_run(Path(self.config.output_dir), limit=self.config.report_samples)
             self.logger.message(f"policy: {Path(self.config.output_dir) / 'policy'}; report: {path}")
 
 
@@ -189,7 +189,6 @@ def build(config: RTOConfig) -> Run:
         rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=start,
     )  # fmt: skip
-    logger.message(str(prompts.counts))
 
     updates = config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import transformers
 import tyro
 
 from rto_fast.config import ConfigError, RunConfig
@@ -32,6 +33,8 @@ def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = 
 def main(defaults: C, run: Callable[[C], object]) -> None:
     """Parses the flags into a config like `defaults` and runs it. A ConfigError becomes one line and exit code 2."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
+    transformers.logging.disable_progress_bar()
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.ExitStack() as stack:

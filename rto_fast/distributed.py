@@ -35,6 +35,8 @@ def init() -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if not dist.is_initialized():
         accelerator.set_device(local_rank)
+        # On a CPU DeepSpeed would compile a shared-memory collective first: a minute, and a compiler. gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     return device()
 

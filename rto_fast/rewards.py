@@ -45,6 +45,10 @@ class ResponseTexts:
     messages: list[list[dict]]
     """The prompt's messages, for sources with a chat template of their own."""
 
+    def select(self, index: Sequence[int]) -> ResponseTexts:
+        """The entries at `index`, in that order."""
+        return ResponseTexts(*([column[i] for i in index] for column in (self.prompts, self.responses, self.messages)))
+
 
 class RewardSource(Protocol):
     """Scores each response as a whole."""

@@ -151,7 +151,7 @@ def _prepare(config: SupervisedConfig) -> _Common:
     check_template(config.model, template, "model")
     check_max_length(config.max_length, model, "max_length")
     attention, kernel = choose_attention(config, device)
-    placement = Placement(device, kernel, config.micro_tokens, lockstep=config.zero_stage == 3)
+    placement = Placement(device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.micro_tokens)
     return _Common(tokenizer, template, placement, {"dtype": DTYPES[config.dtype], "attention": attention})
 
 
@@ -169,11 +169,10 @@ def _pairs(part: data.PreferenceData) -> list[Row]:
     ]
 
 
-def _run(config: SupervisedConfig, common: _Common, make_stage, name: str, counts: data.Counts, rows: int) -> Path:
+def _run(config: SupervisedConfig, common: _Common, make_stage, name: str, rows: int) -> Path:
     checkpoints = open_output(config)
     found = checkpoints.read()
     logger = _logger(config, name, rows, found[0] if found else 0)
-    logger.message(str(counts))
     return fit(config, make_stage(), common.tokenizer, common.template, common.placement, checkpoints, logger, found)
 
 
@@ -187,7 +186,7 @@ def train_sft(config: SFTConfig) -> Path:
     return _run(
         config, common,
         lambda: SFT(models.load_policy(config.model, argument="model", **common.loading), train, held_out),
-        SFT.name, parts[0].counts, len(train),
+        SFT.name, len(train),
     )  # fmt: skip
 
 
@@ -203,7 +202,7 @@ def train_rm(config: RMConfig) -> Path:
         model = models.new_scalar(config.model, argument="model", head_std=1 / (hidden + 1), **common.loading)
         return RewardModel(model, train, held_out)
 
-    return _run(config, common, make, RewardModel.name, parts[0].counts, len(train))
+    return _run(config, common, make, RewardModel.name, len(train))
 
 
 def train_dpo(config: DPOConfig) -> Path:
@@ -226,4 +225,4 @@ def train_dpo(config: DPOConfig) -> Path:
         model = models.load_policy(config.model, argument="model", **common.loading)
         return DPO(model, train, held_out, tables, config.beta)
 
-    return _run(config, common, make, DPO.name, parts[0].counts, len(train))
+    return _run(config, common, make, DPO.name, len(train))
