@@ -28,7 +28,7 @@ _INK, _MUTED, _GRID = "#fe0101", "#fe0102", "#fe0103"  # placeholders for var(--
 _SERIES = tuple(f"#fe02{i:02x}" for i in range(PALETTE))
 STYLE = {
     "svg.fonttype": "none",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": _INK,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _MUTED,
@@ -126,12 +126,11 @@ def _draw_lines(ax: Axes, chart: Chart, colours: dict[str, str]) -> None:
             ax.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
         finite = [math.isfinite(v) for v in y]
         # A point between two gaps is a line of no length, which only a marker shows.
-        lonely = [
-            a and not (b or c) for a, b, c in zip(finite, [False, *finite[:-1]], [*finite[1:], False], strict=True)
-        ]
+        around = zip([False, *finite[:-1]], finite, [*finite[1:], False], strict=True)
+        lonely = [here and not (before or after) for before, here, after in around]
         ax.plot(
             curve.x, y, color=colour, linewidth=0.8 if curve.faint else 1.7, alpha=0.45 if curve.faint else 1,
-            marker="o", markersize=3.5, markevery=[i for i, one in enumerate(lonely) if one or len(y) <= 12],
+            marker="o", markersize=3.5 if len(y) > 1 else 6, markevery=[i for i, one in enumerate(lonely) if one or len(y) <= 12],
         )  # fmt: skip
 
 

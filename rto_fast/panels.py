@@ -100,12 +100,14 @@ HIDDEN = ("step", "samples", "run/elapsed_s", "rate/tokens_s")
 
 
 def _short(key: str, pattern: str) -> str:
-    """Curve name of `key`: what the pattern's * stands for, or policy/critic, or the last part."""
+    """Curve name of `key`: what the pattern's * stands for, or policy/critic, or mean/max, or the last part."""
     if "*" in pattern:
         head, tail = pattern.split("*")
         return key.removeprefix(head).removesuffix(tail)
     group, _, name = key.partition("/")
-    return group if group in ("policy", "critic", "train", "eval") and "ratio" not in name else (name or group)
+    if name.endswith(("_mean", "_max")):
+        return name.rpartition("_")[2]
+    return group if group in ("policy", "critic", "train", "eval") else (name or group)
 
 
 def sections(metrics: Sequence[dict]) -> list[tuple[str, list[Chart]]]:
