@@ -164,7 +164,7 @@ def _json_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, Any]
         f.seek(0)
         for line, text in enumerate(f, start=1):
             if text.strip():
-                yield line, parse(text, line)
+                yield line, parse(text.rstrip(), line)
 
 
 def _csv_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
