@@ -128,9 +128,10 @@ def _draw_lines(ax: Axes, chart: Chart, colours: dict[str, str]) -> None:
         # A point between two gaps is a line of no length, which only a marker shows.
         around = zip([False, *finite[:-1]], finite, [*finite[1:], False], strict=True)
         lonely = [here and not (before or after) for before, here, after in around]
+        marked = [i for i, one in enumerate(lonely) if one or len(y) <= 12]
         ax.plot(
             curve.x, y, color=colour, linewidth=0.8 if curve.faint else 1.7, alpha=0.45 if curve.faint else 1,
-            marker="o", markersize=3.5 if len(y) > 1 else 6, markevery=[i for i, one in enumerate(lonely) if one or len(y) <= 12],
+            marker="o", markersize=3.5 if len(y) > 1 else 6, markevery=marked,
         )  # fmt: skip
 
 
