@@ -200,8 +200,9 @@ JS = """
       });
       svg.append(mark);
       plot.append(tip);
-      const left = cx / unit + 12, over = left + tip.offsetWidth > box.width;
-      tip.style.left = Math.max(0, over ? cx / unit - 12 - tip.offsetWidth : left) + 'px';
+      const left = cx / unit + 12, edge = document.documentElement.clientWidth;  // beside the dots, never over them
+      const over = box.left + left + tip.offsetWidth > edge;
+      tip.style.left = (over ? cx / unit - 12 - tip.offsetWidth : left) + 'px';
       tip.style.top = '8px';
     });
   });

@@ -126,7 +126,7 @@ def test_curves_are_drawn(page):
           const box = e => e.getBoundingClientRect();
           const lines = [...chart.querySelectorAll('svg [id*="axes_1"] path')].filter(p => {
             const style = getComputedStyle(p);
-            return p.closest('[id*="line2d"], [id*="FillBetweenPolyCollection"]')
+            return /var\\(--c[0-9]/.test(p.getAttribute('style'))  // a series, not a grid line
               && (style.stroke !== 'none' || style.fill !== 'none') && box(p).width > 100;
           });
           const svg = box(chart.querySelector('svg')), card = box(chart);
