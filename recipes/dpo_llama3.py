@@ -10,6 +10,7 @@ DEFAULTS = DPOConfig(
     model="OpenRLHF/Llama-3-8b-sft-mixture",
     data="HuggingFaceH4/ultrafeedback_binarized",
     data_split="train_prefs",
+    eval_split="test_prefs",
     output_dir="runs/dpo_llama3",
 )
 

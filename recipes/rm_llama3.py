@@ -10,6 +10,7 @@ DEFAULTS = RMConfig(
     model="meta-llama/Llama-3.2-1B-Instruct",
     data="HuggingFaceH4/ultrafeedback_binarized",
     data_split="train_prefs",
+    eval_split="test_prefs",
     output_dir="runs/rm_llama3",
 )
 

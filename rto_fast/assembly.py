@@ -41,7 +41,9 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> torch.nn.Module:
 
         settings = {k: v for k, v in deepspeed_config(config).items() if k != "gradient_clipping"}
         settings["zero_optimization"] = {"stage": 3}
-        return deepspeed.initialize(model=model, config=settings)[0].eval()
+        engine = deepspeed.initialize(model=model, config=settings)[0]
+        engine.eval()
+        return engine
     return model.to(distributed.device())
 
 

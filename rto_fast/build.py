@@ -26,7 +26,7 @@ from rto_fast.packing import Placement
 from rto_fast.report_samples import report_samples
 from rto_fast.rewards import ResponseTexts, load_reward_sources
 from rto_fast.rollout import RolloutEngine, Sampling, make_engine, sample_seed
-from rto_fast.scoring import ModelReward, Scorers, same_tokenizer
+from rto_fast.scoring import ModelReward, OwnText, Scorers, same_tokenizer
 from rto_fast.template import (
     ChatTemplate,
     check_max_length,
@@ -172,7 +172,7 @@ def build(config: RTOConfig) -> Run:
     checkpoints = open_output(config)
     found = checkpoints.read()
     remote_and_functions = load_reward_sources(config)
-    tokenizer = load_tokenizer(config.policy)
+    tokenizer = load_tokenizer(config.policy, "policy")
     template = load_template(config.chat_template, tokenizer)
     _check_models(config, tokenizer, template)
     prompts = data.load_prompts(config, tokenizer, template)
@@ -205,7 +205,11 @@ def build(config: RTOConfig) -> Run:
         dpo = frozen(models.load_policy(config.dpo_model, argument="dpo_model", **loading), config)
         if config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
             dpo_ref = frozen(models.load_policy(config.dpo_ref, argument="dpo_ref", **loading), config)
-    sources = [_model_reward(i, config, tokenizer, placement, loading) for i in range(len(config.reward_model))]
+    names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
+    sources = [
+        _model_reward(path, name, config, tokenizer, prompts, placement, loading)
+        for path, name in zip(config.reward_model, names, strict=True)
+    ]
     scorers = Scorers(
         policy=policy.evaluate, critic=critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
         rewards=[*sources, *remote_and_functions], reward_weights=config.reward_weights,
@@ -247,7 +251,7 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
             check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
     for path in config.reward_model:
         models.load_config(path, "reward_model")
-        if same_tokenizer(tokenizer, load_tokenizer(path)):
+        if same_tokenizer(tokenizer, load_tokenizer(path, "reward_model")):
             check_template(path, template, "reward_model")
 
 
@@ -255,7 +259,7 @@ def _critic(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, loading: dict
     """The critic and where it came from."""
     if config.reward_model and config.critic != "policy":
         path = config.reward_model[0]
-        if same_tokenizer(tokenizer, load_tokenizer(path)):
+        if same_tokenizer(tokenizer, load_tokenizer(path, "reward_model")):
             return models.load_scalar(path, argument="reward_model", **loading), f"the reward model {path}"
         require(
             config.critic == "auto",
@@ -267,16 +271,15 @@ def _critic(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, loading: dict
 
 
 def _model_reward(
-    number: int, config: RTOConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement, loading: dict[str, Any]
-) -> ModelReward:
-    path = config.reward_model[number]
-    name = f"model{number}" if len(config.reward_model) > 1 else "model"
+    path: str, name: str, config: RTOConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptData,
+    placement: Placement, loading: dict[str, Any],
+) -> ModelReward:  # fmt: skip
     model = frozen(models.load_scalar(path, argument="reward_model", **loading), config)
-    own = load_tokenizer(path)
+    own = load_tokenizer(path, "reward_model")
     if same_tokenizer(tokenizer, own):
         return ModelReward(name, model, placement)
     limit = getattr(models.load_config(path, "reward_model"), "max_position_embeddings", 0)
-    return ModelReward(name, model, placement, own, load_template("auto", own), limit)
+    return ModelReward(name, model, placement, OwnText(own, load_template("auto", own), limit, prompts.prompts))
 
 
 def _permutation(count: int, key: str) -> Sequence[int]:

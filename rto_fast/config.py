@@ -73,11 +73,11 @@ class RunConfig:
     data_split: str = "train"
     """Split of a Hub data set or saved folder."""
     max_rows: int = 0
-    """Rows used, from the first; 0 = all."""
+    """Rows used of each data set, from the first; 0 = all."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, else the plain one; plain; or the path of a Jinja file."""
     overlong: Literal["refuse", "skip", "truncate"] = "skip"
-    """What happens to rows over the length limit (counted either way). truncate cuts a response's end."""
+    """What happens to rows over the length limit, counted either way. truncate cuts responses, never prompts."""
     invalid_rows: Literal["refuse", "skip"] = "refuse"
     """What happens to rows with a missing key, empty or non-string text, or chosen = rejected."""
     data_workers: int = 0
@@ -129,9 +129,11 @@ class SupervisedConfig(RunConfig):
     max_length: int = 2048
     """Tokens of prompt + response at most."""
     eval_fraction: float = 0.05
-    """Share of the rows held out for evaluation (when eval_data is empty)."""
+    """Share of the rows held out for evaluation (when eval_data and eval_split are empty)."""
     eval_data: str = ""
-    """Data set to evaluate on; empty = the held-out share of `data`."""
+    """Data set to evaluate on; empty = `data` (its eval_split, else its held-out share)."""
+    eval_split: str = ""
+    """Split to evaluate on; empty = data_split of eval_data, or the held-out share of `data`."""
     prompt_key: str = "prompt"
     """Column of the prompt (string or message list)."""
 

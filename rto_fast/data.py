@@ -212,9 +212,9 @@ def load_preferences(
     """(training pairs, held-out pairs), at most `config.max_length` tokens of prompt + longer response.
 
     Where chosen and rejected are whole conversations, their earlier turns are the prompt and must be the same
-    in both. Held out are the rows of `config.eval_data`, else a share `config.eval_fraction` chosen by the
-    seed, whole prompts at a time, so that no held-out prompt is trained on. Prints the counts. Raises
-    DataError.
+    in both. Held out are the rows of `config.eval_data` (or of `config.eval_split`), else a share
+    `config.eval_fraction` chosen by the seed, whole prompts at a time, so that no held-out prompt is trained on.
+    Prints the counts. Raises DataError.
     """
     keys = {"prompt": config.prompt_key, "chosen": config.chosen_key, "rejected": config.rejected_key}
     encode = partial(preference_row, tokenizer=tokenizer, template=template)
@@ -264,8 +264,8 @@ def _train_and_held_out(config: SupervisedConfig, encode: Encode, columns: Colum
         return _Part(rows.prompt_ids.take(kept), first, second, kept.tolist(), counts)
 
     train = part("data", config.data)
-    if config.eval_data:
-        return train, part("eval_data", config.eval_data)
+    if config.eval_data or config.eval_split:
+        return train, part("eval_data", config.eval_data or config.data)
     held_out = _held_out(train.prompt_ids, config.eval_fraction, config.seed)
     return train.take(np.flatnonzero(~held_out)), train.take(np.flatnonzero(held_out))
 
@@ -397,7 +397,8 @@ def _load(config: RunConfig, argument: str, name: str, encode: Encode, columns: 
 
 
 def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, columns: Columns) -> _Rows:
-    fingerprint, read = open_source(argument, name, config.data_split)
+    split = getattr(config, "eval_split", "") if argument == "eval_data" else ""
+    fingerprint, read = open_source(argument, name, split or config.data_split)
     if not config.data_cache:
         with tempfile.TemporaryDirectory() as scratch:
             return _Rows.of(argument, name, _tokenise(config, read, encode, columns, scratch))

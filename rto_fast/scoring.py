@@ -14,7 +14,7 @@ from rto_fast.batch import Rollout, Scores
 from rto_fast.config import RTOConfig
 from rto_fast.packing import Placement, balance
 from rto_fast.rewards import ResponseTexts, RewardSource
-from rto_fast.template import ChatTemplate
+from rto_fast.template import ChatTemplate, Prompt
 
 # A model as the scorer calls it: a bare module, or a DeepSpeed engine around one.
 Model = Callable[..., Tensor]
@@ -92,6 +92,28 @@ def _token_scores(
     return out  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class OwnText:
+    """A reward model's own way from a prompt and a response to tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    max_length: int
+    """Positions of the model, tokens; longer text loses its end. 0 = unlimited."""
+    prompts: Sequence[Prompt]
+    """The data's prompts by row, as strings or messages."""
+
+    def encode(self, rows: Sequence[int], responses: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+        """(sequences of token ids, prompt lengths) of responses to the prompts at `rows`."""
+        sequences, prompt_lens = [], []
+        for row, response in zip(rows, responses, strict=True):
+            head, tail = self.template.encode_pair(self.tokenizer, self.prompts[row], response)
+            ids = torch.tensor((head + tail)[: self.max_length or None], dtype=torch.int64)
+            sequences.append(ids)
+            prompt_lens.append(min(len(head), ids.numel()))
+        return sequences, prompt_lens
+
+
 class ModelReward:
     """A local reward model, on the policy's tokens where the tokenizers agree, else on the text re-tokenised."""
 
@@ -100,38 +122,23 @@ class ModelReward:
         name: str,
         model: Model,
         placement: Placement,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        template: ChatTemplate | None = None,
-        max_length: int = 0,
+        own_text: OwnText | None = None,
     ) -> None:
-        """tokenizer, template: the reward model's own, or None where the policy's tokens are its own.
-
-        max_length: positions of the reward model, in tokens; 0 = unlimited.
-        """
-        self.name, self.model, self.placement = name, model, placement
-        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        """own_text: how this model reads text, or None where the policy's tokens are its own."""
+        self.name, self.model, self.placement, self.own_text = name, model, placement, own_text
 
     @torch.no_grad()
     def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
         """[B] fp32: the model's normalised output at the last token of each sequence."""
         sequences, prompt_lens = rollout.sequences(), rollout.prompt_lens.tolist()
-        if self.tokenizer is not None:
-            sequences, prompt_lens = self._retokenised(texts)
+        if self.own_text is not None:
+            sequences, prompt_lens = self.own_text.encode(rollout.rows.tolist(), texts.responses)
         out = torch.zeros(len(rollout))
         for index, batch in self.placement.micro(sequences, prompt_lens):
             values = self.model(batch, batch.last_positions)
             if index:
                 out[torch.tensor(index)] = values.float().cpu()
         return out
-
-    def _retokenised(self, texts: ResponseTexts) -> tuple[list[Tensor], list[int]]:
-        sequences, prompt_lens = [], []
-        for messages, prompt, response in zip(texts.messages, texts.prompts, texts.responses, strict=True):
-            head, tail = self.template.encode_pair(self.tokenizer, messages or prompt, response)
-            ids = torch.tensor((head + tail)[: self.max_length or None], dtype=torch.int64)
-            sequences.append(ids)
-            prompt_lens.append(min(len(head), ids.numel()))
-        return sequences, prompt_lens
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
