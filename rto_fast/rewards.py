@@ -79,15 +79,11 @@ def load_reward_sources(config: RTOConfig) -> list[RewardSource]:
     """
     sources: list[RewardSource] = [FunctionReward.load(spec) for spec in config.reward_fn]
     for url in config.reward_url:
-        sources.append(
-            RemoteReward(url, timeout_s=config.reward_timeout_s, attempts=config.reward_retries + 1)
-        )
+        sources.append(RemoteReward(url, timeout_s=config.reward_timeout_s, attempts=config.reward_retries + 1))
     names = [s.name for s in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(
-                f"reward source {name} is given twice; give it once with a larger --reward-weight"
-            )
+            raise ConfigError(f"reward source {name} is given twice; give it once with a larger --reward-weight")
     return sources
 
 
@@ -133,13 +129,9 @@ class FunctionReward:
             raise RewardError(f"reward function {self.name} raised {self._blame(texts, error)}") from error
         count = len(texts.responses)
         if isinstance(answer, str | bytes | dict) or not hasattr(answer, "__len__"):
-            raise RewardError(
-                f"reward function {self.name} answered a {type(answer).__name__}, not {count} numbers"
-            )
+            raise RewardError(f"reward function {self.name} answered a {type(answer).__name__}, not {count} numbers")
         if len(answer) != count:
-            raise RewardError(
-                f"reward function {self.name} answered {len(answer)} scores for {count} responses"
-            )
+            raise RewardError(f"reward function {self.name} answered {len(answer)} scores for {count} responses")
         scores = []
         for i, value in enumerate(answer):
             if isinstance(value, str | bytes):
@@ -294,9 +286,7 @@ class RemoteReward:
                 f'remote reward {self.name}: answer is not {{"rewards": [...]}}: {answer.text[:200]!r}'
             ) from None
         if not isinstance(rewards, list) or not all(type(r) in (int, float) for r in rewards):
-            raise RewardError(
-                f"remote reward {self.name}: rewards is no flat list of numbers: {str(rewards)[:200]}"
-            )
+            raise RewardError(f"remote reward {self.name}: rewards is no flat list of numbers: {str(rewards)[:200]}")
         if len(rewards) != count:
             raise RewardError(f"remote reward {self.name}: {len(rewards)} rewards for {count} responses")
         return rewards

@@ -54,13 +54,15 @@ class Batch:
     """Response length of each row, 0 while it goes on."""
     last: Tensor
     """[n, 1] int64: the newest token of each row."""
+    width: int
+    """Columns of the cache in use, padding included."""
 
 
 class TransformersEngine:
     """A RolloutEngine in this process, on any transformers causal LM (see RolloutEngine for the contract).
 
     Models whose layers are all plain attention take the fast way: preallocated cache, prepared mask, grouped
-    attention. Others (sliding windows, recurrent layers, ALiBi) keep transformers' own cache and masks.
+    attention. Others (sliding windows, hybrids with recurrent layers, ALiBi) keep transformers' own cache and masks.
     """
 
     def __init__(
@@ -73,11 +75,15 @@ class TransformersEngine:
     ) -> None:
         """`rollout_tokens`: bound on rows x (longest prompt + max_tokens) of a batch; one row always goes.
 
-        Raises ValueError when the checkpoint lacks weights of the model.
+        Raises ValueError when the checkpoint lacks weights of the model, or the model has no `past_key_values`
+        (pure state-space models).
         """
         model, info = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"{model_path}: the checkpoint lacks {sorted(info['missing_keys'])[:5]}")
+        accepted = inspect.signature(model.forward).parameters
+        if "past_key_values" not in accepted:
+            raise ValueError(f"{model_path}: {type(model).__name__} has no key-value cache and cannot be sampled from")
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.rollout_tokens = rollout_tokens
@@ -93,12 +99,11 @@ class TransformersEngine:
             bool(self.layers)
             and all(kind is DynamicLayer for kind in self.layers)
             and self.model.config._attn_implementation == "sdpa"
-            and self.model._supports_attention_backend
+            and getattr(self.model, "_supports_attention_backend", False)
         )
         if self.fast:
             self.model.set_attn_implementation(ATTENTION)
-        keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if keep else {}
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     # Weights
 
@@ -116,9 +121,7 @@ class TransformersEngine:
                 size += tensor.numel() * tensor.element_size()
             lost = sorted(name for name, ptr in missing.items() if ptr not in first_names)
             if lost:
-                raise SyncError(
-                    f"{lost[0]}: never pushed ({len(lost)} of {len(missing)} parameters are missing)"
-                )
+                raise SyncError(f"{lost[0]}: never pushed ({len(lost)} of {len(missing)} parameters are missing)")
         except SyncError as error:
             self.torn = str(error)
             raise
@@ -194,9 +197,7 @@ class TransformersEngine:
             if not length:
                 raise ValueError(f"request {i} (row {request.row}): the prompt is empty")
             if not 0 <= min(request.prompt) <= max(request.prompt) < self.vocab_size:
-                raise ValueError(
-                    f"request {i} (row {request.row}): a prompt token is not in [0, {self.vocab_size})"
-                )
+                raise ValueError(f"request {i} (row {request.row}): a prompt token is not in [0, {self.vocab_size})")
             if self.max_positions and length + sampling.max_tokens > self.max_positions:
                 raise ValueError(
                     f"request {i} (row {request.row}): {length} prompt tokens + max_tokens "
@@ -210,8 +211,7 @@ class TransformersEngine:
         batch, logits = self._prefill(requests, sampling.max_tokens)
         for step in range(sampling.max_tokens):
             if step:
-                logits = self._forward(batch, batch.cache.get_seq_length() + 1)
-                batch.positions += 1
+                logits = self._forward(batch)
             batch.last, logp = sample(logits, batch.u[step], sampling.temperature)
             batch.tokens[step] = batch.last[:, 0]
             batch.logps[step] = logp[:, 0]
@@ -243,9 +243,7 @@ class TransformersEngine:
             cache = Cache(layers=[FixedLayer(longest + max_tokens) for _ in self.layers])
             if min(lens) < longest:
                 causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-                seen = causal & real[:, None, :longest] | torch.eye(
-                    longest, dtype=torch.bool
-                )  # no empty rows
+                seen = causal & real[:, None, :longest] | torch.eye(longest, dtype=torch.bool)  # no empty rows
                 prefill_mask = seen[:, None].to(self.device)
                 mask = torch.zeros(real.shape, dtype=self.model.dtype).masked_fill_(~real, float("-inf"))
                 mask = mask[:, None, None].to(self.device)
@@ -267,19 +265,23 @@ class TransformersEngine:
             logps=torch.zeros(max_tokens, n, dtype=torch.float32, device=self.device),
             lens=[0] * n,
             last=positions[:, -1:],
+            width=longest,
         )
         return batch, logits
 
-    def _forward(self, batch: Batch, width: int) -> Tensor:
+    def _forward(self, batch: Batch) -> Tensor:
         """Feeds the last tokens; [n, V] logits."""
-        return self.model(
+        batch.width += 1
+        logits = self.model(
             input_ids=batch.last,
-            attention_mask=None if batch.mask is None else batch.mask[..., :width],
+            attention_mask=None if batch.mask is None else batch.mask[..., : batch.width],
             position_ids=batch.positions,
             past_key_values=batch.cache,
             use_cache=True,
             **self.last_only,
         ).logits[:, -1]
+        batch.positions += 1
+        return logits
 
     def _look(self, batch: Batch, steps: int, stops: Tensor, last: bool, progress: Progress) -> None:
         """Sets the lengths of the rows that have ended by `steps`, and reports progress."""

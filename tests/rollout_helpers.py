@@ -29,6 +29,13 @@ FAMILIES = {
     ),
     "mistral_window": (transformers.MistralConfig, SMALL | HEADS | {"sliding_window": 8}),
     "gemma2": (transformers.Gemma2Config, SMALL | HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "lfm2_hybrid": (
+        transformers.Lfm2Config,
+        SMALL
+        | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        | {"layer_types": ["conv", "full_attention"]},
+    ),
+    "mamba": (transformers.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "bloom": (transformers.BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }
 FAST = {"llama", "llama_tied", "qwen3", "gpt2"}

@@ -157,6 +157,11 @@ def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
         engine_of(tmp_path)
 
 
+def test_a_model_without_a_key_value_cache_is_refused():
+    with pytest.raises(ValueError, match="MambaForCausalLM has no key-value cache"):
+        engine_of(model_path("mamba"))
+
+
 @pytest.mark.parametrize("name", ["auto", "transformers"])
 def test_make_engine(name):
     config = RTOConfig(rollout_engine=name, rollout_tokens=77)
