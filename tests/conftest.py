@@ -1,0 +1,55 @@
+"""Fixtures that several test files share; nothing heavy is imported before a test asks for it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from loop_helpers import RENDEZVOUS, Launch, make_tiny_models
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """`loop_helpers.TinyModels`: tiny models and data, the same for the whole session; do not write into them."""
+    return make_tiny_models(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(args, ranks=1, env=None, timeout_s=300) -> Result; launch.start(args, ranks) -> a running Launch.
+
+    `args` follow `python`: a recipe or script and its flags. Ranks that still run at the test's end are killed.
+    """
+    started: list[Launch] = []
+
+    def start(args, ranks=1, env=None) -> Launch:
+        log = tmp_path / f"launch{len(started)}.log"
+        started.append(Launch(args, ranks=ranks, log=log, env=env))
+        return started[-1]
+
+    def run(args, ranks=1, env=None, timeout_s=300):
+        return start(args, ranks, env).wait(timeout_s)
+
+    run.start = start
+    yield run
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone, and an environment that is afterwards what it was before."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    import torch
+
+    from rto_fast import distributed
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield distributed.init()
+    torch.set_num_threads(threads)
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
