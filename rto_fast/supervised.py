@@ -128,6 +128,8 @@ def fit(
             with logger.phase("train"):
                 metrics, applied = train_step(config, stage, engine, placement, logger, step)
             bad_in_a_row = 0 if applied else bad_in_a_row + 1
+            if step + 1 == total:
+                metrics |= conclude(stage, engine, placement, logger)
             logger.log(step + 1, metrics)
             if not applied:
                 logger.warn(f"skipped step {step + 1}: loss {metrics['train/loss']}, gradient norm "
@@ -138,16 +140,22 @@ def fit(
             if config.save_every and (step + 1) % config.save_every == 0:
                 with logger.phase("checkpoint"):
                     checkpoints.save(step + 1, {"model": engine}, {"bad_in_a_row": bad_in_a_row}, {})
-        with logger.phase("evaluate"):
-            metrics = evaluate(stage, engine, placement)
-            metrics |= stage.finish(engine.evaluate, placement)
-        if metrics:
-            logger.log(total, metrics)
+        if start == total:  # killed between its last checkpoint and the export
+            conclude(stage, engine, placement, logger)
         folder = Path(config.output_dir) / "model"
         save_model(engine.model, folder, tokenizer, template, distributed.rank() == 0)
         distributed.barrier()
         logger.message(f"{stage.name}: {folder}")
     return folder
+
+
+def conclude(stage: Stage, engine: TrainEngine, placement: Placement, logger: RunLogger) -> dict[str, float]:
+    """Evaluation after the last step, and what the stage leaves in its model."""
+    with logger.phase("evaluate"):
+        metrics = evaluate(stage, engine, placement) | stage.finish(engine.evaluate, placement)
+    if metrics:
+        logger.message("evaluation: " + ", ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in metrics.items()))
+    return metrics
 
 
 def train_step(
