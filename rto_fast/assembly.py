@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,13 +14,17 @@ from rto_fast import distributed, models
 from rto_fast.attention import resolve_attention
 from rto_fast.config import ConfigError, RunConfig, require
 from rto_fast.engine import DTYPES, Checkpoints, deepspeed_config
+from rto_fast.metrics import check_wandb
 from rto_fast.template import ChatTemplate, save_template
 
 
 def open_output(config: RunConfig) -> Checkpoints:
-    """The run's checkpoints; ConfigError where the folder holds a run that is not to be resumed."""
+    """The run's checkpoints; ConfigError where the folder holds a run that is not to be resumed. Writes nothing."""
+    check_wandb(config.wandb_project)
     folder = Path(config.output_dir)
-    require(not folder.is_file(), f"output_dir: {folder} is a file")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    require(there.is_dir(), f"output_dir: {there} is a file")
+    require(os.access(there, os.W_OK | os.X_OK), f"output_dir: no permission to write in {there}")
     if config.resume == "never" and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"output_dir: {folder} already holds a run; pass --resume auto to go on with it, or another "
                           "--output-dir")  # fmt: skip
@@ -33,9 +40,28 @@ def choose_attention(config: RunConfig, device: torch.device) -> tuple[str, str]
         raise ConfigError(str(error)) from error
 
 
-def frozen(model: torch.nn.Module, config: RunConfig) -> torch.nn.Module:
-    """A model for scoring only; partitioned over ranks under ZeRO-3, else whole on the device."""
+class FrozenModel:
+    """A model for scoring only. With `parks` it waits in host memory until `fetch`, and again after `park`."""
+
+    def __init__(self, module: Callable[..., Any], device: torch.device, *, parks: bool) -> None:
+        self.module, self.device, self.parks = module, device, parks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def fetch(self) -> None:
+        if self.parks:
+            self.module.to(self.device)
+
+    def park(self) -> None:
+        if self.parks:
+            self.module.to("cpu")
+
+
+def frozen(model: torch.nn.Module, config: RunConfig, *, parks: bool = False) -> FrozenModel:
+    """A model for scoring only; partitioned over ranks under ZeRO-3, else whole on the device (or parked)."""
     model.eval().requires_grad_(False)
+    device = distributed.device()
     if config.zero_stage == 3:
         import deepspeed
 
@@ -43,8 +69,8 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> torch.nn.Module:
         settings["zero_optimization"] = {"stage": 3}
         engine = deepspeed.initialize(model=model, config=settings)[0]
         engine.eval()
-        return engine
-    return model.to(distributed.device())
+        return FrozenModel(engine, device, parks=False)
+    return FrozenModel(model if parks else model.to(device), device, parks=parks)
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import data, distributed, models, report, runfiles
 from rto_fast.algo import KLController
-from rto_fast.assembly import choose_attention, frozen, open_output, save_model, save_tokenizer
+from rto_fast.assembly import FrozenModel, choose_attention, frozen, open_output, save_model, save_tokenizer
 from rto_fast.batch import Request, Rollout, Scores, Targets
 from rto_fast.config import RTOConfig, require
 from rto_fast.data import PromptData
@@ -175,6 +175,7 @@ def build(config: RTOConfig) -> Run:
     tokenizer = load_tokenizer(config.policy, "policy")
     template = load_template(config.chat_template, tokenizer)
     _check_models(config, tokenizer, template)
+    sampling = Sampling(config.max_response_length, config.temperature, stop_token_ids(config.policy, tokenizer))
     prompts = data.load_prompts(config, tokenizer, template)
     iterations = config.iterations or -(-round(config.epochs * len(prompts.prompt_ids)) // config.rollout_batch)
 
@@ -183,43 +184,49 @@ def build(config: RTOConfig) -> Run:
     placement = Placement(device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.score_tokens)
     loading = {"dtype": dtype, "attention": attention}
 
-    start = found[0] if found else 0
-    logger = RunLogger(
-        config.output_dir, stage="RTO" if config.beta1 else "PPO", total_steps=iterations,
-        rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
-        start_step=start,
-    )  # fmt: skip
-
     updates = config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(
         models.load_policy(config.policy, argument="policy", **loading), config,
         peak_lr=config.policy_lr, total_steps=max(1, (iterations - config.critic_warmup) * updates),
     )  # fmt: skip
     critic_model, origin = _critic(config, tokenizer, loading)
-    logger.message(f"critic: starts from {origin}")
     critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
 
-    reference = frozen(models.load_policy(config.reference or config.policy, argument="reference", **loading), config)
+    kept: list[FrozenModel] = []
+
+    def keep(model: torch.nn.Module) -> FrozenModel:
+        kept.append(frozen(model, config, parks=config.park_frozen))
+        return kept[-1]
+
+    reference = keep(models.load_policy(config.reference or config.policy, argument="reference", **loading))
     dpo, dpo_ref = None, reference
     if config.beta1:
-        dpo = frozen(models.load_policy(config.dpo_model, argument="dpo_model", **loading), config)
+        dpo = keep(models.load_policy(config.dpo_model, argument="dpo_model", **loading))
         if config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
-            dpo_ref = frozen(models.load_policy(config.dpo_ref, argument="dpo_ref", **loading), config)
+            dpo_ref = keep(models.load_policy(config.dpo_ref, argument="dpo_ref", **loading))
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
     sources = [
-        _model_reward(path, name, config, tokenizer, prompts, placement, loading)
+        _model_reward(path, name, keep, tokenizer, prompts, placement, loading)
         for path, name in zip(config.reward_model, names, strict=True)
     ]
     scorers = Scorers(
         policy=policy.evaluate, critic=critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
         rewards=[*sources, *remote_and_functions], reward_weights=config.reward_weights,
+        frozen=kept,
     )  # fmt: skip
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    rollout_engine = make_engine(
+        config, config.policy, device, dtype, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    )
+    logger = RunLogger(  # writes the first files, now that nothing can be wrong any more
+        config.output_dir, stage="RTO" if config.beta1 else "PPO", total_steps=iterations,
+        rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
+        start_step=found[0] if found else 0,
+    )  # fmt: skip
+    logger.message(f"critic: starts from {origin}")
     run = Run(
         config=config, tokenizer=tokenizer, template=template, prompts=prompts, iterations=iterations,
         placement=placement, policy=policy, critic=critic, scorers=scorers,
-        rollout_engine=make_engine(config, config.policy, device, dtype, pad),
-        sampling=Sampling(config.max_response_length, config.temperature, stop_token_ids(config.policy, tokenizer)),
+        rollout_engine=rollout_engine, sampling=sampling,
         average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
         checkpoints=checkpoints, logger=logger,
         state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
@@ -250,8 +257,11 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
             check_template(path, template, argument)
             check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
     for path in config.reward_model:
-        models.load_config(path, "reward_model")
-        if same_tokenizer(tokenizer, load_tokenizer(path, "reward_model")):
+        reward, own = models.load_config(path, "reward_model"), load_tokenizer(path, "reward_model")
+        models.check_reward_head(path, "reward_model")
+        check_vocabulary(own, reward, "reward_model")
+        if same_tokenizer(tokenizer, own):
+            check_max_length(length, reward, "max_prompt_length + max_response_length (reward_model)")
             check_template(path, template, "reward_model")
 
 
@@ -271,10 +281,10 @@ def _critic(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, loading: dict
 
 
 def _model_reward(
-    path: str, name: str, config: RTOConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptData,
-    placement: Placement, loading: dict[str, Any],
+    path: str, name: str, keep: Callable[[torch.nn.Module], FrozenModel], tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptData, placement: Placement, loading: dict[str, Any],
 ) -> ModelReward:  # fmt: skip
-    model = frozen(models.load_scalar(path, argument="reward_model", **loading), config)
+    model = keep(models.load_scalar(path, argument="reward_model", **loading))
     own = load_tokenizer(path, "reward_model")
     if same_tokenizer(tokenizer, own):
         return ModelReward(name, model, placement)

@@ -109,7 +109,7 @@ class RunConfig:
         """The settings a checkpoint must share with the run that resumes it."""
         free = {
             "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
-            "data_workers", "data_cache",
+            "data_workers", "data_cache", "park_frozen",
         }  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
@@ -256,6 +256,8 @@ class RTOConfig(RunConfig):
     """Engine that samples."""
     rollout_tokens: int = 65536
     """Tokens (prompt + response) the transformers engine samples at once on one rank."""
+    park_frozen: bool = False
+    """Keep reference, DPO and reward models in host memory outside scoring (ZeRO-3 partitions them instead)."""
     score_tokens: int = 32768
     """Tokens a scoring micro-batch holds at most on one rank."""
     truncation: Literal["zero", "bootstrap"] = "zero"

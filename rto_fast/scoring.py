@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
+from rto_fast.assembly import FrozenModel
 from rto_fast.batch import Rollout, Scores
 from rto_fast.config import RTOConfig
 from rto_fast.packing import Placement, balance
-from rto_fast.rewards import ResponseTexts, RewardSource
+from rto_fast.rewards import ResponseTexts, RewardError, RewardSource
 from rto_fast.template import ChatTemplate, Prompt
 
 # A model as the scorer calls it: a bare module, or a DeepSpeed engine around one.
@@ -32,6 +34,19 @@ class Scorers:
     dpo_ref: Model
     rewards: Sequence[RewardSource]
     reward_weights: Sequence[float]
+    frozen: Sequence[FrozenModel]
+    """Those of the models that may wait in host memory between rollouts."""
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Inside, every model is on the device."""
+        for model in self.frozen:
+            model.fetch()
+        try:
+            yield
+        finally:
+            for model in self.frozen:
+                model.park()
 
 
 @torch.no_grad()
@@ -51,8 +66,9 @@ def score(
     mine = owners[distributed.rank()]
     local, local_texts = rollout.select(mine), texts.select(mine)
 
-    named = {s.name: s.score(local, local_texts) for s in scorers.rewards}
-    pieces = _token_scores(local, scorers, config, placement, progress)
+    with scorers.on_device():
+        named = _source_scores(local, local_texts, scorers.rewards)
+        pieces = _token_scores(local, scorers, config, placement, progress)
     gathered = [distributed.gather_ragged(p, owners) for p in zip(*pieces, strict=True)]
     names = [f.name for f in fields(Scores) if f.name != "score"]
     tensors = {n: torch.cat(p).to(placement.device) for n, p in zip(names, gathered, strict=True)}
@@ -66,6 +82,21 @@ def score(
     if config.truncated_reward is not None:
         total = torch.where(rollout.truncated, torch.tensor(config.truncated_reward), total)
     return Scores(**tensors, score=total.to(placement.device)), sources
+
+
+def _source_scores(local: Rollout, texts: ResponseTexts, sources: Sequence[RewardSource]) -> dict[str, Tensor]:
+    """Each source's scores of this rank's share. A source that fails on one rank raises RewardError on all."""
+    named: dict[str, Tensor] = {}
+    failure = ""
+    for source in sources:
+        try:
+            named[source.name] = source.score(local, texts)
+        except RewardError as error:
+            failure = str(error)
+            break
+    if failed := [f for f in distributed.gather_objects(failure) if f]:
+        raise RewardError(failed[0])
+    return named
 
 
 def _token_scores(
