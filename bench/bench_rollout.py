@@ -2,6 +2,10 @@
 
     pytest bench/bench_rollout.py --benchmark-only
 
+On a busy machine, CPU seconds of one thread instead of the wall clock:
+
+    OMP_NUM_THREADS=1 pytest bench/bench_rollout.py --benchmark-only --benchmark-timer=time.process_time
+
 Every response runs to its length (no stop id), so that both sample the same number of tokens; `tokens_per_s` is
 in each row's extra info. The `stops` rows end responses at sampled stop ids, where `generate` computes ended
 rows to the end. `demo` is a random Llama of 2 layers x 64 with 512 requests.

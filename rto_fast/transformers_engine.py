@@ -6,7 +6,8 @@ Each token is the inverse of the cumulative distribution at a uniform number,
 
 and a request's uniforms come from its seed alone, so that the same request draws the same numbers in any
 batch. What still depends on the batch is the rounding of the logits (matrix products round differently at
-other sizes); it moves a token only when u falls within that rounding of a boundary between two tokens.
+other sizes); it moves a token only when u falls within that rounding of a boundary between two tokens (in
+fp32 on a 512-token vocabulary: 2 of 130,886 tokens between batches of 512 and of 20).
 """
 
 from __future__ import annotations
