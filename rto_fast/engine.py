@@ -161,13 +161,14 @@ class Checkpoints:
         self.fingerprint = json.loads(json.dumps(config.fingerprint()))
 
     def save(self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any], tensors: dict[str, Any]) -> None:
-        """Writes checkpoint `step` from all ranks, publishes it by a rename, drops the oldest ones.
+        """Writes checkpoint `step` from all ranks, publishes it by a rename, drops the oldest and partial ones.
 
         state: JSON values; tensors: anything torch.save takes, written by rank 0.
         """
-        target, partial = self._folder(step), self.root / f"partial-{step:08d}"
+        target, partial = self._folder(step), self._partial(step)
         if distributed.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.root.glob("partial-*"):  # by a kill in the middle of this
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
         distributed.barrier()
         for name, engine in engines.items():
@@ -179,11 +180,11 @@ class Checkpoints:
             (partial / self.STATE).write_text(json.dumps(record))
             for path in partial.rglob("*"):
                 _fsync(path)
-            shutil.rmtree(target, ignore_errors=True)
             os.rename(partial, target)
             _fsync(self.root)
             for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self._folder(old))
+                os.rename(self._folder(old), self._partial(old))
+                shutil.rmtree(self._partial(old))
         distributed.barrier()
 
     def steps(self) -> list[int]:
@@ -221,6 +222,10 @@ class Checkpoints:
 
     def _folder(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
+
+    def _partial(self, step: int) -> Path:
+        """Where a checkpoint lies while it is written or deleted."""
+        return self.root / f"partial-{step:08d}"
 
 
 def _fsync(path: Path) -> None:
