@@ -1,44 +1,67 @@
-"""From the command line to a run: flags, and one clear message with exit code 2 for what cannot work."""
+"""From the command line to a run: flags, and one clear message for what cannot work.
+
+Exit codes: 0 done; 2 the settings or the input cannot work, and nothing was written; 3 the run had to stop, and
+what it had saved is whole.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import transformers
 import tyro
 
+from rto_fast import distributed
 from rto_fast.config import ConfigError, RunConfig
+from rto_fast.engine import Diverged
+from rto_fast.rewards import RewardError
+from rto_fast.rollout import RolloutError, SyncError
 
 C = TypeVar("C", bound=RunConfig)
-# Rank 0 speaks; the others give it this long before the launcher sees them fail and stops everyone.
+REFUSED, STOPPED = 2, 3
+# One rank speaks; the others give it this long before the launcher sees them fail and stops everyone.
 _QUIET_SECONDS = 3.0
 
 
 def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = None) -> C:
-    """The config from flags named as its fields; exits with code 2 on an unknown flag (the nearest is suggested)."""
+    """The config from flags named as its fields; exits with code 2 on a value that does not parse.
+
+    Raises ConfigError on an unknown flag (the nearest is suggested).
+    """
     args = sys.argv[1:] if args is None else args
     args = [a for a in args if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
-    return tyro.cli(
+    config, unknown = tyro.cli(
         type(defaults), default=defaults, args=args, prog=prog, description=type(defaults).__doc__,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands), return_unknown_args=True,
     )  # fmt: skip
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(defaults)]
+        near = difflib.get_close_matches(flag.replace("_", "-"), flags, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"unknown flag {flag}; {hint}--help lists all")
+    return config
 
 
 def main(defaults: C, run: Callable[[C], object]) -> None:
-    """Parses the flags into a config like `defaults` and runs it. A ConfigError becomes one line and exit code 2."""
+    """Parses the flags into a config like `defaults` and runs it; errors of the user's become one line.
+
+    Exits with REFUSED or STOPPED (see the module), and with a traceback on anything unforeseen.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
     transformers.logging.disable_progress_bar()
-    speaks = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.ExitStack() as stack:
-            if not speaks:
+            if os.environ.get("RANK", "0") != "0":
                 sink = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stderr(sink))
                 stack.enter_context(contextlib.redirect_stdout(sink))
@@ -46,12 +69,19 @@ def main(defaults: C, run: Callable[[C], object]) -> None:
         config.validate()
         run(config)
     except ConfigError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(_QUIET_SECONDS)
-        sys.exit(2)
+        _stop(error, REFUSED)
+    except (Diverged, RewardError, RolloutError, SyncError) as error:
+        _stop(error, STOPPED)
     except SystemExit as stop:
-        if stop.code and not speaks:
+        if stop.code and not distributed.speaks():
             time.sleep(_QUIET_SECONDS)
         raise
+
+
+def _stop(error: Exception, code: int) -> NoReturn:
+    """Ends this rank; the first rank to come here prints the error."""
+    if distributed.speaks():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_QUIET_SECONDS)
+    sys.exit(code)

@@ -54,6 +54,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def speaks() -> bool:
+    """Whether this rank reports an error that ends the run: rank 0, once they have met the first one to ask."""
+    if world_size() == 1:
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("rto_fast/speaks", 1) == 1
+    except RuntimeError:  # the rank that kept the store has reported and left
+        return False
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
