@@ -164,6 +164,12 @@ class PlainDisplay:
         """Nothing to take down."""
 
 
+def check_wandb(project: str) -> None:
+    """ConfigError when W&B is asked for and not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out")
+
+
 class RunLogger:
     """Logs one stage. Only rank 0 writes and prints; on other ranks every method does nothing.
 
@@ -185,8 +191,7 @@ class RunLogger:
         config: dict,
         start_step: int = 0,
     ) -> None:
-        if wandb_project and importlib.util.find_spec("wandb") is None:  # on every rank, lest the others wait
-            raise ConfigError("wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out")
+        check_wandb(wandb_project)  # on every rank, lest the others wait
         self.active = rank == 0
         if not self.active:
             return

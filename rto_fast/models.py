@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rto_kernels import token_logprobs
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
@@ -149,15 +150,36 @@ def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str)
         key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
     )  # fmt: skip
     if any(k.startswith("score.") for k in info["missing_keys"]):
-        raise ConfigError(
-            f"{argument}: {path!r} has no reward head (looked for {' and '.join(SCORE_HEADS)}); "
-            "train one with recipes/rm_llama3.py"
-        )
+        raise _no_head(path, argument)
     mismatched = [str(key) for key in info.get("mismatched_keys", ())]
     if info["missing_keys"] or mismatched:
         raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
                           f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
     return ScalarModel(classifier)
+
+
+def check_reward_head(path: str, argument: str) -> None:
+    """ConfigError when the folder's safetensors name no reward head: read from their headers, before any model.
+
+    A Hub id, or weights in another format, pass; `load_scalar` judges them.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    names: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                names |= set(tensors.keys())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{argument}: {str(file)!r} is no readable safetensors file ({error})") from error
+    if files and not any(f"{head}.weight" in names for head in SCORE_HEADS):
+        raise _no_head(path, argument)
+
+
+def _no_head(path: str, argument: str) -> ConfigError:
+    return ConfigError(
+        f"{argument}: {path!r} has no reward head (looked for {' and '.join(SCORE_HEADS)}); "
+        "train one with recipes/rm_llama3.py"
+    )
 
 
 def new_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str, head_std: float = 0.0) -> ScalarModel:

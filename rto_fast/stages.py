@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast import data, distributed, models, preference
 from rto_fast.assembly import choose_attention, frozen, open_output
 from rto_fast.config import DPOConfig, RMConfig, SFTConfig, SupervisedConfig, require
-from rto_fast.engine import DTYPES
+from rto_fast.engine import DTYPES, Checkpoints
 from rto_fast.metrics import RunLogger
 from rto_fast.packing import Placement
-from rto_fast.supervised import Row, RowBatch, Sums, fit, held_out_batches, steps_of
+from rto_fast.supervised import Row, RowBatch, Stage, Sums, fit, held_out_batches, steps_of
 from rto_fast.template import (
     ChatTemplate,
     check_max_length,
@@ -138,12 +139,17 @@ class _Common:
     template: ChatTemplate
     placement: Placement
     loading: dict
+    checkpoints: Checkpoints
+    found: tuple[int, dict[str, Any]] | None
+    """The checkpoint to go on from."""
 
 
 def _prepare(config: SupervisedConfig) -> _Common:
     """Cheap checks, then tokenizer, template and device."""
     config.validate()
     device = distributed.init()
+    checkpoints = open_output(config)
+    found = checkpoints.read()
     model = models.load_config(config.model, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer)
@@ -152,14 +158,8 @@ def _prepare(config: SupervisedConfig) -> _Common:
     check_max_length(config.max_length, model, "max_length")
     attention, kernel = choose_attention(config, device)
     placement = Placement(device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.micro_tokens)
-    return _Common(tokenizer, template, placement, {"dtype": DTYPES[config.dtype], "attention": attention})
-
-
-def _logger(config: SupervisedConfig, name: str, rows: int, start: int) -> RunLogger:
-    return RunLogger(
-        config.output_dir, stage=name, total_steps=steps_of(config, rows), rank=distributed.rank(),
-        wandb_project=config.wandb_project, config=dataclasses.asdict(config), start_step=start,
-    )  # fmt: skip
+    loading = {"dtype": DTYPES[config.dtype], "attention": attention}
+    return _Common(tokenizer, template, placement, loading, checkpoints, found)
 
 
 def _pairs(part: data.PreferenceData) -> list[Row]:
@@ -169,11 +169,16 @@ def _pairs(part: data.PreferenceData) -> list[Row]:
     ]
 
 
-def _run(config: SupervisedConfig, common: _Common, make_stage, name: str, rows: int) -> Path:
-    checkpoints = open_output(config)
-    found = checkpoints.read()
-    logger = _logger(config, name, rows, found[0] if found else 0)
-    return fit(config, make_stage(), common.tokenizer, common.template, common.placement, checkpoints, logger, found)
+def _run(config: SupervisedConfig, common: _Common, stage: Stage) -> Path:
+    """Opens the log, which writes the first files, and trains."""
+    logger = RunLogger(
+        config.output_dir, stage=stage.name, total_steps=steps_of(config, len(stage.train)), rank=distributed.rank(),
+        wandb_project=config.wandb_project, config=dataclasses.asdict(config),
+        start_step=common.found[0] if common.found else 0,
+    )  # fmt: skip
+    return fit(
+        config, stage, common.tokenizer, common.template, common.placement, common.checkpoints, logger, common.found
+    )
 
 
 def train_sft(config: SFTConfig) -> Path:
@@ -183,11 +188,8 @@ def train_sft(config: SFTConfig) -> Path:
     train, held_out = (
         [Row(list(p), (list(r),)) for p, r in zip(part.prompt_ids, part.response_ids, strict=True)] for part in parts
     )
-    return _run(
-        config, common,
-        lambda: SFT(models.load_policy(config.model, argument="model", **common.loading), train, held_out),
-        SFT.name, len(train),
-    )  # fmt: skip
+    model = models.load_policy(config.model, argument="model", **common.loading)
+    return _run(config, common, SFT(model, train, held_out))
 
 
 def train_rm(config: RMConfig) -> Path:
@@ -196,33 +198,28 @@ def train_rm(config: RMConfig) -> Path:
     parts = data.load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(_pairs, parts)
 
-    def make() -> RewardModel:
-        torch.manual_seed(config.seed)
-        hidden = models.load_config(config.model, "model").hidden_size
-        model = models.new_scalar(config.model, argument="model", head_std=1 / (hidden + 1), **common.loading)
-        return RewardModel(model, train, held_out)
-
-    return _run(config, common, make, RewardModel.name, len(train))
+    torch.manual_seed(config.seed)
+    hidden = models.load_config(config.model, "model").hidden_size
+    model = models.new_scalar(config.model, argument="model", head_std=1 / (hidden + 1), **common.loading)
+    return _run(config, common, RewardModel(model, train, held_out))
 
 
 def train_dpo(config: DPOConfig) -> Path:
     """DPO from preference pairs; returns the model's folder."""
     common = _prepare(config)
     if config.reference:
-        theirs = models.load_config(config.reference, "reference").vocab_size
+        reference = models.load_config(config.reference, "reference")
         ours = models.load_config(config.model, "model").vocab_size
-        require(theirs == ours, f"reference: {config.reference!r} has a vocabulary of {theirs} tokens, the model's "
-                f"has {ours}")  # fmt: skip
+        require(reference.vocab_size == ours, f"reference: {config.reference!r} has a vocabulary of "
+                f"{reference.vocab_size} tokens, the model's has {ours}")  # fmt: skip
         check_template(config.reference, common.template, "reference")
+        check_max_length(config.max_length, reference, "max_length (reference)")
     parts = data.load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(_pairs, parts)
 
-    def make() -> DPO:
-        source, argument = (config.reference, "reference") if config.reference else (config.model, "model")
-        reference = frozen(models.load_policy(source, argument=argument, **common.loading), config)
-        tables = tuple(reference_logps(reference, rows, common.placement) for rows in (train, held_out))
-        del reference
-        model = models.load_policy(config.model, argument="model", **common.loading)
-        return DPO(model, train, held_out, tables, config.beta)
-
-    return _run(config, common, make, DPO.name, len(train))
+    source, argument = (config.reference, "reference") if config.reference else (config.model, "model")
+    reference = frozen(models.load_policy(source, argument=argument, **common.loading), config)
+    tables = tuple(reference_logps(reference, rows, common.placement) for rows in (train, held_out))
+    del reference
+    model = models.load_policy(config.model, argument="model", **common.loading)
+    return _run(config, common, DPO(model, train, held_out, tables, config.beta))
