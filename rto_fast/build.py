@@ -127,7 +127,8 @@ class Run:
         if config.save_every and done % config.save_every == 0:
             with self.logger.phase("checkpoint"):
                 state = {"kl": dataclasses.asdict(self.state.kl), "bad_steps": self.state.bad_steps,
-                         "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
+                         "bad_in_a_row": self.state.bad_in_a_row,
+                         "critic_normalisation": (self.critic.model.mean, self.critic.model.std)}  # fmt: skip
                 tensors = {"average": self.average.weights, "rng": torch.get_rng_state()}
                 self.checkpoints.save(done, self.engines, state, tensors)
 

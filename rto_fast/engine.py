@@ -150,13 +150,31 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [g for g in groups if g["params"]]
 
 
+CHECKPOINTS, STATE = "checkpoints", "state.json"
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of the whole checkpoints under `root`, oldest first."""
+    return sorted(int(p.parent.name.removeprefix("step-")) for p in root.glob(f"step-*/{STATE}"))
+
+
+def find_checkpoint(output_dir: str | Path, step: int = 0) -> tuple[Path, dict[str, Any]]:
+    """(folder, record) of a run's checkpoint `step`, 0 = the newest; ConfigError where there is none."""
+    root = Path(output_dir) / CHECKPOINTS
+    steps = checkpoint_steps(root)
+    if not steps:
+        raise ConfigError(f"run: {output_dir} holds no checkpoint (looked in {root})")
+    if step and step not in steps:
+        raise ConfigError(f"step: no checkpoint {step} in {root}; there are {', '.join(map(str, steps))}")
+    folder = root / f"step-{step or steps[-1]:08d}"
+    return folder, json.loads((folder / STATE).read_text())
+
+
 class Checkpoints:
     """Atomic, numbered checkpoints of a run: a folder appears under its name only when it is whole."""
 
-    STATE = "state.json"
-
     def __init__(self, config: RunConfig) -> None:
-        self.root = Path(config.output_dir) / "checkpoints"
+        self.root = Path(config.output_dir) / CHECKPOINTS
         self.keep = config.keep_last
         self.fingerprint = json.loads(json.dumps(config.fingerprint()))
 
@@ -177,7 +195,7 @@ class Checkpoints:
         if distributed.rank() == 0:
             torch.save(tensors, partial / "tensors.pt")
             record = {"step": step, "config": self.fingerprint, "world_size": distributed.world_size(), "state": state}
-            (partial / self.STATE).write_text(json.dumps(record))
+            (partial / STATE).write_text(json.dumps(record))
             for path in partial.rglob("*"):
                 _fsync(path)
             os.rename(partial, target)
@@ -189,15 +207,14 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of whole checkpoints, oldest first."""
-        found = (p.parent.name for p in self.root.glob(f"step-*/{self.STATE}"))
-        return sorted(int(name.removeprefix("step-")) for name in found)
+        return checkpoint_steps(self.root)
 
     def read(self) -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest checkpoint, or None; ConfigError where it is another run's."""
         if not self.steps():
             return None
         step = self.steps()[-1]
-        path = self._folder(step) / self.STATE
+        path = self._folder(step) / STATE
         record = json.loads(path.read_text())
         self._check(record, path)
         return step, record["state"]

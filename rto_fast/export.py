@@ -1,0 +1,78 @@
+"""A checkpoint as Hugging Face folders, without the run that wrote it and without a GPU.
+
+python -m rto_fast.export runs/rto --to exported            # the newest checkpoint
+python -m rto_fast.export runs/rto --to exported --step 40
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from rto_fast import models
+from rto_fast.assembly import save_tokenizer
+from rto_fast.config import ConfigError, require
+from rto_fast.engine import DTYPES, find_checkpoint
+from rto_fast.template import load_template, load_tokenizer
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Turns a run's checkpoint into Hugging Face folders."""
+
+    run: tyro.conf.Positional[str]
+    """The run's output_dir."""
+    to: str
+    """Folder to write; must not exist."""
+    step: int = 0
+    """Checkpoint to take; 0 = the newest."""
+
+
+def export_checkpoint(config: ExportConfig) -> list[Path]:
+    """Writes one folder a trained model (`policy` and `critic`, or `model`) and returns them.
+
+    Raises ConfigError where there is no such checkpoint or the target exists.
+    """
+    target = Path(config.to)
+    require(not target.exists(), f"to: {target} exists already")
+    folder, record = find_checkpoint(config.run, config.step)
+    settings = record["config"]
+    argument = "policy" if "policy" in settings else "model"
+    base = settings[argument]
+    tokenizer = load_tokenizer(base, argument)
+    template = load_template(settings["chat_template"], tokenizer)
+    loading = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
+    written = []
+    for name in sorted(p.name for p in folder.iterdir() if p.is_dir()):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)
+        if any(key.startswith("lm.") for key in state):
+            model = models.load_policy(base, **loading)
+        else:
+            model = models.new_scalar(base, **loading)
+            model.mean, model.std = record["state"].get("critic_normalisation", (0.0, 1.0))
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        tied = [n for n in missing if n.endswith("lm_head.weight")]
+        if unexpected or len(missing) > len(tied):
+            raise ConfigError(f"run: {folder / name} does not fit {base!r}: {[*missing, *unexpected][:4]}")
+        models.export(model, target / name, write=True)
+        save_tokenizer(target / name, tokenizer, template)
+        written.append(target / name)
+    return written
+
+
+def main() -> None:
+    config = tyro.cli(ExportConfig, description=ExportConfig.__doc__)
+    try:
+        for folder in export_checkpoint(config):
+            print(folder)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
