@@ -38,7 +38,7 @@ def launch(tmp_path):
         one.kill()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_rank():
     """A process group of this process alone, and an environment that is afterwards what it was before."""
     before = {name: os.environ.get(name) for name in RENDEZVOUS}
