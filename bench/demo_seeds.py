@@ -124,10 +124,11 @@ def main(config: SeedsConfig) -> None:
         readme = (ROOT / "README.md").read_text()
         head, rest = readme.split(start)
         samples = settings["iterations"] * settings["rollout_batch"]
+        seeds = ", ".join(map(str, config.seeds))
         section = (
-            f"\n`make demo` on seeds {', '.join(map(str, config.seeds))} (`{command}`), judged by the task's true token\n"
-            f"reward on {settings['eval_prompts']} fresh prompts. RTO and PPO draw {samples:,} samples each and differ in\n"
-            f"beta1 alone; DPO draws none. True reward of a response:\n\n{text}\n\n"
+            f"\n`make demo` on seeds {seeds} (`{command}`), judged by the task's true token reward on\n"
+            f"{settings['eval_prompts']} fresh prompts. RTO and PPO draw {samples:,} samples each and differ in beta1\n"
+            f"alone; DPO draws none. True reward of a response:\n\n{text}\n\n"
             f"![True reward against samples and against KL]({config.out}.svg)\n"
         )
         write_atomic(ROOT / "README.md", head + start + section + end + rest.split(end)[1])

@@ -293,10 +293,16 @@ def _show(console: Console, config: DemoConfig, root: Path, found: dict[str, Jud
     samples = config.iterations * config.rollout_batch
     columns = ("model", "true reward", "KL to SFT, nats", "win rate against SFT", "length", "samples drawn")
     rows = [
-        (name, f"{j.true_reward:.2f}", f"{j.kl:.2f}", f"{100 * j.win_rate:.0f} %", f"{j.length:.1f}",
-         f"{samples:,}" if name in ARMS else "-")
+        (
+            name,
+            f"{j.true_reward:.2f}",
+            f"{j.kl:.2f}".replace("-0.00", "0.00"),
+            f"{100 * j.win_rate:.0f} %",
+            f"{j.length:.1f}",
+            f"{samples:,}" if name in ARMS else "-",
+        )
         for name, j in found.items()
-    ]  # fmt: skip
+    ]
     console.rule("[bold]Results")
     table = ConsoleTable(*columns)
     for row in rows:

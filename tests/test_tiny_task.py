@@ -192,3 +192,12 @@ def test_saved_model_is_a_hugging_face_folder(tmp_path):
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_task(0, **arguments)
+
+
+def test_report_tokens_keep_the_words_apart():
+    """This tokenizer's decoder writes the spaces; the report's tokens must add up to the text."""
+    from rto_fast.runfiles import token_texts
+
+    tokenizer = make_task(0).tokenizer
+    text = "The duck ran over the bridge and danced. Then it waited."
+    assert "".join(token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))) == text
