@@ -49,7 +49,7 @@ class DemoConfig:
     # Data
     corpus_rows: int = 4000
     """Texts of the SFT corpus."""
-    pairs: int = 2000
+    pairs: int = 1000
     """Preference pairs, sampled from the SFT model."""
     prompts: int = 2000
     """Prompts that RTO and PPO draw from."""
@@ -61,12 +61,16 @@ class DemoConfig:
     # Stages
     sft_lr: float = 2e-3
     """Peak learning rate of SFT."""
-    rm_lr: float = 1e-3
+    rm_lr: float = 5e-4
     """Peak learning rate of the reward model."""
+    rm_batch: int = 16
+    """Pairs a reward-model step."""
+    rm_epochs: float = 3.0
+    """Passes of the reward model over its pairs."""
     dpo_lr: float = 5e-4
     """Peak learning rate of DPO."""
     stage_epochs: float = 2.0
-    """Passes over their rows of SFT, reward model and DPO."""
+    """Passes of SFT and DPO over their rows."""
     dpo_beta: float = 0.1
     """DPO's beta."""
 
@@ -77,13 +81,13 @@ class DemoConfig:
     """Responses a rollout."""
     train_batch: int = 16
     """Responses an update."""
-    policy_lr: float = 3e-4
+    policy_lr: float = 5e-4
     """Peak learning rate of the policy, both arms."""
     critic_lr: float = 1e-3
     """Peak learning rate of the critic, both arms."""
-    beta1: float = 0.1
+    beta1: float = 0.05
     """RTO's scale of the token reward; PPO's is 0."""
-    dpo_clip: float = 0.1
+    dpo_clip: float = 0.05
     """Bound on the scaled token reward; 0 = off."""
     beta2: float = 0.05
     """Scale of the KL penalty, both arms."""
@@ -179,8 +183,8 @@ def _sft(config: DemoConfig, root: Path) -> SFTConfig:
 
 def _rm(config: DemoConfig, root: Path) -> RMConfig:
     return RMConfig(
-        model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.rm_lr, batch=32,
-        epochs=config.stage_epochs, max_length=128, eval_fraction=0.1, log_every=25, **_common(config, root, "rm"),
+        model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.rm_lr,
+        batch=config.rm_batch, epochs=config.rm_epochs, max_length=128, eval_fraction=0.1, log_every=25, **_common(config, root, "rm"),
     )  # fmt: skip
 
 
