@@ -184,7 +184,8 @@ def _sft(config: DemoConfig, root: Path) -> SFTConfig:
 def _rm(config: DemoConfig, root: Path) -> RMConfig:
     return RMConfig(
         model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.rm_lr,
-        batch=config.rm_batch, epochs=config.rm_epochs, max_length=128, eval_fraction=0.1, log_every=25, **_common(config, root, "rm"),
+        batch=config.rm_batch, epochs=config.rm_epochs, max_length=128, eval_fraction=0.1, log_every=25,
+        **_common(config, root, "rm"),
     )  # fmt: skip
 
 
