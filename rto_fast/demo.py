@@ -85,9 +85,9 @@ class DemoConfig:
     """Peak learning rate of the policy, both arms."""
     critic_lr: float = 1e-3
     """Peak learning rate of the critic, both arms."""
-    beta1: float = 0.05
-    """RTO's scale of the token reward; PPO's is 0."""
-    dpo_clip: float = 0.05
+    beta1: float = 0.1
+    """RTO's scale of the token reward; PPO's is 0. With beta2 the paper's values for TL;DR."""
+    dpo_clip: float = 0.1
     """Bound on the scaled token reward; 0 = off."""
     beta2: float = 0.05
     """Scale of the KL penalty, both arms."""
