@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._chunked import LinearStats, linear_backward, linear_forward, saved_shapes
+from ._chunked import Head, LinearStats, linear_backward, linear_forward, saved_shapes
 from ._dispatch import FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
 from ._layout import compute_dtype
 
@@ -20,16 +20,14 @@ from ._layout import compute_dtype
 IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
 
 
-def _stats(
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend
-) -> LinearStats:
+def _stats(hidden, targets, head: Head, ignore_index, entropy, save_probs, backend) -> LinearStats:
     """Row statistics over this weight's vocabulary; rows whose target is ignore_index may hold anything."""
     valid = targets != ignore_index
     # Kept probabilities stay [N, V]: leaving rows out would need a second copy of them.
     rows = None if save_probs or bool(valid.all()) else valid.nonzero()[:, 0]
     if rows is None:
-        return linear_forward(hidden, weight, targets, bias, temperature, softcap, entropy, save_probs)
-    stats = linear_forward(hidden[rows], weight, targets[rows], bias, temperature, softcap, entropy)
+        return linear_forward(hidden, targets, head, entropy, torch.bfloat16 if save_probs else None)
+    stats = linear_forward(hidden[rows], targets[rows], head, entropy)
     n = hidden.shape[0]
     spread = [x.new_zeros(n).index_copy_(0, rows, x) if x.numel() else x for x in stats[:3]]
     return LinearStats(*spread, stats.saved, stats.shift)
@@ -43,14 +41,11 @@ def _merge_logp(stats: LinearStats, targets: Tensor, ignore_index: int, vocab: i
     return logp, stats.entropy.masked_fill(ignored, 0) if stats.entropy.numel() else stats.entropy
 
 
-def _grads(
-    hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend, wide=None
-) -> list[Tensor]:
-    """d(hidden) (in dtype `wide` if given), d(weight), d(bias); [0] where not needed."""
-    grads = linear_backward(
-        hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, needs, saved, shift, wide
-    )
-    return [hidden.new_empty(0) if x is None else x for x in grads]
+def _grads(hidden, targets, head: Head, stats: LinearStats, g, ge, needs, backend, wide=None) -> list[Tensor]:
+    """d(hidden) (in dtype `wide` if given), d(weight), d(bias) in the inputs' dtypes; [0] where not needed."""
+    grads = linear_backward(hidden, targets, head, stats, g, ge, needs)
+    dtypes = (wide or hidden.dtype, head.weight.dtype, head.weight.dtype)
+    return [hidden.new_empty(0) if x is None else x.to(d) for x, d in zip(grads, dtypes, strict=True)]
 
 
 @torch.library.custom_op("rto_kernels::linear_logprob", mutates_args=())
@@ -66,9 +61,8 @@ def _linear_logprob(
     save_probs: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    stats = _stats(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend
-    )
+    head = Head(weight, bias, temperature, softcap)
+    stats = _stats(hidden, targets, head, ignore_index, entropy, save_probs, backend)
     logp, row_entropy = _merge_logp(stats, targets, ignore_index, weight.shape[0])
     return logp, row_entropy, stats.lse, stats.saved, stats.shift
 
@@ -104,11 +98,9 @@ def _linear_logprob_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _grads(
-        hidden, weight, targets, bias, temperature, softcap, lse, entropy, grad_logp, grad_entropy,
-        saved, shift, needs, backend,
-    )  # fmt: skip
-    return tuple(grads)
+    head = Head(weight, bias, temperature, softcap)
+    stats = LinearStats(lse, lse, entropy, saved, shift)
+    return tuple(_grads(hidden, targets, head, stats, grad_logp, grad_entropy, needs, backend))
 
 
 @_linear_logprob_backward.register_fake
@@ -159,7 +151,8 @@ class _ShardedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_probs, backend, group):
         # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
-        stats = _stats(hidden, weight, targets, bias, temperature, softcap, IGNORED, True, save_probs, backend)
+        head = Head(weight, bias, temperature, softcap)
+        stats = _stats(hidden, targets, head, IGNORED, True, save_probs, backend)
         here = (targets >= 0).to(stats.lse.dtype)
         mine = torch.stack([stats.lse, stats.target_logit, stats.entropy, here])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -188,11 +181,12 @@ class _ShardedLogprob(torch.autograd.Function):
         temperature, softcap, backend, group = ctx.args
         needs = list(ctx.needs_input_grad[:3])
         ignored = targets == IGNORED
+        head = Head(weight, bias, temperature, softcap)
+        stats = LinearStats(lse, lse, entropy, saved, shift)
+        g, ge = _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored)
         d_hidden, d_weight, d_bias = _grads(
-            hidden, weight, targets, bias, temperature, softcap, lse, entropy,
-            _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored),
-            saved, shift, needs, backend, compute_dtype(hidden),
-        )  # fmt: skip
+            hidden, targets, head, stats, g, ge, needs, backend, compute_dtype(hidden)
+        )
         if needs[0]:
             dist.all_reduce(d_hidden, group=group)
             d_hidden = d_hidden.to(hidden.dtype)
