@@ -167,8 +167,8 @@ def linear_backward(
 
     Without entropy and soft-cap the row factor grad_logp leaves the [tokens, vocabulary] block: it scales
     hidden on one side and d(hidden) on the other. Rows whose upstream gradients are 0 are left out.
-    With `into`, d(weight) and d(bias) are added to its tensors, which are then in the compute dtype, and `stats.saved`
-    is used up.
+    With `into`, d(weight) and d(bias) are added to its tensors, which are in the compute dtype. `stats.saved` is
+    used up where it is in the compute dtype.
     """
     need_hidden, need_weight, need_bias = needs
     vocab, dtype = head.weight.shape[0], compute_dtype(hidden)
@@ -185,6 +185,7 @@ def linear_backward(
     t, lse, g, ge = pick(targets), pick(stats.lse), pick(grad_logp), pick(grad_entropy)
     entropy = None if ge is None else pick(stats.entropy)
     factored = ge is None and not head.softcap
+    scale = 1.0 if head.softcap else 1.0 / head.temperature  # dz/da, where it is a constant
     # What multiplies the block (p − onehot) from the token side: d(weight) = blockᵀ · left.
     left = h * -g[:, None] if factored else h
     d_hidden = h.new_zeros(h.shape) if need_hidden else None
@@ -194,7 +195,7 @@ def linear_backward(
         d_weight = head.weight.new_empty(head.weight.shape) if need_weight else None
         d_bias = h.new_zeros(vocab) if need_bias else None
     use_saved = stats.saved.numel() > 0
-    in_place = use_saved and into is not None and keep is None and stats.saved.dtype == dtype
+    in_place = use_saved and keep is None and stats.saved.dtype == dtype
     scratch = _Scratch(h, n, vocab)
     for index, columns, w, b in head.blocks(dtype):
         if not need_weight:
@@ -238,14 +239,11 @@ def linear_backward(
             if need_weight:
                 dw.addmm_(dz.t(), left[rows], beta=0 if into is None and rows.start == 0 else 1)
             if need_bias:
-                d_bias[columns].addmv_(dz.t(), -g[rows] if factored else h.new_ones(size[0]))
+                d_bias[columns].addmv_(dz.t(), -g[rows] if factored else h.new_ones(size[0]), alpha=scale)
         if need_weight and into is None and head.weight.dtype != dtype:
             d_weight[columns] = dw
-    scale = 1.0 if head.softcap else 1.0 / head.temperature
     if need_hidden:
         d_hidden.mul_(-scale * g[:, None] if factored else scale)
         if keep is not None:
             d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, keep, d_hidden)
-    if need_bias and into is None:
-        d_bias.mul_(scale)
     return LinearGrads(d_hidden, d_weight, d_bias)

@@ -8,16 +8,32 @@
 The backward pass computes z again, block by block, or reads the probabilities that `save_probs` kept.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._chunked import Head, LinearStats, linear_backward, linear_forward, saved_shapes
-from ._dispatch import FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
+from ._chunked import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
+from ._dispatch import FLOATS, FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
 from ._layout import compute_dtype
 
 
 IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
+
+
+class Passes(NamedTuple):
+    """The two vocabulary-sized passes of a backend."""
+
+    forward: Callable[..., LinearStats]  # (hidden, targets, head, want_entropy, save_dtype)
+    backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
+    chunk_tokens: Callable[[int], int]  # vocabulary → tokens whose exp(z) may be held at once
+    chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → dtype of the exp(z) so held
+
+
+def linear_passes(backend: str) -> Passes:
+    return Passes(linear_forward, linear_backward, lambda vocab: max(256, (1 << 24) // vocab), compute_dtype)
 
 
 def _stats(hidden, targets, head: Head, ignore_index, entropy, save_probs, backend) -> LinearStats:
@@ -33,7 +49,7 @@ def _stats(hidden, targets, head: Head, ignore_index, entropy, save_probs, backe
     return LinearStats(*spread, stats.saved, stats.shift)
 
 
-def _merge_logp(stats: LinearStats, targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
+def merge_logp(stats: LinearStats, targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
     """(logp, entropy): 0 where ignored, NaN where the target is outside the vocabulary."""
     logp = stats.target_logit - stats.lse
     ignored = targets == ignore_index
@@ -63,7 +79,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, softcap)
     stats = _stats(hidden, targets, head, ignore_index, entropy, save_probs, backend)
-    logp, row_entropy = _merge_logp(stats, targets, ignore_index, weight.shape[0])
+    logp, row_entropy = merge_logp(stats, targets, ignore_index, weight.shape[0])
     return logp, row_entropy, stats.lse, stats.saved, stats.shift
 
 
@@ -201,8 +217,10 @@ def _shard_start(rows: int, group) -> int:
     return sum(sizes[: dist.get_rank(group)])
 
 
-def _check(hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, sharded) -> None:
-    check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
+def check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded=False) -> None:
+    """Raise ValueError naming the argument that does not fit."""
+    floats = FLOATS if backend == "triton" else FLOATS_TORCH
+    check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=floats)
     n, width = hidden.shape
     same = {"dtypes": (hidden.dtype,), "device": hidden.device}
     check_tensor("weight", weight, shape=(None, width), expect=f"[V, {width}] like hidden", **same)
@@ -216,13 +234,6 @@ def _check(hidden, weight, targets, bias, temperature, softcap, ignore_index, sa
         raise ValueError(f"softcap must be a positive number, or None or 0 for off, got {softcap}")
     if vocab == 0:
         raise ValueError(f"weight must have at least one row (a vocabulary), got {describe(weight)}")
-    if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"save_probs=True keeps probabilities in bfloat16, which suits bf16 and fp16 inputs; hidden is "
-            f"{describe(hidden)}: pass save_probs=torch.bfloat16 to accept that rounding"
-        )
-    if save_probs not in (True, False, torch.bfloat16):
-        raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
     if not sharded and values_checked(targets):
         bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
         if bool(bad.any()):
@@ -268,12 +279,19 @@ def token_logprobs(
     Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and, where
     values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
     """
-    _check(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, process_group is not None
-    )
+    check_tensor("hidden", hidden)
     backend = resolve_backend(backend, hidden)
+    sharded = process_group is not None
+    check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded)
+    if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"save_probs=True keeps probabilities in bfloat16, which suits bf16 and fp16 inputs; hidden is "
+            f"{describe(hidden)}: pass save_probs=torch.bfloat16 to accept that rounding"
+        )
+    if save_probs not in (True, False, torch.bfloat16):
+        raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
     temperature, softcap, save = float(temperature), float(softcap or 0.0), bool(save_probs)
-    if process_group is None:
+    if not sharded:
         logp, entropy, *_ = _linear_logprob(
             hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, backend
         )
