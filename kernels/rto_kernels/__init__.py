@@ -1,9 +1,10 @@
-"""Fused, exact Triton kernels for Reinforced Token Optimization and PPO; torch and triton are all they need."""
+"""Fused, exact Triton kernels for Reinforced Token Optimization and PPO; they need torch and triton alone."""
 
 import importlib
 
 from .gae import GAE, gae, rewards_gae, whiten_moments
-from .ppo_loss import PPOLoss, PPOStats, gae_ppo_loss, ppo_loss
+from .gae_ppo_loss import gae_ppo_loss
+from .ppo_loss import PPOLoss, PPOStats, ppo_loss
 from .token_rewards import TokenRewards, token_rewards
 
 _LAZY = {

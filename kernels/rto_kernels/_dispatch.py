@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Triton decides at decoration time whether a kernel is compiled or interpreted, so one look at import is right.
+# Triton decides at decoration time whether a kernel is compiled or interpreted: one look at import is right.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
     on_gpu = tensor.device.type == "cuda"
     if backend == "triton" and not (on_gpu or INTERPRET):
         raise ValueError(
-            f"backend='triton' needs a CUDA tensor, or TRITON_INTERPRET=1 set before rto_kernels is imported; "
+            "backend='triton' needs a CUDA tensor, or TRITON_INTERPRET=1 set before rto_kernels is imported; "
             f"got a tensor on {tensor.device}"
         )
     if backend is not None:
@@ -101,13 +101,13 @@ def check_local(name: str, tensor: Tensor) -> None:
     """Raise ValueError for a tensor that holds only a shard: a DTensor, or a ZeRO-3 partitioned parameter."""
     if hasattr(tensor, "device_mesh"):
         raise ValueError(
-            f"{name} is a DTensor of global shape {list(tensor.shape)}; pass {name}.full_tensor(), or its local "
-            f"shard {name}.to_local() together with process_group="
+            f"{name} is a DTensor of global shape {list(tensor.shape)}; pass {name}.full_tensor(), or its "
+            f"local shard {name}.to_local() together with process_group="
         )
     if hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0:
         raise ValueError(
-            f"{name} is a ZeRO-3 partitioned parameter of full shape {list(getattr(tensor, 'ds_shape', []))}; call "
-            f"inside `with deepspeed.zero.GatheredParameters([{name}]):`"
+            f"{name} is a ZeRO-3 partition of shape {list(getattr(tensor, 'ds_shape', []))}; "
+            f"call inside `with deepspeed.zero.GatheredParameters([{name}]):`"
         )
 
 

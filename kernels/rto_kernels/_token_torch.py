@@ -124,7 +124,7 @@ def gae_torch(
     if bootstrap is not None:
         next_v[last] = bootstrap.to(dtype)[some]
 
-    # A suffix sum with decay, by doubling: after the pass with step d, `adv` sums 2·d terms of the recurrence.
+    # A suffix sum with decay, by doubling: after the pass with step d, `adv` sums 2·d terms.
     adv = r + gamma * next_v - v
     left = walk.ends[walk.row] - torch.arange(adv.shape[0], device=adv.device)
     longest, step, decay = int(walk.counts.max()) if walk.counts.numel() else 0, 1, gamma * lam

@@ -89,7 +89,7 @@ def _gae_kernel(
     WITH_REWARDS: tl.constexpr, BOOTSTRAP: tl.constexpr, CARRY: tl.constexpr,
     PACKED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program a sequence, blocks from the right. WITH_REWARDS computes the rewards instead of reading them."""
+    """A program a sequence, blocks from the right; WITH_REWARDS computes the rewards, else they are read."""
     row = tl.program_id(0)
     start, end = row_bounds(cu_ptr, row, width, PACKED)
     after = tl.full((), 0.0, tl.float32)
@@ -328,10 +328,11 @@ def gae(
 ) -> GAE:
     """Advantages, returns and whitening moments of ragged sequences, in one launch. arXiv 1506.02438, Eq. 16.
 
-    rewards, values: [B, T] with mask [B, T] (None: all inside), or packed [N] with cu_seqlens [B + 1]; bf16, fp16
-    or fp32. bootstrap [B]: the value after each sequence's last token inside the mask (None: 0).
-    gaps, for tokens masked out between others: "zero" zeroes r and v there and lets the recurrence run over them
-    (the RTO authors' code, and OpenRLHF); "carry" skips them, keeping the next value and the accumulator (verl).
+    rewards, values: [B, T] with mask [B, T] (None: all inside), or packed [N] with cu_seqlens [B + 1]; bf16,
+    fp16 or fp32. bootstrap [B]: the value after each sequence's last token inside the mask (None: 0).
+    gaps, for tokens masked out between others: "zero" zeroes r and v there and lets the recurrence run over
+    them (the RTO authors' code, and OpenRLHF); "carry" skips them, keeping the next value and the accumulator
+    (verl).
     Returns GAE, fp32 and zero outside the mask; padding may hold NaN. Nothing carries a gradient.
     Raises ValueError for a shape, dtype or device that does not fit, or an unknown `gaps`.
     """
@@ -421,19 +422,21 @@ def gather_moments(moments: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def whiten_moments(
     moments: Tensor, group: dist.ProcessGroup | None = None, *, correction: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(mean, rstd), fp64 scalars on the moments' device, of the union of all samples that the moments describe.
+    """(mean, rstd), fp64 scalars on the moments' device, of all the samples that the moments describe.
 
-    moments: fp64 [3] (count, mean, M2) as `gae` gives them, or [R, 3], merged in row order. With a process group the
-    ranks' moments are gathered and merged in rank order, so that every rank holds the same bits; None communicates
-    nothing. var = M2 / (count − correction), rstd = 1 / sqrt(max(var, 1e-8)). A count of 0 adds nothing.
-    Merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    moments: fp64 [3] (count, mean, M2) as `gae` gives them, or [R, 3], merged in row order. With a process
+    group the ranks' moments are gathered and merged in rank order, so that every rank holds the same bits;
+    None communicates nothing. var = M2 / (count − correction), rstd = 1 / sqrt(max(var, 1e-8)). A count of 0
+    adds nothing.
+    Merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979.
     Raises ValueError unless moments is fp64 [3] or [R, 3].
     """
     check_tensor("moments", moments, dtypes=(torch.float64,))
     if moments.ndim not in (1, 2) or moments.shape[-1] != 3:
         raise ValueError(f"moments must have shape [3] or [R, 3], got {list(moments.shape)}")
     counts, means, m2s = gather_moments(moments, group).unbind(1)
-    # Chan's update for R parts at once: a handful of launches however many ranks, in one order on all of them.
+    # Chan's update for R parts at once: a handful of launches whatever R, in one order on all ranks.
     count = counts.sum()
     mean = (counts * means).sum() / count.clamp(min=1)
     m2 = (m2s + counts * (means - mean).square()).sum()

@@ -11,7 +11,6 @@ c = 1/D, D the number of tokens                                             aggr
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,16 +28,16 @@ from ._layout import (
     row_bounds,
 )
 from ._token_torch import ppo_loss_torch
-from .gae import GAE, WHITEN_MIN_VAR, combine_moments, gae, gather_moments, whiten_moments
+from .gae import WHITEN_MIN_VAR, combine_moments, whiten_moments
 
 INF = float("inf")
 
 
 class PPOStats(NamedTuple):
-    """Scalars on the device, weighted over tokens exactly as the losses are: Σ c·x, with the same denominator.
+    """Scalars on the device, weighted over tokens as the losses are: Σ c·x, with the same denominator.
 
-    So with a global `denominator` the statistics of micro-batches (and ranks) add up to the batch's; `ratio_max`
-    alone combines by max. Those whose inputs were not given are 0.
+    So with a global `denominator` the statistics of micro-batches (and ranks) add up to the batch's;
+    `ratio_max` alone combines by max. Those whose inputs were not given are 0.
     """
 
     clip_low: Tensor  # share of tokens where the lower clip bound cut the gradient (A < 0, ρ < 1 − low)
@@ -64,7 +63,7 @@ class PPOStats(NamedTuple):
 
 
 N_STATS = len(PPOStats._fields)
-# A sequence's partial result: units counted, policy loss, value loss, statistics; a power of two for the merge.
+# A sequence's partial result: units counted, policy loss, value loss, statistics; as a power of two.
 COLUMNS = triton.next_power_of_2(3 + N_STATS)
 RATIO_MAX = 3 + PPOStats._fields.index("ratio_max")
 
@@ -89,7 +88,7 @@ def _ppo_loss_kernel(
     PACKED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, MERGE_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, RATIO_MAX: tl.constexpr, N_STATS: tl.constexpr,
 ):  # fmt: skip
-    """A program a sequence; the last one merges. Gradients leave without the 1/D, which is known at the end only."""
+    """A program a sequence; the last one merges. Gradients leave without the 1/D, known at the end only."""
     row = tl.program_id(0)
     start, end = row_bounds(cu_ptr, row, width, PACKED)
     blocks = tl.cdiv(end - start, BLOCK)
@@ -355,7 +354,7 @@ def _ppo_loss_op(
 ) -> list[Tensor]:
     """[policy_loss, value_loss, 1/D, statistics, dlogp, dvalues, dentropy]; the gradients lack the 1/D.
 
-    The whitening comes as (mean, rstd), or as moments [R, 3] still to be merged. What was not asked for is empty.
+    The whitening comes as (mean, rstd), or as moments [R, 3] still to be merged. What is not asked for is empty.
     """
     tensors = (logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp)
     layout = (cu_seqlens, mask, denominator)
@@ -467,9 +466,10 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-def _ppo_loss(
-    logp, old_logp, advantages, values, old_values, returns, mean, rstd, moments, correction, clip, value_clip,
-    entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator, cu_seqlens, mask, backend,
+def run_ppo_loss(
+    logp, old_logp, advantages, values, old_values, returns, mean, rstd, moments, correction, clip,
+    value_clip, entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator, cu_seqlens, mask,
+    backend,
 ) -> PPOLoss:  # fmt: skip
     backend = resolve_backend(backend, logp)
     bound = _bounds("value_clip", value_clip)[0]
@@ -541,66 +541,22 @@ def ppo_loss(
 ) -> PPOLoss:
     """The clipped policy and value losses with statistics; their gradients come from the same pass.
 
-    logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp: [B, T] with mask [B, T] (None: all
-    inside), or packed [N] with cu_seqlens [B + 1]; bf16, fp16 or fp32. Gradients flow to logp, values and entropy.
+    logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp: [B, T] with mask [B, T]
+    (None: all inside), or packed [N] with cu_seqlens [B + 1]; bf16, fp16 or fp32. Gradients flow to logp,
+    values and entropy.
     clip: ε, or (low, high) for 1 − low and 1 + high; value_clip likewise; a bound of 0 or None is off.
     whiten: (mean, rstd) as `whiten_moments` returns them, applied to the advantages.
-    sampler_logp: log-probs under the engine that sampled; its importance weight is capped at is_cap (0, None: uncapped).
-    aggregation: "sequence" (a sequence's token mean, then the mean over non-empty sequences: the RTO paper's) or
-    "token". denominator replaces the count that the last mean divides by (a number or a device scalar): with the
-    global count, losses and gradients of micro-batches sum to the batch's.
+    sampler_logp: log-probs under the engine that sampled; its importance weight is capped at is_cap (0, None:
+    uncapped).
+    aggregation: "sequence" (a sequence's token mean, then the mean over non-empty sequences: the RTO paper's)
+    or "token". denominator replaces the count that the last mean divides by (a number or a device scalar):
+    with the global count, losses and gradients of micro-batches sum to the batch's.
     Returns PPOLoss. A loss over no tokens is 0. Padding may hold NaN. Differentiable once.
-    Sources: arXiv 1707.06347, Eq. 7; value clipping and token means as in arXiv 2404.18922's code; separate bounds as
-    in arXiv 2503.14476. Raises ValueError for a shape, dtype, device or option that does not fit.
+    Sources: arXiv 1707.06347, Eq. 7; value clipping and token means as in arXiv 2404.18922's code; separate
+    bounds as in arXiv 2503.14476. Raises ValueError for a shape, dtype, device or option that does not fit.
     """
     mean, rstd = (None, None) if whiten is None else (_scalar(x, logp) for x in whiten)
-    return _ppo_loss(
+    return run_ppo_loss(
         logp, old_logp, advantages, values, old_values, returns, mean, rstd, None, 0, clip, value_clip,
         entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator, cu_seqlens, mask, backend,
     )  # fmt: skip
-
-
-def gae_ppo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    rewards: Tensor,
-    old_values: Tensor,
-    values: Tensor | None = None,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    gaps: str = "zero",
-    bootstrap: Tensor | None = None,
-    whiten: bool = True,
-    group: dist.ProcessGroup | None = None,
-    correction: int = 0,
-    clip: float | tuple[float | None, float | None] | None = 0.2,
-    value_clip: float | None = 0.2,
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    sampler_logp: Tensor | None = None,
-    is_cap: float | None = None,
-    aggregation: str = "sequence",
-    denominator: Tensor | float | None = None,
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[PPOLoss, GAE]:
-    """GAE, whitening and both losses with gradients in two launches: one update over a whole rollout.
-
-    rewards and old_values (the critic's at rollout time) give advantages and returns; values, the current critic's,
-    the value loss (None: no value loss). whiten over these tokens, and over the group's ranks if a group is given
-    (which adds one all_gather of three numbers). The rest, layouts and errors as in `gae` and `ppo_loss`.
-    Returns (PPOLoss, GAE); the advantages in GAE are not whitened.
-    """
-    estimate = gae(
-        rewards, old_values, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, mask=mask, gaps=gaps, bootstrap=bootstrap,
-        backend=backend,
-    )  # fmt: skip
-    moments = gather_moments(estimate.moments, group) if whiten else None
-    loss = _ppo_loss(
-        logp, old_logp, estimate.advantages, values, old_values, estimate.returns, None, None, moments, correction,
-        clip, value_clip, entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator, cu_seqlens, mask,
-        backend,
-    )  # fmt: skip
-    return loss, estimate

@@ -38,7 +38,7 @@ def clip(x, bound):
 
 @triton.jit
 def reward_terms(policy, ref, dpo, dpo_ref, score, is_last, beta1, beta2, beta3, dpo_clip, score_clip):
-    """(reward, dpo_reward, kl) of a block of tokens. A coefficient of 0 switches its term off, even against inf."""
+    """(reward, dpo_reward, kl) of a block. A coefficient of 0 switches its term off, even against inf."""
     dpo_reward = tl.where(beta1 == 0, 0.0, clip(beta1 * (dpo - dpo_ref), dpo_clip))
     kl = policy - ref
     reward = dpo_reward - tl.where(beta2 == 0, 0.0, beta2 * kl)
@@ -48,7 +48,7 @@ def reward_terms(policy, ref, dpo, dpo_ref, score, is_last, beta1, beta2, beta3,
 
 @triton.jit
 def find_last(offs, inside, seen):
-    """Blocks being visited from the right: (where the sequence's last inside token is, whether it was seen by now)."""
+    """(where the sequence's last inside token is, whether it was seen by now); blocks come from the right."""
     rightmost = tl.max(tl.where(inside, offs, -1), axis=0)
     is_last = (offs == rightmost) & (rightmost >= 0) & (seen == 0)
     return is_last, tl.where(rightmost >= 0, 1, seen)
@@ -203,8 +203,9 @@ def token_rewards(
 ) -> TokenRewards:
     """Token rewards of sampled responses. arXiv 2404.18922, Eq. 4.7; clips as in the authors' code.
 
-    policy_logp, ref_logp, dpo_logp, dpo_ref_logp (default: ref_logp): [B, T] with mask [B, T] (None: all inside),
-    or packed [N] with cu_seqlens [B + 1] (int32 or int64); bf16, fp16 or fp32. scores: [B], already normalised.
+    policy_logp, ref_logp, dpo_logp, dpo_ref_logp (default: ref_logp): [B, T] with mask [B, T] (None: all
+    inside), or packed [N] with cu_seqlens [B + 1] (int32 or int64); bf16, fp16 or fp32. scores: [B], already
+    normalised.
     The terminal reward goes to a sequence's last token inside the mask; a sequence without tokens gets none.
     dpo_clip bounds the scaled DPO term, score_clip the score; 0 or None is off.
     Returns TokenRewards, fp32, zero outside the mask; padding may hold NaN. Nothing carries a gradient.
