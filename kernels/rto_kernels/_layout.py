@@ -1,6 +1,6 @@
 """The two token layouts every token-sized function takes, and what its kernels need to walk them.
 
-padded   tokens [B, T], optional mask [B, T] (bool, or numbers: nonzero is inside) that may leave any token out
+padded   tokens [B, T], optional mask [B, T] (bool, or numbers: nonzero is inside) that leaves tokens out
 packed   tokens [N], cu_seqlens [B + 1]: sequence b is tokens[cu_seqlens[b] : cu_seqlens[b + 1]], maybe empty;
          a mask [N] may leave tokens out here too
 """

@@ -354,7 +354,7 @@ def _ppo_loss_op(
 ) -> list[Tensor]:
     """[policy_loss, value_loss, 1/D, statistics, dlogp, dvalues, dentropy]; the gradients lack the 1/D.
 
-    The whitening comes as (mean, rstd), or as moments [R, 3] still to be merged. What is not asked for is empty.
+    The whitening comes as (mean, rstd), or as moments [R, 3] to be merged. What is not asked for is empty.
     """
     tensors = (logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp)
     layout = (cu_seqlens, mask, denominator)
