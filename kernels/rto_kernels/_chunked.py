@@ -27,9 +27,9 @@ FLOOR = -1.0e5
 class LinearStats(NamedTuple):
     """One pass over the vocabulary. `saved` and `shift` hold exp(z − shift) where probabilities are kept."""
 
-    lse: Tensor  # [N]
-    target_logit: Tensor  # [N], −inf where the target selects no column
-    entropy: Tensor  # [N], or [0] when not asked for
+    logp: Tensor  # [N], 0 where the target is ignore_index, NaN where it selects no column
+    entropy: Tensor  # [N], 0 where ignored; [0] when not asked for
+    lse: Tensor  # [N], anything where ignored
     saved: Tensor  # [N, V] bf16 or the compute dtype, or [0]
     shift: Tensor  # [vocabulary blocks, N], or [0]
 
@@ -68,9 +68,9 @@ class Head(NamedTuple):
         return z.clamp_(min=0).div_(self.temperature)
 
 
-def saved_shapes(tokens: int, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def saved_shapes(hidden: Tensor, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `saved` and `shift`."""
-    return (tokens, vocab), (-(-vocab // BLOCK_VOCAB), tokens)
+    return (hidden.shape[0], vocab), (-(-vocab // BLOCK_VOCAB), hidden.shape[0])
 
 
 def _token_blocks(tokens: int) -> list[slice]:
@@ -97,18 +97,30 @@ def linear_forward(
     hidden: Tensor,
     targets: Tensor,
     head: Head,
+    ignore_index: int,
     want_entropy: bool = False,
     save_dtype: torch.dtype | None = None,
 ) -> LinearStats:
     """hidden [N, H], targets [N] → the rows' statistics in the compute dtype."""
+    ignored = targets == ignore_index
+    # Kept probabilities stay [N, V]: leaving rows out would need a second copy of them.
+    if save_dtype is None and bool(ignored.any()):
+        rows = (~ignored).nonzero()[:, 0]
+        stats = linear_forward(hidden[rows], targets[rows], head, ignore_index, want_entropy)
+
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(hidden.shape[0]).index_copy_(0, rows, x)
+
+        entropy = spread(stats.entropy) if want_entropy else stats.entropy
+        return LinearStats(spread(stats.logp), entropy, spread(stats.lse), stats.saved, stats.shift)
     n, vocab = hidden.shape[0], head.weight.shape[0]
     dtype = compute_dtype(hidden)
     h = head.scaled(hidden)
     peak = h.new_full((n,), -torch.inf)
     total = h.new_zeros(n)
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
-    target_logit = h.new_full((n,), -torch.inf)
-    kept, shifts = saved_shapes(n, vocab) if save_dtype else (0, 0)
+    target_logit = h.new_full((n,), torch.nan)
+    kept, shifts = saved_shapes(hidden, vocab) if save_dtype else (0, 0)
     saved = h.new_empty(kept, dtype=save_dtype or dtype)
     shift = h.new_empty(shifts)
     in_place = save_dtype == dtype and not want_entropy
@@ -140,7 +152,9 @@ def linear_forward(
                     saved[rows, columns] = e
     # log p = z − peak − log(total), so the peaks cancel before they can cost digits.
     entropy = torch.log(total) - weighted / total if want_entropy else weighted
-    return LinearStats(peak + torch.log(total), target_logit, entropy, saved, shift)
+    logp = (target_logit - peak - torch.log(total)).masked_fill_(ignored, 0)
+    entropy = entropy.masked_fill_(ignored, 0) if want_entropy else entropy
+    return LinearStats(logp, entropy, peak + torch.log(total), saved, shift)
 
 
 class LinearGrads(NamedTuple):

@@ -18,48 +18,43 @@ from torch import Tensor
 from ._chunked import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
 from ._dispatch import FLOATS, FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
 from ._layout import compute_dtype
-
+from .linear_kernels import (
+    SAVED_ELEMENTS,
+    linear_backward_triton,
+    linear_forward_triton,
+    saved_shapes_triton,
+)
 
 IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
 
 
 class Passes(NamedTuple):
-    """The two vocabulary-sized passes of a backend."""
+    """The two vocabulary-sized passes of a backend, and how much of exp(z) may be held between them."""
 
-    forward: Callable[..., LinearStats]  # (hidden, targets, head, want_entropy, save_dtype)
+    forward: Callable[..., LinearStats]  # (hidden, targets, head, ignore_index, want_entropy, save_dtype)
     backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
-    chunk_tokens: Callable[[int], int]  # vocabulary → tokens whose exp(z) may be held at once
-    chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → dtype of the exp(z) so held
+    saved_shapes: Callable[[Tensor, int], tuple]  # (hidden, vocabulary) → shapes of what is kept
+    chunk_tokens: Callable[[int], int]  # vocabulary → tokens of a chunk of fused_linear_ppo_loss
+    chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → what such a chunk keeps; None: nothing
 
 
 def linear_passes(backend: str) -> Passes:
-    return Passes(linear_forward, linear_backward, lambda vocab: max(256, (1 << 24) // vocab), compute_dtype)
-
-
-def _stats(hidden, targets, head: Head, ignore_index, entropy, save_probs, backend) -> LinearStats:
-    """Row statistics over this weight's vocabulary; rows whose target is ignore_index may hold anything."""
-    valid = targets != ignore_index
-    # Kept probabilities stay [N, V]: leaving rows out would need a second copy of them.
-    rows = None if save_probs or bool(valid.all()) else valid.nonzero()[:, 0]
-    if rows is None:
-        return linear_forward(hidden, targets, head, entropy, torch.bfloat16 if save_probs else None)
-    stats = linear_forward(hidden[rows], targets[rows], head, entropy)
-    n = hidden.shape[0]
-    spread = [x.new_zeros(n).index_copy_(0, rows, x) if x.numel() else x for x in stats[:3]]
-    return LinearStats(*spread, stats.saved, stats.shift)
-
-
-def merge_logp(stats: LinearStats, targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """(logp, entropy): 0 where ignored, NaN where the target is outside the vocabulary."""
-    logp = stats.target_logit - stats.lse
-    ignored = targets == ignore_index
-    logp = torch.where((targets >= 0) & (targets < vocab), logp, torch.nan).masked_fill_(ignored, 0)
-    return logp, stats.entropy.masked_fill(ignored, 0) if stats.entropy.numel() else stats.entropy
+    if backend == "torch":
+        return Passes(
+            linear_forward, linear_backward, saved_shapes, lambda vocab: max(256, (1 << 24) // vocab), compute_dtype
+        )
+    return Passes(
+        linear_forward_triton,
+        linear_backward_triton,
+        saved_shapes_triton,
+        lambda vocab: max(128, SAVED_ELEMENTS // vocab // 128 * 128),
+        lambda hidden: None if hidden.dtype == torch.float32 else torch.bfloat16,
+    )
 
 
 def _grads(hidden, targets, head: Head, stats: LinearStats, g, ge, needs, backend, wide=None) -> list[Tensor]:
     """d(hidden) (in dtype `wide` if given), d(weight), d(bias) in the inputs' dtypes; [0] where not needed."""
-    grads = linear_backward(hidden, targets, head, stats, g, ge, needs)
+    grads = linear_passes(backend).backward(hidden, targets, head, stats, g, ge, needs)
     dtypes = (wide or hidden.dtype, head.weight.dtype, head.weight.dtype)
     return [hidden.new_empty(0) if x is None else x.to(d) for x, d in zip(grads, dtypes, strict=True)]
 
@@ -78,16 +73,15 @@ def _linear_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, softcap)
-    stats = _stats(hidden, targets, head, ignore_index, entropy, save_probs, backend)
-    logp, row_entropy = merge_logp(stats, targets, ignore_index, weight.shape[0])
-    return logp, row_entropy, stats.lse, stats.saved, stats.shift
+    keep = torch.bfloat16 if save_probs else None
+    return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep))
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend):
     n, vocab = hidden.shape[0], weight.shape[0]
     row = hidden.new_empty(n, dtype=compute_dtype(hidden))
-    saved, shift = saved_shapes(n, vocab) if save_probs else ((0,), (0,))
+    saved, shift = linear_passes(backend).saved_shapes(hidden, vocab) if save_probs else ((0,), (0,))
     return (
         row,
         torch.empty_like(row) if entropy else row.new_empty(0),
@@ -115,7 +109,7 @@ def _linear_logprob_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, softcap)
-    stats = LinearStats(lse, lse, entropy, saved, shift)
+    stats = LinearStats(lse, entropy, lse, saved, shift)
     return tuple(_grads(hidden, targets, head, stats, grad_logp, grad_entropy, needs, backend))
 
 
@@ -168,9 +162,11 @@ class _ShardedLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_probs, backend, group):
         # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
         head = Head(weight, bias, temperature, softcap)
-        stats = _stats(hidden, targets, head, IGNORED, True, save_probs, backend)
-        here = (targets >= 0).to(stats.lse.dtype)
-        mine = torch.stack([stats.lse, stats.target_logit, stats.entropy, here])
+        keep = torch.bfloat16 if save_probs else None
+        stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep)
+        here = targets >= 0
+        target_logit = torch.where(here, stats.logp + stats.lse, -torch.inf)
+        mine = torch.stack([stats.lse, target_logit, stats.entropy, here.to(stats.lse.dtype)])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, mine, group=group)
         # Merged in rank order, on every rank alike.
@@ -198,7 +194,7 @@ class _ShardedLogprob(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         ignored = targets == IGNORED
         head = Head(weight, bias, temperature, softcap)
-        stats = LinearStats(lse, lse, entropy, saved, shift)
+        stats = LinearStats(lse, entropy, lse, saved, shift)
         g, ge = _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored)
         d_hidden, d_weight, d_bias = _grads(
             hidden, targets, head, stats, g, ge, needs, backend, compute_dtype(hidden)

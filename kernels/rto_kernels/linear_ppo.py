@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from ._chunked import Head, LinearGrads
 from ._dispatch import FLOATS_TORCH, check_tensor, resolve_backend
 from ._layout import check_layout, compute_dtype
-from .linear_logprob import check_linear, linear_passes, merge_logp
+from .linear_logprob import check_linear, linear_passes
 from .ppo_loss import INF, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
 
 
@@ -109,11 +109,11 @@ def _linear_ppo(
     one = h.new_ones((), dtype=torch.float32)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
-        stats = passes.forward(h[rows], t[rows], head, want_entropy, passes.chunk_dtype(h) if any(needs) else None)
-        logp_c, entropy_c = merge_logp(stats, t[rows], ignore_index, weight.shape[0])
-        logp[rows] = torch.where(flat[rows], logp_c, 0)
+        keep = passes.chunk_dtype(h) if any(needs) else None
+        stats = passes.forward(h[rows], t[rows], head, ignore_index, want_entropy, keep)
+        logp[rows] = torch.where(flat[rows], stats.logp, 0)
         if want_entropy:
-            entropy[rows] = torch.where(flat[rows], entropy_c, 0)
+            entropy[rows] = torch.where(flat[rows], stats.entropy, 0)
         if not any(needs):
             continue
         _, _, g = _policy_loss(
