@@ -268,7 +268,8 @@ def ppo_loss(
     sequences = [inside for _, inside in _sequences(logp, cu_seqlens, mask) if inside]
     units = len(sequences) if aggregation == "sequence" else sum(len(inside) for inside in sequences)
     total = max(units, 1) if denominator is None else denominator
-    policy_loss, value_loss = lp.new_zeros(()), lp.new_zeros(())
+    policy_loss = lp[:0].sum()  # 0, with a gradient even where no token follows
+    value_loss = lp.new_zeros(()) if v is None else v[:0].sum()
     stats = dict.fromkeys(PPOStats._fields, lp.new_zeros(()))
     for inside in sequences:
         c = 1 / (len(inside) * total) if aggregation == "sequence" else 1 / total

@@ -14,7 +14,11 @@ settings.register_profile(
     deadline=None,
     derandomize=True,
     max_examples=25 if INTERPRET else 60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
 )
 settings.load_profile("kernels")
 
@@ -22,7 +26,10 @@ settings.load_profile("kernels")
 @pytest.fixture(autouse=True)
 def nan_filled_memory():
     """torch.empty returns NaN (integers: the largest), so an output that a kernel forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

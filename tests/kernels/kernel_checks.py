@@ -111,7 +111,10 @@ def check_error(name: str, out, truth, same, scale=1.0) -> None:
 
 def largest(*tensors) -> float:
     """The largest finite magnitude in the inputs."""
-    return max((float(t.nan_to_num(0).abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
+    return max(
+        (float(t.detach().nan_to_num(0).abs().max()) for t in tensors if t is not None and t.numel()),
+        default=0.0,
+    )
 
 
 def bits(*tensors: torch.Tensor) -> list[bytes]:
