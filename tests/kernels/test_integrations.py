@@ -32,29 +32,37 @@ def trl():
     on_trl.unpatch()
 
 
+# What OpenRLHF imports from packages whose wheels are for GPUs; nothing of it is called here.
+STAND_INS = {
+    "flash_attn": {
+        "flash_attn": [],
+        "flash_attn.utils": [],
+        "flash_attn.utils.distributed": ["all_gather"],
+        "flash_attn.bert_padding": ["index_first_axis", "pad_input", "rearrange", "unpad_input"],
+    },
+    "vllm": {"vllm": ["SamplingParams"], "vllm.inputs": ["TokensPrompt"], "vllm.utils": ["random_uuid"]},
+}
+
+
 @pytest.fixture
 def openrlhf(monkeypatch):
-    """OpenRLHF imports flash-attn, whose wheel is for GPUs, for ring attention: a stand-in serves where absent."""
-    if importlib.util.find_spec("flash_attn") is None:
-        stubs = {"flash_attn": [], "flash_attn.utils": [], "flash_attn.utils.distributed": ["all_gather"]}
-        stubs["flash_attn.bert_padding"] = ["index_first_axis", "pad_input", "rearrange", "unpad_input"]
-        for name, functions in stubs.items():
-            module = types.ModuleType(name)
-            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            for function in functions:
-                setattr(module, function, None)
-            monkeypatch.setitem(sys.modules, name, module)
+    for package, modules in STAND_INS.items():
+        if importlib.util.find_spec(package) is None:
+            for name, attributes in modules.items():
+                module = types.ModuleType(name)
+                module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+                vars(module).update(dict.fromkeys(attributes))
+                monkeypatch.setitem(sys.modules, name, module)
     pytest.importorskip("openrlhf.models.loss", reason="OpenRLHF is not installed", exc_type=ImportError)
-    maker = pytest.importorskip(
-        "openrlhf.trainer.ppo_utils.experience_maker",
-        reason="OpenRLHF's trainer needs more",
-        exc_type=ImportError,
-    )
+    try:
+        maker = importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+    except ImportError:
+        maker = None
     yield types.SimpleNamespace(
         loss=importlib.import_module("openrlhf.models.loss"),
         utils=importlib.import_module("openrlhf.models.utils"),
         actor=importlib.import_module("openrlhf.models.actor"),
-        maker=maker.RemoteExperienceMaker,
+        maker=maker,
     )
     on_openrlhf.unpatch()
 
@@ -70,7 +78,7 @@ def verl():
 
 def random(*shape, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE)
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE)
 
 
 def graded(function, *inputs):
@@ -78,7 +86,8 @@ def graded(function, *inputs):
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outs = function(*leaves)
     outs = [out for out in (outs if isinstance(outs, tuple) else (outs,)) if isinstance(out, torch.Tensor)]
-    total = sum((out.float() * random(*out.shape, seed=9)).sum() for out in outs if out.requires_grad)
+    ups = [random(*out.shape, seed=30 + i) for i, out in enumerate(outs)]
+    total = sum((out.float() * up).sum() for out, up in zip(outs, ups, strict=True) if out.requires_grad)
     return outs, torch.autograd.grad(total, leaves)
 
 
@@ -100,7 +109,9 @@ def tiny_grpo(folder, tokens: int = 24):
         vocab_size=tokens, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64, pad_token_id=tokens - 2, eos_token_id=tokens - 1, bos_token_id=None,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")  # TRL loads its reference from there
+    transformers.LlamaForCausalLM(config).save_pretrained(
+        folder / "model"
+    )  # TRL loads its reference from there
     seen = {}
 
     class Recorder(transformers.TrainerCallback):
@@ -216,6 +227,8 @@ def test_openrlhf_log_probs(openrlhf):
 
 
 def test_openrlhf_gae(openrlhf):
+    if openrlhf.maker is None:
+        pytest.skip("OpenRLHF's experience maker does not import here")
     mask, (rewards, values, *_) = rollout()
     for action_mask in (mask, mask.bool(), None):
         args = (None, values, rewards, action_mask, 0.99, 0.95)

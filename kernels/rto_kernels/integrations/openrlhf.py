@@ -132,13 +132,15 @@ def _value_loss_forward(original: Any) -> Any:
 def _patch() -> None:
     loss = importlib.import_module("openrlhf.models.loss")
     utils = importlib.import_module("openrlhf.models.utils")
-    maker = importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
     _swaps.function(utils.log_probs_from_logits, _log_probs_from_logits(utils.log_probs_from_logits))
-    _swaps.attribute(
-        maker, "get_advantages_and_returns", _get_advantages_and_returns(maker.get_advantages_and_returns)
-    )
     _swaps.attribute(loss.PolicyLoss, "forward", _policy_loss_forward(loss.PolicyLoss.forward))
     _swaps.attribute(loss.ValueLoss, "forward", _value_loss_forward(loss.ValueLoss.forward))
+    try:
+        maker = importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+    except ImportError:
+        return  # it needs vLLM and Ray: a process without them makes no experience
+    ours = _get_advantages_and_returns(maker.get_advantages_and_returns)
+    _swaps.attribute(maker, "get_advantages_and_returns", ours)
 
 
 def patch() -> None:
