@@ -55,19 +55,18 @@ def tanh(x):
 
 
 @triton.jit
-def _tile_logits(
-    h, w, bias_ptr, row0, col0, rows, vocab, width, stride_h, stride_w, temperature, softcap,
+def _tile_product(
+    h, w, row0, col0, rows, vocab, width, stride_h, stride_w,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """(z·log₂e [BM, BN], −inf past the vocabulary; dz/da: a matrix under the soft-cap, else a number)."""
-    cols = col0 + tl.arange(0, BN)
+    """hidden·Wᵀ [BM, BN] of the rows from row0 and the vocabulary from col0, fp32."""
     acc = tl.zeros((BM, BN), tl.float32)
     if TMA:
         for k in range(0, width, BK):
             acc = _dot(h.load([row0, k]), w.load([col0, k]).T, acc, PRECISION)
     else:
         r = row0 + tl.arange(0, BM)
+        cols = col0 + tl.arange(0, BN)
         kk = tl.arange(0, BK)
         h_ptrs = h + r[:, None].to(tl.int64) * stride_h + kk[None, :]
         w_ptrs = w + cols[:, None].to(tl.int64) * stride_w + kk[None, :]
@@ -76,6 +75,30 @@ def _tile_logits(
             a = tl.load(h_ptrs + k, mask=(r < rows)[:, None] & inside, other=0.0)
             b = tl.load(w_ptrs + k, mask=(cols < vocab)[:, None] & inside, other=0.0)
             acc = _dot(a, b.T, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _store(c, x, row0, col0, rows, columns, stride, TMA: tl.constexpr):
+    """x to c [rows, columns] at (row0, col0), in c's dtype; what is outside is left out."""
+    if TMA:
+        c.store([row0, col0], x.to(c.dtype))
+    else:
+        r = row0 + tl.arange(0, x.shape[0])
+        cols = col0 + tl.arange(0, x.shape[1])
+        at = c + r[:, None].to(tl.int64) * stride + cols[None, :]
+        tl.store(at, x.to(c.dtype.element_ty), mask=(r < rows)[:, None] & (cols < columns)[None, :])
+
+
+@triton.jit
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and right half of x [BM, BN]. What follows a product works on halves, or it would not fit in registers."""
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(z·log₂e, −inf past the vocabulary; dz/da: a matrix under the soft-cap, else a number)."""
     if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
@@ -89,9 +112,39 @@ def _tile_logits(
 
 
 @triton.jit
+def _absorb(
+    acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+    rows, vocab, stride_saved, temperature, softcap,
+    ENTROPY: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc."""
+    WIDTH: tl.constexpr = acc.shape[1]
+    cols = col0 + tl.arange(0, WIDTH)
+    z, _ = _logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+    picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+    new = tl.maximum(peak, tl.max(z, 1))
+    base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
+    z -= base[:, None]
+    e = tl.exp2(z)
+    decay = tl.exp2(peak - base)
+    if ENTROPY:
+        weighted = decay * (weighted + total * tl.maximum(peak - base, FLOOR))
+        weighted += tl.sum(e * tl.maximum(z, FLOOR), 1)
+    total = total * decay + tl.sum(e, 1)
+    if SAVE:
+        # A whole power of two as shift: what scales by it later is exact.
+        k = tl.ceil(base)
+        kept = (e * tl.exp2(base - k)[:, None]).to(tl.bfloat16)
+        _store(saved, kept, row0, col0, rows, vocab, stride_saved, TMA)
+        r = row0 + tl.arange(0, acc.shape[0])
+        tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, k, mask=r < rows)
+    return new, total, weighted, picked
+
+
+@triton.jit
 def linear_stats_kernel(
-    h, w, bias_ptr, targets_ptr, parts_ptr, saved_ptr, shift_ptr,
-    rows, vocab, width, stride_h, stride_w, temperature, softcap,
+    h, w, bias_ptr, targets_ptr, parts_ptr, saved, shift_ptr,
+    rows, vocab, width, stride_h, stride_w, stride_saved, temperature, softcap,
     SPLITS: tl.constexpr, PER_SPLIT: tl.constexpr, ENTROPY: tl.constexpr, SAVE: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -111,29 +164,21 @@ def linear_stats_kernel(
     weighted = tl.zeros((BM,), tl.float32)
     picked = tl.zeros((BM,), tl.float32)
     tiles_end = min((split + 1) * PER_SPLIT, tl.cdiv(vocab, BN))
+    HALF: tl.constexpr = BN // 2
     for tile in range(split * PER_SPLIT, tiles_end):
-        z, _ = _tile_logits(
-            h, w, bias_ptr, row0, tile * BN, rows, vocab, width, stride_h, stride_w, temperature, softcap,
-            BM, BN, BK, TMA, PRECISION, BIAS, SOFTCAP,
+        col0 = tile * BN
+        acc = _tile_product(
+            h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION
+        )
+        left, right = _halves(acc, BM, BN)
+        peak, total, weighted, picked = _absorb(
+            left, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+            rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
         )  # fmt: skip
-        cols = tile * BN + tl.arange(0, BN)
-        picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
-        new = tl.maximum(peak, tl.max(z, 1))
-        base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
-        e = tl.exp2(z - base[:, None])
-        decay = tl.exp2(peak - base)
-        if ENTROPY:
-            weighted = decay * (weighted + total * tl.maximum(peak - base, FLOOR))
-            weighted += tl.sum(e * tl.maximum(z - base[:, None], FLOOR), 1)
-        total = total * decay + tl.sum(e, 1)
-        peak = new
-        if SAVE:
-            # A whole power of two as shift: later scaling by it is exact.
-            k = tl.ceil(base)
-            kept = e * tl.exp2(base - k)[:, None]
-            at = saved_ptr + r[:, None].to(tl.int64) * vocab + cols[None, :]
-            tl.store(at, kept.to(tl.bfloat16), mask=(r < rows)[:, None] & (cols < vocab)[None, :])
-            tl.store(shift_ptr + tl.cast(tile, tl.int64) * rows + r, k, mask=r < rows)
+        peak, total, weighted, picked = _absorb(
+            right, row0, col0 + HALF, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+            rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+        )  # fmt: skip
     out = parts_ptr + tl.cast(split, tl.int64) * rows + r
     plane = tl.cast(rows, tl.int64) * SPLITS
     tl.store(out, peak, mask=r < rows)
@@ -182,11 +227,36 @@ def linear_merge_kernel(
 
 
 @triton.jit
+def _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY: tl.constexpr):
+    """dz·dz/da of these columns, from log₂ p and p."""
+    coefficient = -g[:, None]
+    if ENTROPY:
+        coefficient -= ge[:, None] * (tl.maximum(log_p, FLOOR) * LN2 + entropy[:, None])
+    dz = p * coefficient + tl.where(cols[None, :] == target[:, None], g[:, None], 0.0)
+    return tl.where(active[:, None], dz * slope, 0.0)
+
+
+@triton.jit
+def _load_rows(
+    targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, at, active, vocab, ENTROPY: tl.constexpr
+):
+    """What a gathered row brings: (target or −1, lse·log₂e, its gradient, the entropy's, entropy)."""
+    target = tl.load(targets_ptr + at, mask=active, other=-1)
+    target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+    lse = tl.load(lse_ptr + at, mask=active, other=0.0) * LOG2E
+    g = tl.load(grad_logp_ptr + at, mask=active, other=0.0)
+    ge, entropy = g, g
+    if ENTROPY:
+        ge = tl.load(grad_entropy_ptr + at, mask=active, other=0.0)
+        entropy = tl.load(entropy_ptr + at, mask=active, other=0.0)
+    return target, lse, g, ge, entropy
+
+
+@triton.jit
 def linear_dlogits_kernel(
-    h, w, bias_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr,
-    order_ptr, saved_ptr, shift_ptr, dz_ptr,
-    start, rows, col_start, vocab, width, saved_rows, stride_h, stride_w, stride_dz, temperature, softcap,
-    ENTROPY: tl.constexpr, SAVED: tl.constexpr,
+    h, w, bias_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr, dz,
+    start, rows, col_start, columns, vocab, width, stride_h, stride_w, stride_dz, temperature, softcap,
+    ENTROPY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -198,43 +268,74 @@ def linear_dlogits_kernel(
     r = row0 + tl.arange(0, BM)
     active = (r < rows) & (r < live)
     col0 = col_start + tl.program_id(1) * BN
-    cols = col0 + tl.arange(0, BN)
-    target = tl.load(targets_ptr + start + r, mask=active, other=-1)
-    target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
-    lse = tl.load(lse_ptr + start + r, mask=active, other=0.0) * LOG2E
-    g = tl.load(grad_logp_ptr + start + r, mask=active, other=0.0)
-    if SAVED:
+    acc = _tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
+    target, lse, g, ge, entropy = _load_rows(
+        targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, start + r, active, vocab, ENTROPY
+    )
+    HALF: tl.constexpr = BN // 2
+    left, right = _halves(acc, BM, BN)
+    cols = col0 + tl.arange(0, HALF)
+    z, slope = _logits(left, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+    z -= lse[:, None]
+    d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
+    _store(dz, d, row0, col0 - col_start, rows, columns, stride_dz, TMA)
+    cols += HALF
+    z, slope = _logits(right, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+    z -= lse[:, None]
+    d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
+    _store(dz, d, row0, col0 - col_start + HALF, rows, columns, stride_dz, TMA)
+
+
+@triton.jit
+def linear_dlogits_saved_kernel(
+    saved_ptr, shift_ptr, order_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr,
+    dz, start, rows, col_start, columns, vocab, saved_rows, stride_saved, stride_dz, temperature, softcap,
+    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The same from kept probabilities: BM rows by ROWS at a time, the WIDTH columns that share a shift."""
+    live = tl.load(count_ptr) - start
+    row0 = tl.program_id(0) * BM
+    if row0 >= live:
+        return
+    col0 = col_start + tl.program_id(1) * WIDTH
+    cols = col0 + tl.arange(0, WIDTH)
+    shifts = shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * saved_rows
+    for first in range(0, BM, ROWS):
+        r = row0 + first + tl.arange(0, ROWS)
+        active = (r < rows) & (r < live)
+        target, lse, g, ge, entropy = _load_rows(
+            targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, start + r, active, vocab, ENTROPY
+        )
         row = tl.load(order_ptr + start + r, mask=active, other=0)
-        at = saved_ptr + row[:, None] * vocab + cols[None, :]
+        at = saved_ptr + row[:, None] * stride_saved + cols[None, :]
         kept = tl.load(at, mask=active[:, None] & (cols < vocab)[None, :], other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + tl.cast(col0 // BN, tl.int64) * saved_rows + row, mask=active, other=0.0)
-        log_p = tl.maximum(tl.log2(kept), FLOOR) + (shift - lse)[:, None]
-        p = kept * tl.exp2(shift - lse)[:, None]
+        shift = tl.load(shifts + row, mask=active, other=0.0) - lse
+        log_p = tl.maximum(tl.log2(kept), FLOOR) + shift[:, None]
         slope = 1.0 / temperature
         if SOFTCAP:
             bent = (log_p + lse[:, None]) * (temperature / (softcap * LOG2E))
             slope = tl.maximum(1.0 - bent * bent, 0.0) / temperature
+        p = kept * tl.exp2(shift)[:, None]
+        d = _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY)
+        _store(dz, d, row0 + first, col0 - col_start, rows, columns, stride_dz, False)
+
+
+@triton.jit
+def _add(c, x, row0, col0, rows, columns, stride, TMA: tl.constexpr):
+    """x + c at (row0, col0), fp32."""
+    if TMA:
+        there = c.load([row0, col0])
     else:
-        z, slope = _tile_logits(
-            h, w, bias_ptr, row0, col0, rows, vocab, width, stride_h, stride_w, temperature, softcap,
-            BM, BN, BK, TMA, PRECISION, BIAS, SOFTCAP,
-        )  # fmt: skip
-        log_p = z - lse[:, None]
-        p = tl.exp2(log_p)
-    coefficient = -g[:, None]
-    if ENTROPY:
-        entropy = tl.load(entropy_ptr + start + r, mask=active, other=0.0)
-        ge = tl.load(grad_entropy_ptr + start + r, mask=active, other=0.0)
-        coefficient -= ge[:, None] * (tl.maximum(log_p, FLOOR) * LN2 + entropy[:, None])
-    dz = p * coefficient + tl.where(cols[None, :] == target[:, None], g[:, None], 0.0)
-    dz = tl.where(active[:, None], dz * slope, 0.0)
-    out = dz_ptr + r[:, None].to(tl.int64) * stride_dz + (cols - col_start)[None, :]
-    tl.store(out, dz.to(dz_ptr.dtype.element_ty), mask=(r < rows)[:, None] & (cols < vocab)[None, :])
+        r = row0 + tl.arange(0, x.shape[0])
+        cols = col0 + tl.arange(0, x.shape[1])
+        at = c + r[:, None].to(tl.int64) * stride + cols[None, :]
+        there = tl.load(at, mask=(r < rows)[:, None] & (cols < columns)[None, :], other=0.0)
+    return x + there.to(tl.float32)
 
 
 @triton.jit
 def linear_product_kernel(
-    a, b, c_ptr, count_ptr, start, m, n, k, stride_a, stride_b, stride_c,
+    a, b, c, count_ptr, start, m, n, k, stride_a, stride_b, stride_c,
     A_IS_KM: tl.constexpr, ACCUMULATE: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -276,11 +377,13 @@ def linear_product_kernel(
                 at = r[:, None].to(tl.int64) * stride_a + inner[None, :]
                 left = tl.load(a + at, mask=(r < m)[:, None] & (inner < k)[None, :], other=0.0)
             acc = _dot(left, right, acc, PRECISION)
-    out = c_ptr + r[:, None].to(tl.int64) * stride_c + cols[None, :]
-    mask = (r < m)[:, None] & (cols < n)[None, :]
+    left, right = _halves(acc, BM, BN)
     if ACCUMULATE:
-        acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out, acc.to(c_ptr.dtype.element_ty), mask=mask)
+        left = _add(c, left, row0, col0, m, n, stride_c, TMA)
+    _store(c, left, row0, col0, m, n, stride_c, TMA)
+    if ACCUMULATE:
+        right = _add(c, right, row0, col0 + BN // 2, m, n, stride_c, TMA)
+    _store(c, right, row0, col0 + BN // 2, m, n, stride_c, TMA)
 
 
 @triton.jit
@@ -337,9 +440,10 @@ def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
 
 
 def saved_shapes_triton(hidden: Tensor, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of `saved` and `shift`: a shift for each row and column tile."""
-    columns = tiles_of(hidden, vocab)[1].forward.columns
-    return (hidden.shape[0], vocab), (-(-vocab // columns), hidden.shape[0])
+    """Shapes of `saved` and `shift`: a shift for each row and half column tile."""
+    columns = tiles_of(hidden, vocab)[1].full.columns
+    # Half a tile, as `_halves` makes them; rows of whole 16 bytes.
+    return (hidden.shape[0], -(-vocab // 8) * 8), (2 * -(-vocab // columns), hidden.shape[0])
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -363,23 +467,26 @@ def linear_forward_triton(
     n, vocab = hidden.shape[0], head.weight.shape[0]
     run = _Launch(hidden, head)
     hidden, targets = run.rows(hidden), targets.contiguous()
-    tile = run.tiles.forward
+    tile = run.tiles.logits(head.bias is not None, head.softcap > 0, save_dtype is not None)
     splits, per_split = tiles.splits_of(vocab, tile)
     logp, lse = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty(n if want_entropy else 0, dtype=torch.float32, device=hidden.device)
-    kept, shifts = saved_shapes_triton(hidden, vocab) if save_dtype else (0, 0)
-    saved = torch.empty(kept, dtype=torch.bfloat16, device=hidden.device)
+    shape, shifts = saved_shapes_triton(hidden, vocab) if save_dtype else ((0, 8), 0)
+    saved = torch.empty(shape, dtype=torch.bfloat16, device=hidden.device)
     shift = torch.empty(shifts, dtype=torch.float32, device=hidden.device)
     step = n if save_dtype else FORWARD_TOKENS
     for n0 in range(0, n, max(step, 1)):
         h, t = hidden[n0 : n0 + step], targets[n0 : n0 + step]
         rows = h.shape[0]
+        kept = saved[:, :vocab]
+        if save_dtype is not None:
+            kept = run.operand(kept, [tile.rows, tile.columns // 2])
         parts = torch.empty((3 + want_entropy, splits, rows), dtype=torch.float32, device=hidden.device)
         count_launch("linear_stats")
         linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
             run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
-            run.bias, t, parts, saved, shift,
-            rows, vocab, run.width, h.stride(0), run.weight.stride(0), head.temperature, head.softcap,
+            run.bias, t, parts, kept, shift,
+            rows, vocab, run.width, h.stride(0), run.weight.stride(0), saved.stride(0), head.temperature, head.softcap,
             SPLITS=splits, PER_SPLIT=per_split, ENTROPY=want_entropy, SAVE=save_dtype is not None, GROUP=GROUP,
             **run.flags, **_blocks(tile),
         )  # fmt: skip
@@ -388,7 +495,7 @@ def linear_forward_triton(
             parts, t, logp[n0:], entropy[n0:], lse[n0:], rows, vocab, ignore_index,
             SPLITS=splits, ENTROPY=want_entropy, BLOCK=128, num_warps=4, **tiles.FUSION,
         )  # fmt: skip
-    return LinearStats(logp, entropy, lse, saved, shift)
+    return LinearStats(logp, entropy, lse, saved if save_dtype else shift.to(saved.dtype), shift)
 
 
 def linear_backward_triton(
@@ -410,7 +517,7 @@ def linear_backward_triton(
         g = torch.zeros_like(ge)
     active = g != 0 if ge is None else (g != 0) | (ge != 0)
     order = torch.argsort(~active, stable=True)
-    count = active.sum()
+    count = active.sum(dtype=torch.int32)
     # Gathered rows without a gradient are emptied: they may hold NaN, and 0 · NaN would reach d(weight).
     live = torch.arange(n, device=device) < count
     h = hidden[order].masked_fill_(~live[:, None], 0)
@@ -419,7 +526,7 @@ def linear_backward_triton(
     )
     use_saved = stats.saved.numel() > 0
     run = _Launch(h, head)
-    tile, product = run.tiles.dlogits, run.tiles.product
+    tile, product = run.tiles.logits(head.bias is not None, head.softcap > 0), run.tiles.product
     wide = n > BACKWARD_TOKENS  # several token blocks add up in fp32
     if into is not None:
         d_weight, d_bias = into.weight, into.bias
@@ -441,21 +548,32 @@ def linear_backward_triton(
         for v0 in range(0, run.vocab, chunk):
             columns = min(chunk, run.vocab - v0)
             w = run.weight[v0 : v0 + columns]
-            count_launch("linear_dlogits")
-            linear_dlogits_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
-                run.operand(hc, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
-                run.bias, t, lse, entropy, g, g if ge is None else ge, count, order, stats.saved, stats.shift, dz,
-                n0, rows, v0, run.vocab, width, n, hc.stride(0), run.weight.stride(0), dz.stride(0),
-                head.temperature, head.softcap,
-                ENTROPY=ge is not None, SAVED=use_saved, **run.flags, **_blocks(tile),
-            )  # fmt: skip
+            dz_part = dz[:, :columns]
+            if use_saved:
+                half = run.tiles.full.columns // 2
+                count_launch("linear_dlogits_saved")
+                linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, half))](
+                    stats.saved, stats.shift, order, t, lse, entropy, g, g if ge is None else ge, count,
+                    dz, n0, rows, v0, columns, run.vocab, n, stats.saved.stride(0), dz.stride(0),
+                    head.temperature, head.softcap,
+                    ENTROPY=ge is not None, SOFTCAP=head.softcap > 0, BM=tile.rows, WIDTH=half, ROWS=min(16, tile.rows),
+                    num_warps=4, **tiles.FUSION,
+                )  # fmt: skip
+            else:
+                count_launch("linear_dlogits")
+                linear_dlogits_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+                    run.operand(hc, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
+                    run.bias, t, lse, entropy, g, g if ge is None else ge, count,
+                    run.operand(dz_part, [tile.rows, tile.columns // 2]),
+                    n0, rows, v0, columns, run.vocab, width, hc.stride(0), run.weight.stride(0), dz.stride(0),
+                    head.temperature, head.softcap, ENTROPY=ge is not None, **run.flags, **_blocks(tile),
+                )  # fmt: skip
             if need_bias:
                 count_launch("linear_bias")
                 linear_bias_kernel[(triton.cdiv(columns, 128),)](
                     dz, d_bias[v0:], count, n0, rows, columns, dz.stride(0),
                     ACCUMULATE=accumulate, BM=32, BN=128, num_warps=4, **tiles.FUSION,
                 )  # fmt: skip
-            dz_part = dz[:, :columns]
             if need_weight:
                 _product(run, product, dz_part, hc, d_weight[v0 : v0 + columns], count, n0, True, accumulate)
             if need_hidden:
@@ -472,7 +590,8 @@ def _product(run: _Launch, tile: tiles.Tile, a, b, c, count, start, a_is_km, acc
     a_block = [tile.depth, tile.rows] if a_is_km else [tile.rows, tile.depth]
     count_launch("linear_product")
     linear_product_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
-        run.operand(a, a_block), run.operand(b, [tile.depth, tile.columns]), c, count, start,
+        run.operand(a, a_block), run.operand(b, [tile.depth, tile.columns]),
+        run.operand(c, [tile.rows, tile.columns // 2]), count, start,
         m, n, k, a.stride(0), b.stride(0), c.stride(0),
         A_IS_KM=a_is_km, ACCUMULATE=accumulate, GROUP=GROUP,
         TMA=run.descriptors, PRECISION=run.flags["PRECISION"], **_blocks(tile),

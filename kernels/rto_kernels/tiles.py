@@ -14,8 +14,12 @@ from typing import NamedTuple
 
 import torch
 
+from ._dispatch import INTERPRET
+
 # At most this many vocabulary splits, so that the partial results of a launch stay small.
 MAX_SPLITS = 64
+# At least this many column tiles in a split (but under the interpreter), so that a program has work to do.
+MIN_PER_SPLIT = 2 if INTERPRET else 8
 # FMA contraction is Triton's default up to 3.9 and not from 3.10 on; results shall not depend on the release.
 FUSION = {"enable_fp_fusion": True}
 
@@ -35,27 +39,32 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of one problem: logits (forward), d(logits), and the two products that follow it."""
+    """The tiles of one problem. The logits' epilogue decides what fits in registers."""
 
-    forward: Tile
-    dlogits: Tile
-    product: Tile
+    plain: Tile  # logits and d(logits) without bias, soft-cap and kept probabilities
+    full: Tile  # with any of them
+    product: Tile  # d(hidden) and d(weight) from d(logits); its `depth` divides the others' `rows`
+
+    def logits(self, bias: bool, softcap: bool, save: bool = False) -> Tile:
+        return self.full if bias or softcap or save else self.plain
 
 
-# (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. The logits of forward and backward share `columns`,
-# by which kept probabilities find their shift; `depth` of the product divides `rows` of d(logits), whose blocks
-# are written whole.
+# (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. Each was compiled for its chip: none spills.
+_POINTERS_2 = Tiles(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3))
+_POINTERS_4 = Tiles(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3))
+_DESCRIPTORS_2 = Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
+_DESCRIPTORS_4 = Tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3))
 _DEFAULTS = {
-    ("sm80", 2, False): Tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
-    ("sm80", 4, False): Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    ("sm90", 2, True): Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
-    ("sm90", 2, False): Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    ("sm90", 4, True): Tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("sm90", 4, False): Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    ("sm100", 2, True): Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
-    ("sm100", 2, False): Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    ("sm100", 4, True): Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    ("sm100", 4, False): Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("sm80", 2, False): _POINTERS_2,
+    ("sm80", 4, False): _POINTERS_4,
+    ("sm90", 2, True): _DESCRIPTORS_2,
+    ("sm90", 2, False): _POINTERS_2,
+    ("sm90", 4, True): _DESCRIPTORS_4,
+    ("sm90", 4, False): _POINTERS_4,
+    ("sm100", 2, True): _DESCRIPTORS_2,
+    ("sm100", 2, False): _POINTERS_2,
+    ("sm100", 4, True): _DESCRIPTORS_4,
+    ("sm100", 4, False): _POINTERS_4,
 }
 # Under the interpreter small sizes must still cross tile and split borders.
 _INTERPRETED = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
@@ -120,5 +129,5 @@ def remember(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool
 def splits_of(vocab: int, tile: Tile) -> tuple[int, int]:
     """(splits, column tiles in each) of the vocabulary in the forward pass."""
     tiles = -(-vocab // tile.columns)
-    per_split = max(2 if tile is _INTERPRETED.forward else 8, -(-tiles // MAX_SPLITS))
+    per_split = max(MIN_PER_SPLIT, -(-tiles // MAX_SPLITS))
     return -(-tiles // per_split), per_split
