@@ -5,6 +5,8 @@ fp32, or in fp64 where an input is fp64. Arguments mean what they mean in the pu
 only choose how a result is computed (backend, save_probs, process_group, ...) are left out.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def _sequences(
         bounds = [(b * width, (b + 1) * width) for b in range(rows)]
     else:
         ends = cu_seqlens.tolist()
-        bounds = list(zip(ends[:-1], ends[1:], strict=True))
+        bounds = list(pairwise(ends))
     inside = [True] * tokens.numel() if mask is None else (mask.reshape(-1) != 0).tolist()
     return [(list(range(a, b)), [i for i in range(a, b) if inside[i]]) for a, b in bounds]
 

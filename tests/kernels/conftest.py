@@ -5,7 +5,6 @@ import importlib
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
 from rto_kernels import _layout
 from rto_kernels._dispatch import INTERPRET
 
@@ -38,7 +37,7 @@ def nan_filled_memory():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """The interpreter scans a token at a time; blocks of 16 keep it quick and make 17 tokens cross a block."""
+    """The interpreter scans a token at a time; blocks of 16 keep it quick, and 17 tokens cross one."""
     if INTERPRET:
         monkeypatch.setattr(_layout, "BLOCK", 16)
         monkeypatch.setattr(_layout, "MERGE_ROWS", 2)

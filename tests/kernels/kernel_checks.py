@@ -1,11 +1,11 @@
-"""What the kernel tests share: backends, ragged layouts with NaN in the padding, and the accuracy contract."""
+"""What the kernel tests share: backends, ragged layouts with NaN in the padding, the accuracy contract."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import strategies as st
-
 from rto_kernels._dispatch import INTERPRET
 
 TRITON = INTERPRET or torch.cuda.is_available()
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Layout:
-    """A ragged batch: `rows` holds every sequence's positions in the flattened tokens, `inside` those in the mask."""
+    """A ragged batch. `rows`: each sequence's positions in the flattened tokens; `inside`: those masked in."""
 
     shape: tuple[int, ...]
     rows: list[list[int]]
@@ -61,7 +61,7 @@ def build(kind: str, lengths: list[int], width: int, seed: int, index_dtype=torc
     if kind.startswith("packed"):
         ends = [sum(lengths[:i]) for i in range(batch + 1)]
         shape = (ends[-1],)
-        rows = [list(range(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        rows = [list(range(a, b)) for a, b in pairwise(ends)]
         cu_seqlens = torch.tensor(ends, dtype=index_dtype)
     else:
         shape = (batch, width)
@@ -96,7 +96,7 @@ def sample(kind: str, seed: int = 0) -> Layout:
 
 
 def check_error(name: str, out, truth, same, scale=1.0) -> None:
-    """|out − truth| ≤ 1.1·|same − truth| + 4·eps(out's dtype)·max(1, |truth|max, scale); same: plain PyTorch's."""
+    """|out − truth| ≤ 1.1·|same − truth| + 4·eps(out.dtype)·max(1, |truth|max, scale); same: PyTorch's."""
     truth = torch.as_tensor(truth, dtype=torch.float64).cpu()
     out_, same_ = out.detach().cpu().double(), torch.as_tensor(same).detach().cpu().double()
     assert out_.shape == truth.shape, f"{name}: shape {list(out_.shape)}, expected {list(truth.shape)}"

@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import rto_kernels as rk
 import torch
 from kernel_checks import DEVICE, TRITON, sample
-
-import rto_kernels as rk
 from rto_kernels._dispatch import INTERPRET, check_local, count_launch, count_launches, resolve_backend
 
 
@@ -126,7 +125,7 @@ def test_kernels_refuse_fp64():
 
 
 def test_a_tensor_on_another_device_is_named():
-    with pytest.raises(ValueError, match="values must be on .* like the other arguments"):
+    with pytest.raises(ValueError, match=r"values must be on .* like the other arguments"):
         rk.gae(torch.zeros(2, 2), torch.zeros(2, 2, device="meta"), backend="torch")
 
 

@@ -5,14 +5,13 @@ import os
 import tempfile
 
 import pytest
+import rto_kernels as rk
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, check_error, largest, layouts, sample
-
-import rto_kernels as rk
 from rto_kernels import reference
 from rto_kernels._dispatch import INTERPRET, count_launches
 
@@ -122,7 +121,9 @@ def test_padding_changes_no_bit(backend):
     expected = rk.gae(rewards, values, cu_seqlens=packed.cu_seqlens, backend=backend)
     lengths = [len(row) for row in packed.rows]
     mask = (torch.arange(50) < torch.tensor(lengths)[:, None]).to(DEVICE)
-    padded = [torch.full((5, 50), float("nan"), device=DEVICE).masked_scatter(mask, x) for x in (rewards, values)]
+    padded = [
+        torch.full((5, 50), float("nan"), device=DEVICE).masked_scatter(mask, x) for x in (rewards, values)
+    ]
     for gaps in ("zero", "carry"):
         got = rk.gae(*padded, mask=mask, gaps=gaps, backend=backend)
         assert bits(got.advantages[mask], got.returns[mask], got.moments) == bits(*expected)
@@ -152,7 +153,23 @@ def test_operators(backend, kind):
     )
     torch.library.opcheck(
         torch.ops.rto_kernels.rewards_gae,
-        (*x[:3], None, layout.sequences(), x[3], None, *tail, 0.1, 0.2, 1.0, 0.05, 10.0, 1.0, 0.95, "zero", backend),
+        (
+            *x[:3],
+            None,
+            layout.sequences(),
+            x[3],
+            None,
+            *tail,
+            0.1,
+            0.2,
+            1.0,
+            0.05,
+            10.0,
+            1.0,
+            0.95,
+            "zero",
+            backend,
+        ),
     )
 
 
@@ -183,13 +200,15 @@ def test_fp64_stays_fp64_on_the_pytorch_path():
 def test_whiten_moments_merges_parts(correction):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, dtype=torch.float64, generator=generator) * 3 + 5 for n in (7, 0, 1, 40)]
-    rows = [[len(p), float(p.mean()) if len(p) else 0.0, float(p.var(correction=0) * len(p)) if len(p) else 0.0]
-            for p in parts]  # fmt: skip
-    mean, rstd = rk.whiten_moments(torch.tensor(rows, dtype=torch.float64), correction=correction)
+    spreads = [
+        [len(p), float(p.mean()), float(p.var(correction=0)) * len(p)] if len(p) else [0] * 3 for p in parts
+    ]
+    rows = torch.tensor(spreads, dtype=torch.float64)
+    mean, rstd = rk.whiten_moments(rows, correction=correction)
     whole = torch.cat(parts)
     torch.testing.assert_close(mean, whole.mean(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(rstd, whole.var(correction=correction).rsqrt(), rtol=1e-13, atol=1e-13)
-    twin = reference.whiten_moments(torch.tensor(rows, dtype=torch.float64), correction=correction)
+    twin = reference.whiten_moments(rows, correction=correction)
     torch.testing.assert_close((mean, rstd), twin, rtol=1e-13, atol=1e-13)
 
 
@@ -225,7 +244,9 @@ def whiten_on_a_rank(rank: int, ranks: int, store: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(INTERPRET, reason="communication does not depend on the backend; runs without TRITON_INTERPRET")
+@pytest.mark.skipif(
+    INTERPRET, reason="communication does not depend on the backend; runs without TRITON_INTERPRET"
+)
 def test_whitening_over_ranks():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(whiten_on_a_rank, args=(3, os.path.join(folder, "store"), folder), nprocs=3)

@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 from kernel_checks import DEVICE, INTERPRET, sample
-
 from rto_kernels import token_logprobs
 from rto_kernels._dispatch import count_launches
 from rto_kernels.integrations import openrlhf as on_openrlhf
@@ -129,9 +128,9 @@ def tiny_grpo(folder, tokens: int = 24):
     trainer = GRPOTrainer(
         model=str(folder / "model"),
         args=GRPOConfig(
-            output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, num_generations=4, logging_steps=1,
-            max_completion_length=6, report_to=[], use_cpu=DEVICE == "cpu", beta=0.1, learning_rate=1e-3, seed=3,
-            temperature=0.8, bf16=False, save_strategy="no", gradient_checkpointing=False,
+            output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, num_generations=4, seed=3,
+            logging_steps=1, max_completion_length=6, report_to=[], use_cpu=DEVICE == "cpu", beta=0.1,
+            learning_rate=1e-3, temperature=0.8, bf16=False, save_strategy="no", gradient_checkpointing=False,
         ),
         reward_funcs=many_even_words,
         train_dataset=datasets.Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5"]}),

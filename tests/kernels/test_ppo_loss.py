@@ -3,12 +3,11 @@
 import math
 
 import pytest
+import rto_kernels as rk
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, build, check_error, largest, layouts, sample
-
-import rto_kernels as rk
 from rto_kernels import reference
 from rto_kernels._dispatch import count_launches
 
@@ -16,7 +15,7 @@ INF = float("inf")
 
 
 def truth(layout, given, *, clip, value_clip, whiten, entropy_coef, is_cap, aggregation, denominator, up):
-    """(policy_loss, value_loss, {name: gradient of up[0]·policy + up[1]·value}, stats), one token at a time."""
+    """(policy_loss, value_loss, {name: gradient of up[0]·policy + up[1]·value}, stats), token by token."""
     x = {k: None if t is None else t.detach().double().reshape(-1).tolist() for k, t in given.items()}
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     low, high = (1 - low if low else -INF), (1 + high if high else INF)

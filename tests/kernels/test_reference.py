@@ -3,10 +3,9 @@
 import inspect
 
 import pytest
+import rto_kernels as rk
 import torch
 from kernel_checks import DEVICE, INTERPRET, sample
-
-import rto_kernels as rk
 from rto_kernels import reference
 
 FUNCTIONS = [name for name in rk.__all__ if name[0].islower()]

@@ -1,12 +1,11 @@
 """token_rewards and rewards_gae's first half against the paper's formula, a token at a time in fp64."""
 
 import pytest
+import rto_kernels as rk
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, check_error, largest, layouts, sample
-
-import rto_kernels as rk
 from rto_kernels import reference
 from rto_kernels._dispatch import count_launches
 
@@ -84,7 +83,15 @@ def test_sum_over_a_response(backend):
     layout = sample("packed")
     policy, ref, dpo, scores = *(layout.tokens() for _ in range(3)), layout.sequences()
     out = rk.token_rewards(
-        policy, ref, dpo, scores, beta1=0.3, beta2=0.2, beta3=0.5, cu_seqlens=layout.cu_seqlens, backend=backend
+        policy,
+        ref,
+        dpo,
+        scores,
+        beta1=0.3,
+        beta2=0.2,
+        beta3=0.5,
+        cu_seqlens=layout.cu_seqlens,
+        backend=backend,
     )
     for row, positions in enumerate(layout.rows):
         total = 0.3 * (dpo - ref)[positions].sum() - 0.2 * (policy - ref)[positions].sum()
@@ -115,7 +122,9 @@ def test_strided_inputs_and_numeric_masks(backend):
             *strided, scores[:1].expand(5) * 0 + scores, **COEFFICIENTS, mask=mask, backend=backend
         )
         assert bits(*got) == bits(*expected)
-    expanded = rk.token_rewards(*inputs, scores[:1].expand(5), **COEFFICIENTS, mask=layout.mask, backend=backend)
+    expanded = rk.token_rewards(
+        *inputs, scores[:1].expand(5), **COEFFICIENTS, mask=layout.mask, backend=backend
+    )
     assert (expanded.kl == expected.kl).all()
 
 
@@ -136,7 +145,9 @@ def test_compiles_whole(backend):
     inputs, scores = [layout.tokens() for _ in range(3)], layout.sequences()
 
     def caller(policy, ref, dpo, scores, cu_seqlens):
-        out = rk.token_rewards(policy * 2, ref, dpo, scores, **COEFFICIENTS, cu_seqlens=cu_seqlens, backend=backend)
+        out = rk.token_rewards(
+            policy * 2, ref, dpo, scores, **COEFFICIENTS, cu_seqlens=cu_seqlens, backend=backend
+        )
         return out.rewards + out.kl
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
