@@ -126,6 +126,12 @@ def remember(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool
     os.replace(out.name, path)
 
 
+def row_block(vocab: int) -> dict:
+    """Elements of a row of logits that a program holds at once, and its warps."""
+    width = 1 << max(vocab - 1, 15).bit_length()
+    return {"BLOCK": min(width, 64 if INTERPRET else 8192), "num_warps": 8 if width >= 4096 else 4, **FUSION}
+
+
 def splits_of(vocab: int, tile: Tile) -> tuple[int, int]:
     """(splits, column tiles in each) of the vocabulary in the forward pass."""
     tiles = -(-vocab // tile.columns)
