@@ -21,8 +21,6 @@ from .linear_logprob import token_logprobs
 from .logprob import LOG2E, check_logits, dense_rows, logprobs_from_logits, row_logprob
 from .token_rewards import TokenRewards, check_reward_inputs, reward_terms, token_rewards
 
-IGNORED = -100
-
 
 @triton.jit
 def _sequence_of(token, cu_ptr, batch):
@@ -38,9 +36,9 @@ def _sequence_of(token, cu_ptr, batch):
 
 @triton.jit
 def logits_token_rewards_kernel(
-    policy_ptr, ref_ptr, dpo_ptr, targets_ptr, dpo_ref_ptr, scores_ptr, cu_ptr, mask_ptr,
+    policy_ptr, ref_ptr, dpo_ptr, dpo_ref_ptr, targets_ptr, scores_ptr, cu_ptr, mask_ptr,
     rewards_ptr, dpo_reward_ptr, kl_ptr, policy_out_ptr, ref_out_ptr, dpo_out_ptr,
-    batch, width, vocab, stride_policy, stride_ref, stride_dpo, scale, beta1, beta2, beta3, dpo_clip, score_clip,
+    batch, width, vocab, stride_policy, stride_ref, stride_dpo, stride_dpo_ref, scale, ignore_index, beta1, beta2, beta3, dpo_clip, score_clip,
     PACKED: tl.constexpr, MASKED: tl.constexpr, DPO_REF: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -66,12 +64,14 @@ def logits_token_rewards_kernel(
         else:
             later = tl.where(token + 1 < end, 1, 0)
         target = tl.load(targets_ptr + token)
-        policy, _, _ = row_logprob(policy_ptr + token * stride_policy, target, vocab, scale, False, BLOCK)
-        ref, _, _ = row_logprob(ref_ptr + token * stride_ref, target, vocab, scale, False, BLOCK)
-        dpo, _, _ = row_logprob(dpo_ptr + token * stride_dpo, target, vocab, scale, False, BLOCK)
-        base = ref
-        if DPO_REF:
-            base = tl.load(dpo_ref_ptr + token).to(tl.float32)
+        base = policy
+        if target != ignore_index:
+            policy, _, _ = row_logprob(policy_ptr + token * stride_policy, target, vocab, scale, False, BLOCK)
+            ref, _, _ = row_logprob(ref_ptr + token * stride_ref, target, vocab, scale, False, BLOCK)
+            dpo, _, _ = row_logprob(dpo_ptr + token * stride_dpo, target, vocab, scale, False, BLOCK)
+            base = ref
+            if DPO_REF:
+                base, _, _ = row_logprob(dpo_ref_ptr + token * stride_dpo_ref, target, vocab, scale, False, BLOCK)
         score = tl.load(scores_ptr + row).to(tl.float32)
         reward, dpo_reward, kl = reward_terms(
             policy, ref, dpo, base, score, later == 0, beta1, beta2, beta3, dpo_clip, score_clip
@@ -84,17 +84,20 @@ def logits_token_rewards_kernel(
     tl.store(dpo_out_ptr + token, dpo)
 
 
-def _rewards_triton(logits: Sequence[Tensor], targets, scores, dpo_ref, cu_seqlens, mask, temperature, *coefficients):
+def _rewards_triton(
+    logits: Sequence[Tensor], targets, scores, cu_seqlens, mask, temperature, ignore_index, *coefficients
+) -> list[Tensor]:
+    """logits: of policy, reference, DPO model, and of the DPO model's reference if that is another."""
     vocab = logits[0].shape[-1]
     outs = [torch.empty(targets.shape, dtype=torch.float32, device=targets.device) for _ in range(6)]
     if targets.numel():
         rows = [dense_rows(x.reshape(-1, vocab)) for x in logits]
+        rows += rows[1:2] * (4 - len(rows))
         targets, scores = targets.contiguous(), scores.contiguous()
         count_launch("logits_token_rewards")
         logits_token_rewards_kernel[(targets.numel(),)](
             *rows,
             targets,
-            rows[0] if dpo_ref is None else dpo_ref.contiguous(),
             scores,
             targets if cu_seqlens is None else cu_seqlens.contiguous(),
             kernel_mask(mask, targets),
@@ -104,10 +107,11 @@ def _rewards_triton(logits: Sequence[Tensor], targets, scores, dpo_ref, cu_seqle
             vocab,
             *(x.stride(0) for x in rows),
             LOG2E.value / temperature,
+            ignore_index,
             *coefficients,
             PACKED=cu_seqlens is not None,
             MASKED=mask is not None,
-            DPO_REF=dpo_ref is not None,
+            DPO_REF=len(logits) == 4,
             LOOK=16 if INTERPRET else 1024,
             **tiles.row_block(vocab),
         )
@@ -116,15 +120,13 @@ def _rewards_triton(logits: Sequence[Tensor], targets, scores, dpo_ref, cu_seqle
 
 @torch.library.custom_op("rto_kernels::logits_token_rewards", mutates_args=())
 def _logits_token_rewards(
-    policy: Tensor,
-    ref: Tensor,
-    dpo: Tensor,
+    logits: Sequence[Tensor],
     targets: Tensor,
     scores: Tensor,
-    dpo_ref: Tensor | None,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    ignore_index: int,
     beta1: float,
     beta2: float,
     beta3: float,
@@ -132,23 +134,26 @@ def _logits_token_rewards(
     score_clip: float,
     backend: str,
 ) -> list[Tensor]:
-    coefficients = beta1, beta2, beta3, dpo_clip, score_clip
     if backend == "triton":
+        coefficients = beta1, beta2, beta3, dpo_clip, score_clip
         return _rewards_triton(
-            (policy, ref, dpo), targets, scores, dpo_ref, cu_seqlens, mask, temperature, *coefficients
+            logits, targets, scores, cu_seqlens, mask, temperature, ignore_index, *coefficients
         )
-    chosen = _chosen(targets, mask)
+    chosen = _chosen(targets, mask, ignore_index)
     logps = [
-        logprobs_from_logits(x, chosen, temperature=temperature, ignore_index=IGNORED, backend=backend)
-        for x in (policy, ref, dpo)
+        logprobs_from_logits(x, chosen, temperature=temperature, ignore_index=ignore_index, backend=backend)
+        for x in logits
     ]
-    names = ("beta1", "beta2", "beta3", "dpo_clip", "score_clip")
     return list(
         token_rewards(
-            *logps,
+            *logps[:3],
             scores,
-            **dict(zip(names, coefficients, strict=True)),
-            dpo_ref_logp=dpo_ref,
+            beta1=beta1,
+            beta2=beta2,
+            beta3=beta3,
+            dpo_clip=dpo_clip,
+            score_clip=score_clip,
+            dpo_ref_logp=logps[3] if len(logps) == 4 else None,
             cu_seqlens=cu_seqlens,
             mask=mask,
             backend=backend,
@@ -157,14 +162,14 @@ def _logits_token_rewards(
 
 
 @_logits_token_rewards.register_fake
-def _(policy, ref, dpo, targets, scores, dpo_ref, *_):
-    dtype = compute_dtype(policy, ref, dpo, scores, dpo_ref)
-    return [policy.new_empty(targets.shape, dtype=dtype) for _ in range(6)]
+def _(logits, targets, scores, *_):
+    dtype = compute_dtype(*logits, scores)
+    return [logits[0].new_empty(targets.shape, dtype=dtype) for _ in range(6)]
 
 
-def _chosen(targets: Tensor, mask: Tensor | None) -> Tensor:
-    """Targets, IGNORED outside the mask: their rows are not even looked at."""
-    return targets if mask is None else torch.where(mask != 0, targets, IGNORED)
+def _chosen(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """Targets, ignore_index outside the mask: their rows are not even looked at."""
+    return targets if mask is None else torch.where(mask != 0, targets, ignore_index)
 
 
 def logits_token_rewards(
@@ -178,18 +183,21 @@ def logits_token_rewards(
     beta2: float,
     beta3: float = 1.0,
     temperature: float = 1.0,
+    ignore_index: int = -100,
     dpo_clip: float | None = 0.0,
     score_clip: float | None = 10.0,
-    dpo_ref_logp: Tensor | None = None,
+    dpo_ref_logits: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> TokenRewards:
-    """`token_rewards` of the three models' log-probs of `targets`, gathered from their logits in the same launch.
+    """`token_rewards` of the models' log-probs of `targets`, gathered from their logits in the same launch.
 
     policy_logits, ref_logits, dpo_logits  [B, T, V] with mask [B, T], or packed [N, V] with cu_seqlens [B + 1];
                                            one vocabulary, bf16, fp16 or fp32; each divided by temperature
-    targets                                [B, T] or [N], int32 or int64; anything outside the mask
+    dpo_ref_logits                         the same of the DPO model's own reference; default: ref_logits
+    targets                                [B, T] or [N], int32 or int64; anything outside the mask; at ignore_index
+                                           the log-probs are 0
     scores                                 [B]
     The rest as in `token_rewards`, errors too. Returns TokenRewards, fp32, without gradient.
     """
@@ -197,27 +205,27 @@ def logits_token_rewards(
     backend = resolve_backend(backend, policy_logits)
     check_tensor("targets", targets)
     check_layout("targets", targets, cu_seqlens, mask)
-    check_logits("policy_logits", policy_logits, targets, IGNORED, backend, mask)
-    vocab = policy_logits.shape[-1]
-    for name, x in (("ref_logits", ref_logits), ("dpo_logits", dpo_logits)):
-        shape = (*targets.shape, vocab)
+    check_logits("policy_logits", policy_logits, targets, ignore_index, backend, mask)
+    logits = [policy_logits, ref_logits, dpo_logits]
+    shape = tuple(policy_logits.shape)
+    if dpo_ref_logits is not None:
+        logits.append(dpo_ref_logits)
+    for name, x in zip(("ref_logits", "dpo_logits", "dpo_ref_logits"), logits[1:], strict=False):
         check_tensor(name, x, shape=shape, expect=f"{list(shape)} like policy_logits", device=targets.device)
-        check_logits(name, x, targets, IGNORED, backend, mask)
+        check_logits(name, x, targets, ignore_index, backend, mask)
     if not temperature > 0:
         raise ValueError(f"temperature must be a positive number, got {temperature}")
     like = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
-    check_reward_inputs(like, like, like, scores, dpo_ref_logp, cu_seqlens, mask, backend)
+    check_reward_inputs(like, like, like, scores, None, cu_seqlens, mask, backend)
     return TokenRewards(
         *_logits_token_rewards(
-            policy_logits.detach(),
-            ref_logits.detach(),
-            dpo_logits.detach(),
+            [x.detach() for x in logits],
             targets,
             scores.detach(),
-            None if dpo_ref_logp is None else dpo_ref_logp.detach(),
             cu_seqlens,
             mask,
             float(temperature),
+            ignore_index,
             float(beta1),
             float(beta2),
             float(beta3),
@@ -238,33 +246,39 @@ def fused_token_rewards(
     beta2: float,
     beta3: float = 1.0,
     temperature: float = 1.0,
-    biases: Sequence[Tensor | None] = (None, None, None),
     softcap: float | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    ignore_index: int = -100,
     dpo_clip: float | None = 0.0,
     score_clip: float | None = 10.0,
-    dpo_ref_logp: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> TokenRewards:
-    """`token_rewards` from hidden states: (policy, reference, DPO model) in `hiddens` and `weights`, no logits.
+    """`token_rewards` from hidden states of policy, reference and DPO model (a fourth: its reference), no logits.
 
-    hiddens  three of [B, T, H_m] with mask [B, T], or packed [N, H_m] with cu_seqlens [B + 1]; widths may differ
-    weights  three of [V_m, H_m], biases three of [V_m] or None; one weight may serve two models
+    hiddens  three or four of [B, T, H_m] with mask [B, T], or packed [N, H_m] with cu_seqlens [B + 1]
+    weights  as many of [V_m, H_m], biases of [V_m] or None; widths may differ, one weight may serve several
     targets  [B, T] or [N]; anything outside the mask, whose rows are not looked at
     The rest as in `token_logprobs` and `token_rewards`, errors too. Returns TokenRewards: its log-probs are what
     PPO needs as old_logp. Nothing carries a gradient.
     """
-    for name, x in (("hiddens", hiddens), ("weights", weights), ("biases", biases)):
-        if len(x) != 3:
-            raise ValueError(f"{name} must be three, for policy, reference and DPO model, got {len(x)}")
+    biases = [None] * len(hiddens) if biases is None else biases
+    if len(hiddens) not in (3, 4):
+        raise ValueError(
+            f"hiddens must be of policy, reference and DPO model, and maybe its reference, got {len(hiddens)}"
+        )
+    for name, x in (("weights", weights), ("biases", biases)):
+        if len(x) != len(hiddens):
+            raise ValueError(f"{name} must be {len(hiddens)}, as many as hiddens, got {len(x)}")
     check_tensor("targets", targets)
     check_layout("targets", targets, cu_seqlens, mask)
-    chosen = _chosen(targets, mask).reshape(-1)
+    chosen = _chosen(targets, mask, ignore_index).reshape(-1)
     logps = []
-    for name, hidden, weight, bias in zip(("policy", "ref", "dpo"), hiddens, weights, biases, strict=True):
-        shape = (*targets.shape, None)
-        check_tensor(f"hiddens ({name})", hidden, shape=shape, expect=f"[*targets, H], targets {list(targets.shape)}")
+    for i, (hidden, weight, bias) in enumerate(zip(hiddens, weights, biases, strict=True)):
+        check_tensor(
+            f"hiddens[{i}]", hidden, shape=(*targets.shape, None), expect=f"{[*targets.shape, 'H']} like targets"
+        )
         with torch.no_grad():
             logp = token_logprobs(
                 hidden.reshape(-1, hidden.shape[-1]),
@@ -273,19 +287,19 @@ def fused_token_rewards(
                 bias=bias,
                 temperature=temperature,
                 softcap=softcap,
-                ignore_index=IGNORED,
+                ignore_index=ignore_index,
                 backend=backend,
             )
         logps.append(logp.reshape(targets.shape))
     return token_rewards(
-        *logps,
+        *logps[:3],
         scores,
         beta1=beta1,
         beta2=beta2,
         beta3=beta3,
         dpo_clip=dpo_clip,
         score_clip=score_clip,
-        dpo_ref_logp=dpo_ref_logp,
+        dpo_ref_logp=logps[3] if len(logps) == 4 else None,
         cu_seqlens=cu_seqlens,
         mask=mask,
         backend=backend,

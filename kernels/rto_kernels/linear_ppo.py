@@ -265,4 +265,4 @@ def fused_linear_ppo_loss(
     )
     if any(needs):
         loss = _Attach.apply(loss, *grads, *inputs)
-    return LinearPPOLoss(loss, logp, entropy, PPOStats(*stats.unbind()))
+    return LinearPPOLoss(loss, logp, entropy if return_entropy else entropy.new_empty(0), PPOStats(*stats.unbind()))
