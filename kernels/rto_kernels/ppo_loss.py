@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _layout
-from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, count_launch, resolve_backend
+from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, launching, resolve_backend
 from ._layout import (
     arrival_counter,
     arrive_last,
@@ -286,43 +286,43 @@ def _ppo_loss_triton(
             x.zero_()
         return [*scalars, *grads]
     whiten = "moments" if moments is not None else "none" if mean is None else "given"
-    count_launch("ppo_loss")
-    _ppo_loss_kernel[(batch,)](
-        stand_in,
-        *(given(x) for x in (old_logp, advantages, values, old_values, returns, entropy, sampler_logp)),
-        *(given(x) for x in (mean, rstd, moments, cu_seqlens)),
-        kernel_mask(mask, stand_in),
-        given(denominator),
-        *scalars,
-        *grads,
-        torch.empty(batch, COLUMNS, dtype=torch.float64, device=device),
-        arrival_counter(device),
-        logp.shape[-1],
-        0 if moments is None else moments.shape[0],
-        correction,
-        WHITEN_MIN_VAR,
-        clip_low,
-        clip_high,
-        value_clip,
-        is_cap,
-        entropy_coef,
-        VALUES=values is not None,
-        VALUE_CLIP=value_clip < INF,
-        ENTROPY=entropy is not None,
-        SAMPLER=sampler_logp is not None,
-        WHITEN=whiten,
-        BY_SEQUENCE=aggregation == "sequence",
-        DENOMINATOR=denominator is not None,
-        GRADS=with_grads,
-        PACKED=cu_seqlens is not None,
-        MASKED=mask is not None,
-        BLOCK=_layout.BLOCK,
-        MERGE_ROWS=_layout.MERGE_ROWS,
-        COLUMNS=COLUMNS,
-        RATIO_MAX=RATIO_MAX,
-        N_STATS=N_STATS,
-        **_layout.LAUNCH,
-    )
+    with launching("ppo_loss", device):
+        _ppo_loss_kernel[(batch,)](
+            stand_in,
+            *(given(x) for x in (old_logp, advantages, values, old_values, returns, entropy, sampler_logp)),
+            *(given(x) for x in (mean, rstd, moments, cu_seqlens)),
+            kernel_mask(mask, stand_in),
+            given(denominator),
+            *scalars,
+            *grads,
+            torch.empty(batch, COLUMNS, dtype=torch.float64, device=device),
+            arrival_counter(device),
+            logp.shape[-1],
+            0 if moments is None else moments.shape[0],
+            correction,
+            WHITEN_MIN_VAR,
+            clip_low,
+            clip_high,
+            value_clip,
+            is_cap,
+            entropy_coef,
+            VALUES=values is not None,
+            VALUE_CLIP=value_clip < INF,
+            ENTROPY=entropy is not None,
+            SAMPLER=sampler_logp is not None,
+            WHITEN=whiten,
+            BY_SEQUENCE=aggregation == "sequence",
+            DENOMINATOR=denominator is not None,
+            GRADS=with_grads,
+            PACKED=cu_seqlens is not None,
+            MASKED=mask is not None,
+            BLOCK=_layout.BLOCK,
+            MERGE_ROWS=_layout.MERGE_ROWS,
+            COLUMNS=COLUMNS,
+            RATIO_MAX=RATIO_MAX,
+            N_STATS=N_STATS,
+            **_layout.LAUNCH,
+        )
     return [*scalars, *grads]
 
 
@@ -391,10 +391,10 @@ def _backward_op(
         return [(g * (grad * unit)).to(dtype) for g, dtype in ((x, x_dtype), (y, y_dtype))]
     outs = [torch.empty_like(g, dtype=dtype) for g, dtype in ((x, x_dtype), (y, y_dtype))]
     if x.numel():
-        count_launch("ppo_loss_backward")
-        _scale_kernel[(triton.cdiv(x.numel(), _layout.BLOCK),)](
-            x, y, unit, grad, *outs, x.numel(), BOTH=y.numel() > 0, BLOCK=_layout.BLOCK, **_layout.LAUNCH
-        )
+        with launching("ppo_loss_backward", x.device):
+            _scale_kernel[(triton.cdiv(x.numel(), _layout.BLOCK),)](
+                x, y, unit, grad, *outs, x.numel(), BOTH=y.numel() > 0, BLOCK=_layout.BLOCK, **_layout.LAUNCH
+            )
     return outs
 
 

@@ -9,6 +9,7 @@ import rto_kernels as rk
 import torch
 from kernel_checks import DEVICE, TRITON, sample
 from rto_kernels._dispatch import INTERPRET, check_local, count_launch, count_launches, resolve_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def test_public_names_are_all_there():
@@ -149,3 +150,18 @@ def test_importing_needs_torch_and_triton_alone():
     subprocess.run(
         [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
     )
+
+
+@pytest.mark.skipif(INTERPRET, reason="fake tensors run no kernel")
+def test_fake_tensors_pass_through():
+    with FakeTensorMode():
+        token = torch.zeros(6)
+        cu_seqlens = torch.tensor([0, 2, 2, 6])
+        tokens, estimate = rk.rewards_gae(
+            token, token, token, torch.zeros(3), token, beta1=0.1, beta2=0.1, cu_seqlens=cu_seqlens
+        )
+        logp = torch.zeros(6, dtype=torch.bfloat16, requires_grad=True)
+        loss = rk.ppo_loss(logp, token, estimate.advantages, cu_seqlens=cu_seqlens).policy_loss
+        (grad,) = torch.autograd.grad(loss, logp)
+    assert (tokens.rewards.shape, estimate.moments.dtype, loss.shape) == ((6,), torch.float64, ())
+    assert (grad.shape, grad.dtype) == ((6,), torch.bfloat16)
