@@ -121,7 +121,7 @@ def linear_forward(
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
     target_logit = h.new_full((n,), torch.nan)
     kept, shifts = saved_shapes(hidden, vocab) if save_dtype else (0, 0)
-    saved = h.new_empty(kept, dtype=save_dtype or dtype)
+    saved = h.new_empty(kept, dtype=save_dtype or torch.bfloat16)
     shift = h.new_empty(shifts)
     in_place = save_dtype == dtype and not want_entropy
     scratch = None if in_place else _Scratch(h, n, vocab)

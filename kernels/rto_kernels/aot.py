@@ -43,6 +43,10 @@ _TYPES = {
 }  # fmt: skip
 
 
+# Constants that a variant is not told apart by.
+_HIDDEN = {"TMA", "SPLITS", "PER_SPLIT", "GROUP", "PARTS", "PRECISION", "MERGE_ROWS", "COLUMNS", "RATIO_MAX", "N_STATS"}
+
+
 class Launch(NamedTuple):
     kernel: JITFunction
     chip: str
@@ -70,7 +74,7 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        shown = ((k, v) for k, v in self.constants if k.isupper() and k not in ("TMA", "SPLITS", "PER_SPLIT", "GROUP"))
+        shown = ((k, v) for k, v in self.constants if k.isupper() and k not in _HIDDEN)
         words = (k.lower() if v is True else f"{k.lower()}={v}" for k, v in shown if v is not False)
         return " ".join(words) + ("" if self.aligned else " unaligned")
 
@@ -83,10 +87,13 @@ class Proof(NamedTuple):
     shared: int  # bytes, dynamic and static
     tensor_cores: str
     copy_engine: bool
+    failure: str = ""  # of the compiler
 
     @property
     def broken(self) -> str:
         """The promise that this launch breaks, or ''."""
+        if self.failure:
+            return self.failure
         if self.stack or self.spills:
             return f"STACK {self.stack}, {self.spills} local loads and stores"
         launch = self.launch
@@ -259,7 +266,10 @@ def prove(launch: Launch) -> Proof:
     constants = {k: v for k, v in launch.constants}
     source = ASTSource(launch.kernel, dict(launch.signature), constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", CHIPS[launch.chip], 32)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    try:
+        compiled = triton.compile(source, target=target, options=dict(launch.options))
+    except Exception as error:
+        return Proof(launch, 0, 0, 0, 0, "", False, f"{type(error).__name__}: {error}".split("\n")[0])
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

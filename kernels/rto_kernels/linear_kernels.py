@@ -146,8 +146,8 @@ def linear_stats_kernel(
     h, w, bias_ptr, targets_ptr, parts_ptr, saved, shift_ptr,
     rows, vocab, width, stride_h, stride_w, stride_saved, temperature, softcap,
     SPLITS: tl.constexpr, PER_SPLIT: tl.constexpr, ENTROPY: tl.constexpr, SAVE: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """parts [3 or 4, SPLITS, rows]: max, Σ 2^(z − max), target logit (, Σ 2^(z − max)·(z − max)) of each split."""
     pid = tl.program_id(0)
@@ -164,21 +164,23 @@ def linear_stats_kernel(
     weighted = tl.zeros((BM,), tl.float32)
     picked = tl.zeros((BM,), tl.float32)
     tiles_end = min((split + 1) * PER_SPLIT, tl.cdiv(vocab, BN))
-    HALF: tl.constexpr = BN // 2
+    PART: tl.constexpr = BN // PARTS
     for tile in range(split * PER_SPLIT, tiles_end):
         col0 = tile * BN
         acc = _tile_product(
             h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION
         )
-        left, right = _halves(acc, BM, BN)
+        if PARTS == 2:
+            acc, right = _halves(acc, BM, BN)
         peak, total, weighted, picked = _absorb(
-            left, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+            acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
             rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
         )  # fmt: skip
-        peak, total, weighted, picked = _absorb(
-            right, row0, col0 + HALF, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-            rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
-        )  # fmt: skip
+        if PARTS == 2:
+            peak, total, weighted, picked = _absorb(
+                right, row0, col0 + PART, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+                rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+            )  # fmt: skip
     out = parts_ptr + tl.cast(split, tl.int64) * rows + r
     plane = tl.cast(rows, tl.int64) * SPLITS
     tl.store(out, peak, mask=r < rows)
@@ -257,8 +259,8 @@ def linear_dlogits_kernel(
     h, w, bias_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr, dz,
     start, rows, col_start, columns, vocab, width, stride_h, stride_w, stride_dz, temperature, softcap,
     ENTROPY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d(hidden·Wᵀ + bias) of a [rows, chunk] block, rows in gathered order; a block past `count` is left alone."""
     row0 = tl.program_id(0) * BM
@@ -272,18 +274,20 @@ def linear_dlogits_kernel(
     target, lse, g, ge, entropy = _load_rows(
         targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, start + r, active, vocab, ENTROPY
     )
-    HALF: tl.constexpr = BN // 2
-    left, right = _halves(acc, BM, BN)
-    cols = col0 + tl.arange(0, HALF)
-    z, slope = _logits(left, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+    PART: tl.constexpr = BN // PARTS
+    if PARTS == 2:
+        acc, right = _halves(acc, BM, BN)
+    cols = col0 + tl.arange(0, PART)
+    z, slope = _logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
     z -= lse[:, None]
     d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
     _store(dz, d, row0, col0 - col_start, rows, columns, stride_dz, TMA)
-    cols += HALF
-    z, slope = _logits(right, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
-    z -= lse[:, None]
-    d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
-    _store(dz, d, row0, col0 - col_start + HALF, rows, columns, stride_dz, TMA)
+    if PARTS == 2:
+        cols += PART
+        z, slope = _logits(right, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+        z -= lse[:, None]
+        d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
+        _store(dz, d, row0, col0 - col_start + PART, rows, columns, stride_dz, TMA)
 
 
 @triton.jit
@@ -336,8 +340,8 @@ def _add(c, x, row0, col0, rows, columns, stride, TMA: tl.constexpr):
 @triton.jit
 def linear_product_kernel(
     a, b, c, count_ptr, start, m, n, k, stride_a, stride_b, stride_c,
-    A_IS_KM: tl.constexpr, ACCUMULATE: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    A_IS_KM: tl.constexpr, ACCUMULATE: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """c [m, n] (+)= a·b, b [k, n], a stored [m, k], or [k, m] with A_IS_KM; the token dimension (k if A_IS_KM,
     else m) ends where `count` − start says."""
@@ -377,13 +381,16 @@ def linear_product_kernel(
                 at = r[:, None].to(tl.int64) * stride_a + inner[None, :]
                 left = tl.load(a + at, mask=(r < m)[:, None] & (inner < k)[None, :], other=0.0)
             acc = _dot(left, right, acc, PRECISION)
-    left, right = _halves(acc, BM, BN)
+    PART: tl.constexpr = BN // PARTS
+    if PARTS == 2:
+        acc, right = _halves(acc, BM, BN)
     if ACCUMULATE:
-        left = _add(c, left, row0, col0, m, n, stride_c, TMA)
-    _store(c, left, row0, col0, m, n, stride_c, TMA)
-    if ACCUMULATE:
-        right = _add(c, right, row0, col0 + BN // 2, m, n, stride_c, TMA)
-    _store(c, right, row0, col0 + BN // 2, m, n, stride_c, TMA)
+        acc = _add(c, acc, row0, col0, m, n, stride_c, TMA)
+    _store(c, acc, row0, col0, m, n, stride_c, TMA)
+    if PARTS == 2:
+        if ACCUMULATE:
+            right = _add(c, right, row0, col0 + PART, m, n, stride_c, TMA)
+        _store(c, right, row0, col0 + PART, m, n, stride_c, TMA)
 
 
 @triton.jit
@@ -440,10 +447,10 @@ def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
 
 
 def saved_shapes_triton(hidden: Tensor, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of `saved` and `shift`: a shift for each row and half column tile."""
-    columns = tiles_of(hidden, vocab)[1].full.columns
-    # Half a tile, as `_halves` makes them; rows of whole 16 bytes.
-    return (hidden.shape[0], -(-vocab // 8) * 8), (2 * -(-vocab // columns), hidden.shape[0])
+    """Shapes of `saved` and `shift`: a shift for each row and part of a column tile."""
+    full = tiles_of(hidden, vocab)[1].full
+    # A shift for each part of a tile; rows of whole 16 bytes.
+    return (hidden.shape[0], -(-vocab // 8) * 8), (full.parts * -(-vocab // full.columns), hidden.shape[0])
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -452,7 +459,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def _blocks(tile: tiles.Tile) -> dict:
-    return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, **tile.launch}
+    return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PARTS": tile.parts, **tile.launch}
 
 
 def linear_forward_triton(
@@ -480,7 +487,7 @@ def linear_forward_triton(
         rows = h.shape[0]
         kept = saved[:, :vocab]
         if save_dtype is not None:
-            kept = run.operand(kept, [tile.rows, tile.columns // 2])
+            kept = run.operand(kept, [tile.rows, tile.part])
         parts = torch.empty((3 + want_entropy, splits, rows), dtype=torch.float32, device=hidden.device)
         count_launch("linear_stats")
         linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
@@ -550,13 +557,13 @@ def linear_backward_triton(
             w = run.weight[v0 : v0 + columns]
             dz_part = dz[:, :columns]
             if use_saved:
-                half = run.tiles.full.columns // 2
+                part = run.tiles.full.part
                 count_launch("linear_dlogits_saved")
-                linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, half))](
+                linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, part))](
                     stats.saved, stats.shift, order, t, lse, entropy, g, g if ge is None else ge, count,
                     dz, n0, rows, v0, columns, run.vocab, n, stats.saved.stride(0), dz.stride(0),
                     head.temperature, head.softcap,
-                    ENTROPY=ge is not None, SOFTCAP=head.softcap > 0, BM=tile.rows, WIDTH=half, ROWS=min(16, tile.rows),
+                    ENTROPY=ge is not None, SOFTCAP=head.softcap > 0, BM=tile.rows, WIDTH=part, ROWS=min(16, tile.rows),
                     num_warps=4, **tiles.FUSION,
                 )  # fmt: skip
             else:
@@ -564,7 +571,7 @@ def linear_backward_triton(
                 linear_dlogits_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
                     run.operand(hc, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
                     run.bias, t, lse, entropy, g, g if ge is None else ge, count,
-                    run.operand(dz_part, [tile.rows, tile.columns // 2]),
+                    run.operand(dz_part, [tile.rows, tile.part]),
                     n0, rows, v0, columns, run.vocab, width, hc.stride(0), run.weight.stride(0), dz.stride(0),
                     head.temperature, head.softcap, ENTROPY=ge is not None, **run.flags, **_blocks(tile),
                 )  # fmt: skip
@@ -591,7 +598,7 @@ def _product(run: _Launch, tile: tiles.Tile, a, b, c, count, start, a_is_km, acc
     count_launch("linear_product")
     linear_product_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
         run.operand(a, a_block), run.operand(b, [tile.depth, tile.columns]),
-        run.operand(c, [tile.rows, tile.columns // 2]), count, start,
+        run.operand(c, [tile.rows, tile.part]), count, start,
         m, n, k, a.stride(0), b.stride(0), c.stride(0),
         A_IS_KM=a_is_km, ACCUMULATE=accumulate, GROUP=GROUP,
         TMA=run.descriptors, PRECISION=run.flags["PRECISION"], **_blocks(tile),

@@ -124,10 +124,10 @@ def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, 
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, _, _, backend = inputs
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, backend = inputs
     _, entropy, lse, saved, shift = output
     ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, saved, shift)
-    ctx.mark_non_differentiable(lse, saved, shift)
+    ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.args = temperature, softcap, ignore_index, backend
 

@@ -254,7 +254,8 @@ def _setup_context(ctx, inputs, output):
     logits, targets, *ctx.args = inputs
     _, entropy, lse = output
     ctx.save_for_backward(logits, targets, lse, entropy)
-    ctx.mark_non_differentiable(lse)
+    want_entropy = inputs[4]
+    ctx.mark_non_differentiable(lse, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
@@ -290,7 +291,8 @@ class _InplaceLogprob(torch.autograd.Function):
         temperature, ignore_index, backend = ctx.args
         if grad_logp is None and grad_entropy is None:
             return (None,) * 6
-        # The version moves with the write, so a second backward over the same logits is refused by autograd.
+        # Autograd sees the version move, and refuses a second backward pass over the same logits.
+        torch.autograd.graph.increment_version(logits)
         grad = _gradient(
             logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy,
             logits.detach(), backend,
