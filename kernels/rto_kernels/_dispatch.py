@@ -104,6 +104,10 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device} like the other arguments, got {describe(tensor)}")
 
 
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
 def check_local(name: str, tensor: Tensor) -> None:
     """Raise ValueError for a tensor that holds only a shard: a DTensor, or a ZeRO-3 partitioned parameter."""
     if hasattr(tensor, "device_mesh"):

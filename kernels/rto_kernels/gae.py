@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout
-from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, launching, resolve_backend
+from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, detached, launching, resolve_backend
 from ._layout import (
     arrival_counter,
     arrive_last,
@@ -310,10 +310,6 @@ def _check_gae_inputs(
         raise ValueError(f"gaps must be 'zero' or 'carry', got {gaps!r}")
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -345,7 +341,7 @@ def gae(
         *_gae_op(
             rewards.detach(),
             values.detach(),
-            _detached(bootstrap),
+            detached(bootstrap),
             cu_seqlens,
             mask,
             float(gamma),
@@ -389,10 +385,10 @@ def rewards_gae(
         policy_logp.detach(),
         ref_logp.detach(),
         dpo_logp.detach(),
-        _detached(dpo_ref_logp),
+        detached(dpo_ref_logp),
         scores.detach(),
         values.detach(),
-        _detached(bootstrap),
+        detached(bootstrap),
         cu_seqlens,
         mask,
         float(beta1),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _layout
-from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, launching, resolve_backend
+from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, detached, launching, resolve_backend
 from ._layout import (
     arrival_counter,
     arrive_last,
@@ -462,10 +462,6 @@ def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
     return x.detach() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
 def run_ppo_loss(
     logp, old_logp, advantages, values, old_values, returns, mean, rstd, moments, correction, clip,
     value_clip, entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator, cu_seqlens, mask,
@@ -490,11 +486,11 @@ def run_ppo_loss(
         logp.detach(),
         old_logp.detach(),
         advantages.detach(),
-        _detached(values),
+        detached(values),
         None if values is None or bound == INF else old_values.detach(),
         None if values is None else returns.detach(),
-        _detached(entropy),
-        _detached(sampler_logp),
+        detached(entropy),
+        detached(sampler_logp),
         mean,
         rstd,
         moments,
