@@ -451,7 +451,7 @@ def _check_inputs(backend, logp, batch_args, cu_seqlens, mask, aggregation, deno
     if not isinstance(denominator, Tensor):
         if not denominator > 0:
             raise ValueError(f"denominator must be a positive count, got {denominator!r}")
-        return torch.full((), float(denominator), dtype=torch.float32, device=device)
+        return torch.full((), float(denominator), dtype=torch.float64, device=device)
     check_tensor("denominator", denominator, device=device)
     if denominator.numel() != 1:
         raise ValueError(f"denominator must be one number, got {list(denominator.shape)}")
@@ -459,7 +459,13 @@ def _check_inputs(backend, logp, batch_args, cu_seqlens, mask, aggregation, deno
 
 
 def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
-    return x.detach() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)
+    """One of whiten's two numbers, as a tensor on the device of `like`."""
+    if not isinstance(x, Tensor):
+        return torch.full((), x, dtype=torch.float64, device=like.device)
+    check_tensor("whiten", x, dtypes=FLOATS_TORCH, device=like.device)
+    if x.numel() != 1:
+        raise ValueError(f"whiten must be two numbers (mean, rstd), got one of shape {list(x.shape)}")
+    return x.detach()
 
 
 def run_ppo_loss(

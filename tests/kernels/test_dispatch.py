@@ -93,6 +93,7 @@ WRONG = [
     ("ppo_loss", {"aggregation": "batch"}, "aggregation must be 'sequence' or 'token', got 'batch'"),
     ("ppo_loss", {"denominator": 0}, "denominator must be a positive count, got 0"),
     ("ppo_loss", {"denominator": torch.ones(2)}, r"denominator must be one number, got \[2\]"),
+    ("ppo_loss", {"whiten": (torch.ones(3), torch.ones(3))}, r"whiten must be two numbers .* shape \[3\]"),
     ("ppo_loss", {"clip": (-0.1, 0.2)}, "clip must not be negative"),
     ("ppo_loss", {"entropy_coef": 0.1}, "entropy must be a tensor .*, got NoneType"),
     ("ppo_loss", {"is_cap": 2.0}, "sampler_logp must be a tensor .*, got NoneType"),
@@ -101,7 +102,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "changes", "message"), WRONG)
 def test_a_wrong_argument_is_named(name, changes, message):
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
+    on_device = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), changes)
     with pytest.raises(ValueError, match=message):
         call(name, **on_device)
 
