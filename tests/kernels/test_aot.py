@@ -12,14 +12,16 @@ pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels cannot be
 
 
 def heaviest(chip: str) -> list[aot.Launch]:
-    """Of each kernel, tile and operand type, the launch with the most switched on: it needs the most registers."""
+    """Of each kernel, tile and operand type, the launch with the most switched on: the first to spill."""
 
     def weight(launch):
         return sum(v is True for _, v in launch.constants), len(launch.aligned)
 
     best: dict[tuple, aot.Launch] = {}
     for launch in aot.launches(chip):
-        tile = tuple((k, v) for k, v in launch.constants if k in ("BM", "BN", "BK", "TMA", "A_IS_KM", "PRECISION"))
+        tile = tuple(
+            (k, v) for k, v in launch.constants if k in ("BM", "BN", "BK", "TMA", "A_IS_KM", "PRECISION")
+        )
         dtype = "16 bit" if launch.dtype in ("bf16", "fp16") else launch.dtype
         key = (launch.name, dtype, tile)
         if key not in best or weight(launch) > weight(best[key]):
@@ -40,7 +42,13 @@ def test_nothing_spills_and_hopper_is_used(chip):
         verdicts = list(pool.map(verdict, [chip] * count, range(count), chunksize=4))
     assert not [v for v in verdicts if v[1]]
     names = {v[0].split()[0] for v in verdicts}
-    assert {"linear_stats", "linear_dlogits", "linear_product", "logits_logprob", "logits_token_rewards"} <= names
+    assert {
+        "linear_stats",
+        "linear_dlogits",
+        "linear_product",
+        "logits_logprob",
+        "logits_token_rewards",
+    } <= names
     assert {"token_rewards", "gae", "ppo_loss"} <= names
 
 
@@ -65,5 +73,7 @@ def test_launches_follow_the_shapes():
     whole, odd = (torch.empty(2, h, dtype=torch.bfloat16) for h in (64, 257))
     assert linear_kernels.tiles_of(whole, 100)[0]
     assert not linear_kernels.tiles_of(odd, 100)[0]
-    precisions = {dict(x.constants)["PRECISION"] for x in aot.launches("sm90") if x.is_product and x.dtype == "fp32"}
+    precisions = {
+        dict(x.constants)["PRECISION"] for x in aot.launches("sm90") if x.is_product and x.dtype == "fp32"
+    }
     assert precisions == {"tf32x3"}

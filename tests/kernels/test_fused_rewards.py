@@ -1,4 +1,4 @@
-"""Token rewards from logits and from hidden states against the same in fp64, and against the parts they fuse."""
+"""Token rewards from logits and hidden states against the same in fp64, and against the parts they fuse."""
 
 import pytest
 import rto_kernels as rk
@@ -66,21 +66,34 @@ def test_from_logits_equals_fp64_truth(backend, layout, vocab, dtype, fourth, te
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=8 if INTERPRET else 60)
-@given(layout=layouts(), dtype=st.sampled_from(DTYPES), fourth=st.booleans(), softcap=st.sampled_from([None, 5.0]))
+@given(
+    layout=layouts(),
+    dtype=st.sampled_from(DTYPES),
+    fourth=st.booleans(),
+    softcap=st.sampled_from([None, 5.0]),
+)
 def test_from_hidden_states_equals_fp64_truth(backend, layout, dtype, fourth, softcap):
     widths, vocab = (8, 5, 16, 8)[: 3 + fourth], 70
     hiddens = [of_models(layout, 1, width, dtype)[0] for width in widths]
     weights = [
-        torch.randn(vocab, width, generator=layout.generator).to(dtype).to(DEVICE) / width**0.5 for width in widths
+        torch.randn(vocab, width, generator=layout.generator).to(dtype).to(DEVICE) / width**0.5
+        for width in widths
     ]
-    biases = [torch.randn(vocab, generator=layout.generator).to(dtype).to(DEVICE), None, None, None][: 3 + fourth]
+    biases = [torch.randn(vocab, generator=layout.generator).to(dtype).to(DEVICE), None, None, None][
+        : 3 + fourth
+    ]
     targets, scores = targets_of(layout, vocab), layout.sequences(scale=2)
     kw = {**COEFFICIENTS, **layout.kw, "temperature": 0.8, "softcap": softcap}
     out = rk.fused_token_rewards(hiddens, weights, targets, scores, biases=biases, backend=backend, **kw)
     inside = targets if layout.mask is None else torch.where(layout.mask != 0, targets, -100)
     results = []
     for convert in (torch.Tensor.double, lambda x: x):
-        args = [[convert(clean(layout, x)) for x in hiddens], [convert(x) for x in weights], inside, convert(scores)]
+        args = [
+            [convert(clean(layout, x)) for x in hiddens],
+            [convert(x) for x in weights],
+            inside,
+            convert(scores),
+        ]
         of = [None if x is None else convert(x) for x in biases]
         results.append(reference.fused_token_rewards(*args, biases=of, **kw))
     for name, got in out._asdict().items():
@@ -123,7 +136,21 @@ def test_opcheck_and_one_graph(backend):
     targets, scores = targets_of(layout, 20), layout.sequences()
     torch.library.opcheck(
         module._logits_token_rewards,
-        (logits, targets, scores, layout.cu_seqlens, layout.mask, 0.9, -100, 0.05, 0.01, 1.0, 0.0, 0.0, backend),
+        (
+            logits,
+            targets,
+            scores,
+            layout.cu_seqlens,
+            layout.mask,
+            0.9,
+            -100,
+            0.05,
+            0.01,
+            1.0,
+            0.0,
+            0.0,
+            backend,
+        ),
     )
     kw = {**COEFFICIENTS, **layout.kw, "backend": backend}
 

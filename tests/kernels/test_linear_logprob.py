@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, bits, check_error
-from rto_kernels import _dispatch, linear_kernels, reference, tiles
+from rto_kernels import _dispatch, linear_backward, linear_kernels, reference, tiles
 from rto_kernels import linear_logprob as module
 from rto_kernels._dispatch import INTERPRET, count_launches
 
@@ -120,7 +120,12 @@ def test_columns_at_minus_infinity(backend, save):
     for a, b in zip(got, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
     problem.targets.fill_(42)
-    assert bool((rk.token_logprobs(*problem.leaves[:2], problem.targets, bias=problem.bias, backend=backend) == -torch.inf).all())
+    assert bool(
+        (
+            rk.token_logprobs(*problem.leaves[:2], problem.targets, bias=problem.bias, backend=backend)
+            == -torch.inf
+        ).all()
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,7 +148,9 @@ def test_same_bits_every_time(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_bits_it_has_alone(backend, dtype):
     problem = Problem(21, 16, 150, dtype, ignored=0)
-    whole = rk.token_logprobs(problem.hidden, problem.weight, problem.targets, return_entropy=True, backend=backend)
+    whole = rk.token_logprobs(
+        problem.hidden, problem.weight, problem.targets, return_entropy=True, backend=backend
+    )
     for rows in (slice(0, 1), slice(7, 8), slice(3, 20), slice(16, 21)):
         part = rk.token_logprobs(
             problem.hidden[rows], problem.weight, problem.targets[rows], return_entropy=True, backend=backend
@@ -156,9 +163,9 @@ def test_many_launches_give_the_bits_of_one(backend, monkeypatch):
     problem = Problem(40, 8, 97)
     whole = problem.run(rk.token_logprobs, backend=backend)
     monkeypatch.setattr(linear_kernels, "FORWARD_TOKENS", 16)
-    monkeypatch.setattr(linear_kernels, "DLOGITS_BYTES", 32 * 40 * 4)
+    monkeypatch.setattr(linear_backward, "DLOGITS_BYTES", 32 * 40 * 4)
     assert bits(*problem.run(rk.token_logprobs, backend=backend)[:2]) == bits(*whole[:2])
-    monkeypatch.setattr(linear_kernels, "BACKWARD_TOKENS", 16)
+    monkeypatch.setattr(linear_backward, "BACKWARD_TOKENS", 16)
     for a, b in zip(problem.run(rk.token_logprobs, backend=backend), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -185,7 +192,9 @@ def test_frozen_inputs_take_no_gradient_and_no_time(backend):
     weight, bias = problem.weight.clone().requires_grad_(), torch.zeros(40, device=DEVICE)
     with count_launches() as launches:
         hidden = problem.hidden.clone().requires_grad_()
-        rk.token_logprobs(hidden, problem.weight, problem.targets, bias=bias, backend=backend).sum().backward()
+        rk.token_logprobs(
+            hidden, problem.weight, problem.targets, bias=bias, backend=backend
+        ).sum().backward()
         assert hidden.grad is not None
         rk.token_logprobs(problem.hidden, weight, problem.targets, backend=backend).sum().backward()
     if backend == "triton":
@@ -198,12 +207,21 @@ def test_frozen_inputs_take_no_gradient_and_no_time(backend):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(softcap):
     g = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((5, 4), (9, 4), (9,))]
+    inputs = [
+        torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((5, 4), (9, 4), (9,))
+    ]
     targets = torch.tensor([0, 8, -100, 3, 3])
 
     def f(hidden, weight, bias):
         return rk.token_logprobs(
-            hidden, weight, targets, bias=bias, temperature=0.7, softcap=softcap, return_entropy=True, backend="torch"
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=0.7,
+            softcap=softcap,
+            return_entropy=True,
+            backend="torch",
         )
 
     assert torch.autograd.gradcheck(f, inputs)
@@ -264,7 +282,11 @@ def test_targets_outside_the_vocabulary(backend, monkeypatch):
     ],
 )
 def test_bad_input_is_named(backend, change, message):
-    good = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "targets": torch.zeros(3, dtype=torch.int64)}
+    good = {
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(7, 4),
+        "targets": torch.zeros(3, dtype=torch.int64),
+    }
     given = {**good, "backend": backend, **change}
     on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     with pytest.raises(ValueError, match=message):
@@ -272,7 +294,8 @@ def test_bad_input_is_named(backend, change, message):
 
 
 def test_fp32_products_keep_fp32():
-    # The interpreter multiplies in full fp32 and cannot reveal TF32: the choice itself is what can be asserted.
+    # The interpreter multiplies in full fp32 and cannot reveal TF32: the choice itself is what can be
+    # asserted.
     assert linear_kernels.precision_of(torch.float32) == "tf32x3"
 
 

@@ -40,7 +40,7 @@ class Problem:
         return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
 
     def run(self, function, convert=lambda x: x, upstream=1.7, **kw):
-        """[loss, logp, statistics…, gradients…]; the fp64 twins get their padding cleaned, NaN being no number."""
+        """[loss, logp, statistics…, gradients…] of `function` on converted copies of the inputs."""
         leaves = [convert(x).detach().requires_grad_() for x in self.leaves]
         bias = leaves[2] if self.bias is not None else None
         row = [convert(x) for x in (self.old_logp, self.advantages)]
@@ -59,7 +59,13 @@ def plain(function):
     """The twin of the whole written as usual: the logits in the inputs' dtype."""
 
     def f(hidden, weight, targets, old_logp, advantages, **kw):
-        return function(*(x.nan_to_num(0) for x in (hidden,)), weight, targets, *(x.nan_to_num(0) for x in (old_logp, advantages)), **kw)
+        return function(
+            *(x.nan_to_num(0) for x in (hidden,)),
+            weight,
+            targets,
+            *(x.nan_to_num(0) for x in (old_logp, advantages)),
+            **kw,
+        )
 
     return f
 
@@ -89,7 +95,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=6 if INTERPRET else 60)
-@given(layout=layouts(), width=st.sampled_from([5, 8]), vocab=st.sampled_from([1, 40, 70]), dtype=st.sampled_from(DTYPES), kw=st.fixed_dictionaries(OPTIONS))
+@given(
+    layout=layouts(),
+    width=st.sampled_from([5, 8]),
+    vocab=st.sampled_from([1, 40, 70]),
+    dtype=st.sampled_from(DTYPES),
+    kw=st.fixed_dictionaries(OPTIONS),
+)
 def test_equals_fp64_truth(backend, layout, width, vocab, dtype, kw):
     problem = Problem(layout, width, vocab, dtype)
     kw = {k: v for k, v in kw.items() if v is not None or k == "clip"}
@@ -108,7 +120,12 @@ def test_chunks_add_up(backend, dtype, monkeypatch):
     passes = module.linear_passes(backend)
     monkeypatch.setattr(module, "linear_passes", lambda _: passes._replace(chunk_tokens=lambda vocab: 20))
     check(problem, problem.run(rk.fused_linear_ppo_loss, backend=backend), dtype)
-    check(problem, problem.run(rk.fused_linear_ppo_loss, backend=backend, entropy_coef=0.1), dtype, entropy_coef=0.1)
+    check(
+        problem,
+        problem.run(rk.fused_linear_ppo_loss, backend=backend, entropy_coef=0.1),
+        dtype,
+        entropy_coef=0.1,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,11 +136,15 @@ def test_equals_its_parts(backend, kind):
     kw = {"whiten": (one, one + 1), "backend": backend}
     got = problem.run(rk.fused_linear_ppo_loss, **kw)
 
-    def parts(hidden, weight, targets, old_logp, advantages, *, bias, backend, mask=None, cu_seqlens=None, **kw):
+    def parts(
+        hidden, weight, targets, old_logp, advantages, *, bias, backend, mask=None, cu_seqlens=None, **kw
+    ):
         seen = targets if mask is None else torch.where(mask != 0, targets, -100)
         logp = rk.token_logprobs(hidden.flatten(0, -2), weight, seen.flatten(), bias=bias, backend=backend)
         logp = logp.view(targets.shape)
-        loss = rk.ppo_loss(logp, old_logp, advantages, mask=mask, cu_seqlens=cu_seqlens, backend=backend, **kw)
+        loss = rk.ppo_loss(
+            logp, old_logp, advantages, mask=mask, cu_seqlens=cu_seqlens, backend=backend, **kw
+        )
         return module.LinearPPOLoss(loss.policy_loss, logp, logp, loss.stats)
 
     for name, a, b in zip(NAMES, got, problem.run(parts, **kw), strict=True):
@@ -166,7 +187,9 @@ def test_the_gradient_is_kept_without_a_copy_and_used_once(backend):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.policy_loss.backward()
     with torch.no_grad():
-        assert not rk.fused_linear_ppo_loss(*leaves[:2], *row, **problem.layout.kw, backend=backend).policy_loss.requires_grad
+        assert not rk.fused_linear_ppo_loss(
+            *leaves[:2], *row, **problem.layout.kw, backend=backend
+        ).policy_loss.requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,7 +197,9 @@ def test_entropy_is_returned_when_asked_for(backend):
     problem = Problem(sample("left"), 8, 40)
     args = (problem.hidden, problem.weight, problem.targets, problem.old_logp, problem.advantages)
     out = rk.fused_linear_ppo_loss(*args, return_entropy=True, **problem.layout.kw, backend=backend)
-    truth = reference.fused_linear_ppo_loss(*(wide(x) if x.is_floating_point() else x for x in args), return_entropy=True, **problem.layout.kw)
+    truth = reference.fused_linear_ppo_loss(
+        *(wide(x) if x.is_floating_point() else x for x in args), return_entropy=True, **problem.layout.kw
+    )
     torch.testing.assert_close(out.entropy.double(), truth.entropy, rtol=1e-5, atol=1e-6)
     assert rk.fused_linear_ppo_loss(*args, **problem.layout.kw, backend=backend).entropy.numel() == 0
 
@@ -188,7 +213,15 @@ def test_gradcheck():
 
     def f(hidden, weight, bias):
         return rk.fused_linear_ppo_loss(
-            hidden, weight, *row, bias=bias, temperature=0.9, softcap=4.0, entropy_coef=0.1, clip=None, **layout.kw
+            hidden,
+            weight,
+            *row,
+            bias=bias,
+            temperature=0.9,
+            softcap=4.0,
+            entropy_coef=0.1,
+            clip=None,
+            **layout.kw,
         ).policy_loss
 
     # Perturbed one at a time, since the gradients of a call can be used once.
@@ -213,7 +246,9 @@ def test_opcheck_and_one_graph(backend):
     )  # fmt: skip
 
     def f(hidden, weight, targets, old_logp, advantages, **kw):
-        out = rk.fused_linear_ppo_loss(hidden * 2, weight, targets, old_logp, advantages, **{**kw, "backend": backend})
+        out = rk.fused_linear_ppo_loss(
+            hidden * 2, weight, targets, old_logp, advantages, **{**kw, "backend": backend}
+        )
         return module.LinearPPOLoss(out.policy_loss * 3, out.logp, out.entropy, out.stats)
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
@@ -237,7 +272,13 @@ def test_opcheck_and_one_graph(backend):
 )
 def test_bad_input_is_named(backend, change, message):
     row = torch.zeros(2, 3)
-    good = {"hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(7, 4), "targets": row.long(), "old_logp": row, "advantages": row}
+    good = {
+        "hidden": torch.zeros(2, 3, 4),
+        "weight": torch.zeros(7, 4),
+        "targets": row.long(),
+        "old_logp": row,
+        "advantages": row,
+    }
     given = {**good, "backend": backend, **change}
     on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """token_logprobs with the vocabulary split over gloo ranks, and weights that are not whole on this rank."""
 
+import itertools
 import os
 import tempfile
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ N, WIDTH, VOCAB = 13, 8, 50
 
 def inputs(dtype):
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((N, WIDTH), (VOCAB, WIDTH), (VOCAB,)))
+    hidden, weight, bias = (
+        torch.randn(*s, generator=g).to(dtype) for s in ((N, WIDTH), (VOCAB, WIDTH), (VOCAB,))
+    )
     targets = torch.randint(0, VOCAB, (N,), generator=g)
     targets[3] = -100
     upstream = torch.randn(2, N, generator=g)
@@ -26,7 +29,9 @@ def inputs(dtype):
 
 def run(hidden, weight, bias, targets, upstream, **kw):
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    logp, entropy = rk.token_logprobs(*leaves[:2], targets, bias=leaves[2], temperature=0.8, return_entropy=True, **kw)
+    logp, entropy = rk.token_logprobs(
+        *leaves[:2], targets, bias=leaves[2], temperature=0.8, return_entropy=True, **kw
+    )
     loss = (torch.stack([logp, entropy]) * upstream).sum()
     return [logp.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
 
@@ -50,7 +55,7 @@ def spawn(world, body, *args):
 def splits(world):
     """Uneven shards: (first, one past the last) of each rank."""
     ends = [0, *[7 + 17 * i for i in range(world - 1)], VOCAB]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def equals_one_rank(rank, world, backend):
