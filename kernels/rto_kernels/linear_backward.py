@@ -265,7 +265,7 @@ def linear_backward_triton(
     )
     use_saved = stats.saved.numel() > 0
     run = LinearLaunch(h, head)
-    tile, product = run.tiles.logits(head.bias is not None, head.softcap > 0), run.tiles.product
+    tile, product = run.tiles.full, run.tiles.product
     wide = n > BACKWARD_TOKENS  # several token blocks add up in fp32
     if into is not None:
         d_weight, d_bias = into.weight, into.bias
@@ -291,7 +291,7 @@ def linear_backward_triton(
             w = run.weight[v0 : v0 + columns]
             dz_part = dz[:, :columns]
             if use_saved:
-                part = run.tiles.full.part
+                part = tile.part
                 with launching("linear_dlogits_saved", device):
                     linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, part))](
                         stats.saved, stats.shift, order, t, lse, entropy, g, g if ge is None else ge, count,

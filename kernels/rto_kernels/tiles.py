@@ -50,11 +50,11 @@ class Tile(NamedTuple):
 class Tiles(NamedTuple):
     """The tiles of one problem. The logits' epilogue decides what fits in registers."""
 
-    plain: Tile  # logits and d(logits) without bias, soft-cap and kept probabilities
-    full: Tile  # with any of them
+    plain: Tile  # logits without bias, soft-cap and kept probabilities
+    full: Tile  # logits with any of them, and d(logits)
     product: Tile  # d(hidden) and d(weight) from d(logits); its `depth` divides the others' `rows`
 
-    def logits(self, bias: bool, softcap: bool, save: bool = False) -> Tile:
+    def logits(self, bias: bool, softcap: bool, save: bool) -> Tile:
         return self.full if bias or softcap or save else self.plain
 
 
@@ -140,7 +140,8 @@ def remember(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool
 def row_block(vocab: int) -> dict:
     """Elements of a row of logits that a program holds at once, and its warps."""
     width = 1 << max(vocab - 1, 15).bit_length()
-    return {"BLOCK": min(width, 64 if INTERPRET else 8192), "num_warps": 8 if width >= 4096 else 4, **FUSION}
+    block, warps = min(width, 64 if INTERPRET else 8192), 8 if width >= 4096 else 4
+    return {"BLOCK": block, "num_warps": warps, "maxnreg": 128, **FUSION}
 
 
 def splits_of(vocab: int, tile: Tile) -> tuple[int, int]:
