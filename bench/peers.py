@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def eager_logp(logits: Tensor, targets: Tensor) -> Tensor:
     """The formula most trainers use: target logit minus logsumexp, in fp32."""
-    logits = logits.float()
+    logits = _wide(logits)
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def log_softmax_logp(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return torch.log_softmax(_wide(logits), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def openrlhf_logp(logits: Tensor, targets: Tensor) -> Tensor:

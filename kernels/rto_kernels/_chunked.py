@@ -5,9 +5,9 @@
     lse = log Σ exp(z),  entropy = −Σ p · log p,  p = exp(z − lse)
 
 Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB], so memory does not grow with N · V, and a small problem is one
-block. The arithmetic is fp32 (fp64 for fp64 inputs) whatever the dtype of hidden and weight: a block of the weight is
-widened, multiplied and forgotten. A target outside [0, V) selects no column: that is how a vocabulary shard
-says "the target is on another rank".
+block. The arithmetic is fp32 (fp64 for fp64 inputs) whatever the dtype of hidden and weight: a block of the
+weight is widened, multiplied and forgotten. A target outside [0, V) selects no column: that is how a
+vocabulary shard says "the target is on another rank".
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class Head(NamedTuple):
     softcap: float  # 0: off
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """Hidden in the compute dtype; a linear z takes 1/temperature here, [N, H] being smaller than [N, V]."""
+        """Hidden in the compute dtype; a linear z takes its 1/temperature here, where it costs least."""
         h = hidden.to(compute_dtype(hidden))
         return h if self.softcap or self.temperature == 1.0 else h / self.temperature
 
@@ -121,7 +121,7 @@ def linear_forward(
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
     target_logit = h.new_full((n,), torch.nan)
     kept, shifts = saved_shapes(hidden, vocab) if save_dtype else (0, 0)
-    saved = h.new_empty(kept, dtype=save_dtype or dtype)
+    saved = h.new_empty(kept, dtype=save_dtype or torch.bfloat16)
     shift = h.new_empty(shifts)
     in_place = save_dtype == dtype and not want_entropy
     scratch = None if in_place else _Scratch(h, n, vocab)
@@ -181,8 +181,8 @@ def linear_backward(
 
     Without entropy and soft-cap the row factor grad_logp leaves the [tokens, vocabulary] block: it scales
     hidden on one side and d(hidden) on the other. Rows whose upstream gradients are 0 are left out.
-    With `into`, d(weight) and d(bias) are added to its tensors, which are in the compute dtype. `stats.saved` is
-    used up where it is in the compute dtype.
+    With `into`, d(weight) and d(bias) are added to its tensors, which are in the compute dtype. `stats.saved`
+    is used up where it is in the compute dtype.
     """
     need_hidden, need_weight, need_bias = needs
     vocab, dtype = head.weight.shape[0], compute_dtype(hidden)

@@ -8,7 +8,7 @@ environment before the first import), which then runs the kernels themselves. `b
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -47,6 +47,12 @@ def count_launch(kernel: str) -> None:
     _launches[kernel] += 1
 
 
+def launching(kernel: str, device: torch.device) -> AbstractContextManager:
+    """Count a launch, and make it on the tensors' device: Triton itself takes whichever is current."""
+    count_launch(kernel)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def count_launches() -> Iterator[Counter[str]]:
     """Yield a Counter that holds, after the block, the launches made inside it, by kernel name."""
@@ -58,7 +64,8 @@ def count_launches() -> Iterator[Counter[str]]:
 
 def values_checked(tensor: Tensor) -> bool:
     """Whether contents (not only shape and dtype) are checked: reading them on a GPU would stall the host."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    # A subclass is a FakeTensor, or something else without contents of its own.
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or os.environ.get("RTO_KERNELS_CHECK", "0") == "1"
 
@@ -95,6 +102,10 @@ def check_tensor(
         raise ValueError(f"{name} must have dtype {wanted}, got {describe(tensor)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the other arguments, got {describe(tensor)}")
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def check_local(name: str, tensor: Tensor) -> None:

@@ -2,10 +2,11 @@
 
     python -m rto_kernels.aot [--chips sm80,sm90,sm100] [--match linear_stats] [--markdown]
 
-The launches are not listed by hand. The public functions are called with backend="triton" on small CPU tensors while
-launches are recorded instead of run, so what gets compiled is what the launchers select: tiles, tensor descriptors,
-flags, and the specialisation on alignment. For each one the table shows registers, stack, spill instructions, shared
-memory and whether the tensor cores and the copy engine are used; the exit status is 1 where a promise is broken:
+The launches are not listed by hand. The public functions are called with backend="triton" on small CPU
+tensors while launches are recorded instead of run, so what gets compiled is what the launchers select: tiles,
+tensor descriptors, flags, and the specialisation on alignment. For each one the table shows registers, stack,
+spill instructions, shared memory and whether the tensor cores and the copy engine are used; the exit status
+is 1 where a promise is broken:
 
 - no stack and no local loads or stores, for any launch
 - a matrix product of 16-bit inputs on sm90 whose rows are whole 16 bytes uses wgmma and the copy engine
@@ -32,15 +33,32 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import rto_kernels as rk
 
-# All kernel files by name: each reads INTERPRET as it is imported, which must not happen while launches are recorded.
+# All kernel files by name: each reads INTERPRET as it is imported, which must not happen while launches are
+# recorded.
 from . import _dispatch, fused_rewards, linear_logprob, linear_ppo, logprob, tiles  # noqa: F401
 
 CHIPS = {"sm80": 80, "sm90": 90, "sm100": 100}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.bool: "i1",
 }  # fmt: skip
+
+
+# Constants that a variant is not told apart by.
+_HIDDEN = {
+    "TMA",
+    "SPLITS",
+    "PER_SPLIT",
+    "GROUP",
+    "PARTS",
+    "PRECISION",
+    "MERGE_ROWS",
+    "COLUMNS",
+    "RATIO_MAX",
+    "N_STATS",
+}
 
 
 class Launch(NamedTuple):
@@ -66,11 +84,13 @@ class Launch(NamedTuple):
     @property
     def dtype(self) -> str:
         """That of the first floating-point operand."""
-        return next((m[0] for _, kind in self.signature if (m := re.search(r"bf16|fp16|fp32|fp64", kind))), "")
+        return next(
+            (m[0] for _, kind in self.signature if (m := re.search(r"bf16|fp16|fp32|fp64", kind))), ""
+        )
 
     @property
     def variant(self) -> str:
-        shown = ((k, v) for k, v in self.constants if k.isupper() and k not in ("TMA", "SPLITS", "PER_SPLIT", "GROUP"))
+        shown = ((k, v) for k, v in self.constants if k.isupper() and k not in _HIDDEN)
         words = (k.lower() if v is True else f"{k.lower()}={v}" for k, v in shown if v is not False)
         return " ".join(words) + ("" if self.aligned else " unaligned")
 
@@ -83,10 +103,13 @@ class Proof(NamedTuple):
     shared: int  # bytes, dynamic and static
     tensor_cores: str
     copy_engine: bool
+    failure: str = ""  # of the compiler
 
     @property
     def broken(self) -> str:
         """The promise that this launch breaks, or ''."""
+        if self.failure:
+            return self.failure
         if self.stack or self.spills:
             return f"STACK {self.stack}, {self.spills} local loads and stores"
         launch = self.launch
@@ -124,13 +147,15 @@ def _describe(kernel: JITFunction, chip: str, args: tuple, kwargs: dict) -> Laun
                 aligned.append(position)
         else:
             signature.append((name, "fp32"))
-    options = tuple(sorted((k, v) for k, v in kwargs.items() if k not in names and k not in ("grid", "warmup")))
+    options = tuple(
+        sorted((k, v) for k, v in kwargs.items() if k not in names and k not in ("grid", "warmup"))
+    )
     return Launch(kernel, chip, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
 @contextmanager
 def recording(chip: str) -> Iterator[list[Launch]]:
-    """Launches inside the block are described into the list instead of run, as a device of `chip` would get them."""
+    """Launches inside the block are described into the list as `chip` would get them, and not run."""
     launches: dict[Launch, None] = {}
     out: list[Launch] = []
 
@@ -139,9 +164,9 @@ def recording(chip: str) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(tiles, "chip_of", lambda device: chip),
+        mock.patch.object(tiles, "chip_of", return_value=chip),
         mock.patch.object(_dispatch, "INTERPRET", True),  # lets CPU tensors pass as launchable
-        mock.patch.object(_dispatch, "values_checked", lambda tensor: False),
+        mock.patch.object(_dispatch, "values_checked", return_value=False),
     ):
         yield out
     out.extend(launches)
@@ -180,12 +205,12 @@ def _logits_calls(dtype: torch.dtype, vocab: int) -> Iterator[Callable]:
     targets, scores = torch.zeros(n, dtype=torch.int64), torch.zeros(2)
     cu_seqlens, mask = torch.tensor([0, 3, n], dtype=torch.int32), torch.ones(n, dtype=torch.bool)
 
-    def logprob(entropy: bool):
+    def gather(entropy: bool):
         out = rk.logprobs_from_logits(logits, targets, return_entropy=entropy, backend="triton")
         sum(x.sum() for x in (out if entropy else (out,))).backward()
 
-    yield lambda: logprob(False)
-    yield lambda: logprob(True)
+    yield lambda: gather(False)
+    yield lambda: gather(True)
     kw = {"beta1": 0.05, "beta2": 0.01, "backend": "triton"}
     three = (logits,) * 3
     yield lambda: rk.logits_token_rewards(*three, targets, scores, cu_seqlens=cu_seqlens, mask=mask, **kw)
@@ -204,7 +229,6 @@ def _token_calls() -> Iterator[Callable]:
                 "mask": torch.ones_like(token, dtype=torch.bool) if masked else None,
                 "backend": "triton",
             }
-            coefficients = {"beta1": 0.05, "beta2": 0.01}
             score = torch.zeros(2)
 
             def rewards(token=token, layout=layout, score=score):
@@ -213,7 +237,7 @@ def _token_calls() -> Iterator[Callable]:
             def advantages(gaps, token=token, layout=layout, score=score):
                 rk.gae(token, token, gaps=gaps, **layout)
                 rk.gae(token, token, gaps=gaps, bootstrap=score, **layout)
-                rk.rewards_gae(token, token, token, score, token, gaps=gaps, **coefficients, **layout)
+                rk.rewards_gae(token, token, token, score, token, gaps=gaps, beta1=0.05, beta2=0.01, **layout)
 
             def loss(full, aggregation, token=token, layout=layout):
                 x = token.clone().requires_grad_()
@@ -222,7 +246,9 @@ def _token_calls() -> Iterator[Callable]:
                     "values": x, "old_values": token, "returns": token, "entropy": x, "entropy_coef": 0.1,
                     "sampler_logp": token, "is_cap": 2.0, "whiten": (one, one),
                 }  # fmt: skip
-                out = rk.ppo_loss(x, token, token, aggregation=aggregation, **(extra if full else {}), **layout)
+                out = rk.ppo_loss(
+                    x, token, token, aggregation=aggregation, **(extra if full else {}), **layout
+                )
                 (out.policy_loss + out.value_loss).backward()
 
             def both(token=token, layout=layout):
@@ -240,7 +266,7 @@ def _token_calls() -> Iterator[Callable]:
 
 
 def launches(chip: str) -> list[Launch]:
-    """Every distinct launch that the package makes on `chip`: all kernels, dtypes and selectable configurations."""
+    """Every distinct launch that the package makes on `chip`: kernels, dtypes, selectable configurations."""
     calls: list[Callable] = [*_token_calls()]
     for dtype in DTYPES:
         # Rows of whole 16 bytes, as every real model has, and rows that take the pointer kernels.
@@ -256,10 +282,14 @@ def launches(chip: str) -> list[Launch]:
 def prove(launch: Launch) -> Proof:
     """Compile one launch for its chip."""
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
-    constants = {k: v for k, v in launch.constants}
-    source = ASTSource(launch.kernel, dict(launch.signature), constexprs=constants, attrs=attributes)
+    source = ASTSource(
+        launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes
+    )
     target = GPUTarget("cuda", CHIPS[launch.chip], 32)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    try:
+        compiled = triton.compile(source, target=target, options=dict(launch.options))
+    except Exception as error:
+        return Proof(launch, 0, 0, 0, 0, "", False, f"{type(error).__name__}: {error}".split("\n")[0])
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -291,7 +321,19 @@ def _row(proof: Proof) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-HEADER = ("kernel", "chip", "dtype", "variant", "registers", "stack", "spills", "shared", "tensor cores", "TMA", "")
+HEADER = (
+    "kernel",
+    "chip",
+    "dtype",
+    "variant",
+    "registers",
+    "stack",
+    "spills",
+    "shared",
+    "tensor cores",
+    "TMA",
+    "",
+)
 
 
 def summary(proofs: list[Proof]) -> list[tuple[str, ...]]:
@@ -299,14 +341,14 @@ def summary(proofs: list[Proof]) -> list[tuple[str, ...]]:
     groups: dict[tuple, list[Proof]] = {}
     for p in proofs:
         groups.setdefault((p.launch.name, p.launch.chip, p.launch.dtype), []).append(p)
-    return [
-        (
-            *key, f"{len(group)} variants", *(str(max(getattr(p, f) for p in group)) for f in Proof._fields[1:5]),
-            "/".join(sorted({p.tensor_cores for p in group} - {""})),
-            "yes" if any(p.copy_engine for p in group) else "", "ok" if not any(p.broken for p in group) else "BROKEN",
-        )
-        for key, group in groups.items()
-    ]  # fmt: skip
+    rows = []
+    for key, group in groups.items():
+        largest = (str(max(getattr(p, figure) for p in group)) for figure in Proof._fields[1:5])
+        cores = "/".join(sorted({p.tensor_cores for p in group} - {""}))
+        engine = "yes" if any(p.copy_engine for p in group) else ""
+        verdict = "BROKEN" if any(p.broken for p in group) else "ok"
+        rows.append((*key, f"{len(group)} variants", *largest, cores, engine, verdict))
+    return rows
 
 
 def main() -> int:
@@ -331,7 +373,10 @@ def main() -> int:
         for row in (HEADER, ("---",) * len(HEADER), *summary(proofs)):
             print("| " + " | ".join(row) + " |")
     broken = [p for p in proofs if p.broken]
-    print(f"triton {triton.__version__}: {len(proofs)} launches compiled, {len(broken)} break a promise", file=sys.stderr)
+    print(
+        f"triton {triton.__version__}: {len(proofs)} launches compiled, {len(broken)} break a promise",
+        file=sys.stderr,
+    )
     return 1 if broken else 0
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from ._dispatch import INTERPRET, check_tensor, count_launch, resolve_backend
+from ._dispatch import INTERPRET, check_tensor, launching, resolve_backend
 from ._layout import check_layout, compute_dtype, kernel_mask
 from .linear_logprob import token_logprobs
 from .logprob import LOG2E, check_logits, dense_rows, logprobs_from_logits, row_logprob
@@ -38,8 +38,10 @@ def _sequence_of(token, cu_ptr, batch):
 def logits_token_rewards_kernel(
     policy_ptr, ref_ptr, dpo_ptr, dpo_ref_ptr, targets_ptr, scores_ptr, cu_ptr, mask_ptr,
     rewards_ptr, dpo_reward_ptr, kl_ptr, policy_out_ptr, ref_out_ptr, dpo_out_ptr,
-    batch, width, vocab, stride_policy, stride_ref, stride_dpo, stride_dpo_ref, scale, ignore_index, beta1, beta2, beta3, dpo_clip, score_clip,
-    PACKED: tl.constexpr, MASKED: tl.constexpr, DPO_REF: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr,
+    batch, width, vocab, stride_policy, stride_ref, stride_dpo, stride_dpo_ref, scale, ignore_index,
+    beta1, beta2, beta3, dpo_clip, score_clip,
+    PACKED: tl.constexpr, MASKED: tl.constexpr, DPO_REF: tl.constexpr,
+    BLOCK: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     inside = token >= 0
@@ -71,7 +73,9 @@ def logits_token_rewards_kernel(
             dpo, _, _ = row_logprob(dpo_ptr + token * stride_dpo, target, vocab, scale, False, BLOCK)
             base = ref
             if DPO_REF:
-                base, _, _ = row_logprob(dpo_ref_ptr + token * stride_dpo_ref, target, vocab, scale, False, BLOCK)
+                base, _, _ = row_logprob(
+                    dpo_ref_ptr + token * stride_dpo_ref, target, vocab, scale, False, BLOCK
+                )
         score = tl.load(scores_ptr + row).to(tl.float32)
         reward, dpo_reward, kl = reward_terms(
             policy, ref, dpo, base, score, later == 0, beta1, beta2, beta3, dpo_clip, score_clip
@@ -94,27 +98,27 @@ def _rewards_triton(
         rows = [dense_rows(x.reshape(-1, vocab)) for x in logits]
         rows += rows[1:2] * (4 - len(rows))
         targets, scores = targets.contiguous(), scores.contiguous()
-        count_launch("logits_token_rewards")
-        logits_token_rewards_kernel[(targets.numel(),)](
-            *rows,
-            targets,
-            scores,
-            targets if cu_seqlens is None else cu_seqlens.contiguous(),
-            kernel_mask(mask, targets),
-            *outs,
-            scores.shape[0],
-            targets.shape[-1],
-            vocab,
-            *(x.stride(0) for x in rows),
-            LOG2E.value / temperature,
-            ignore_index,
-            *coefficients,
-            PACKED=cu_seqlens is not None,
-            MASKED=mask is not None,
-            DPO_REF=len(logits) == 4,
-            LOOK=16 if INTERPRET else 1024,
-            **tiles.row_block(vocab),
-        )
+        with launching("logits_token_rewards", targets.device):
+            logits_token_rewards_kernel[(targets.numel(),)](
+                *rows,
+                targets,
+                scores,
+                targets if cu_seqlens is None else cu_seqlens.contiguous(),
+                kernel_mask(mask, targets),
+                *outs,
+                scores.shape[0],
+                targets.shape[-1],
+                vocab,
+                *(x.stride(0) for x in rows),
+                LOG2E.value / temperature,
+                ignore_index,
+                *coefficients,
+                PACKED=cu_seqlens is not None,
+                MASKED=mask is not None,
+                DPO_REF=len(logits) == 4,
+                LOOK=16 if INTERPRET else 1024,
+                **tiles.row_block(vocab),
+            )
     return outs
 
 
@@ -193,11 +197,11 @@ def logits_token_rewards(
 ) -> TokenRewards:
     """`token_rewards` of the models' log-probs of `targets`, gathered from their logits in the same launch.
 
-    policy_logits, ref_logits, dpo_logits  [B, T, V] with mask [B, T], or packed [N, V] with cu_seqlens [B + 1];
-                                           one vocabulary, bf16, fp16 or fp32; each divided by temperature
+    policy_logits, ref_logits, dpo_logits  [B, T, V] with mask [B, T], or packed [N, V] with cu_seqlens [B +
+                                           1]; one vocabulary, bf16, fp16 or fp32; each divided by temperature
     dpo_ref_logits                         the same of the DPO model's own reference; default: ref_logits
-    targets                                [B, T] or [N], int32 or int64; anything outside the mask; at ignore_index
-                                           the log-probs are 0
+    targets                                [B, T] or [N], int32 or int64; anything outside the mask; at
+                                           ignore_index the log-probs are 0
     scores                                 [B]
     The rest as in `token_rewards`, errors too. Returns TokenRewards, fp32, without gradient.
     """
@@ -255,13 +259,14 @@ def fused_token_rewards(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> TokenRewards:
-    """`token_rewards` from hidden states of policy, reference and DPO model (a fourth: its reference), no logits.
+    """`token_rewards` from hidden states of policy, reference and DPO model (a fourth: its reference), no
+    logits.
 
     hiddens  three or four of [B, T, H_m] with mask [B, T], or packed [N, H_m] with cu_seqlens [B + 1]
     weights  as many of [V_m, H_m], biases of [V_m] or None; widths may differ, one weight may serve several
     targets  [B, T] or [N]; anything outside the mask, whose rows are not looked at
-    The rest as in `token_logprobs` and `token_rewards`, errors too. Returns TokenRewards: its log-probs are what
-    PPO needs as old_logp. Nothing carries a gradient.
+    The rest as in `token_logprobs` and `token_rewards`, errors too. Returns TokenRewards: its log-probs are
+    what PPO needs as old_logp. Nothing carries a gradient.
     """
     biases = [None] * len(hiddens) if biases is None else biases
     if len(hiddens) not in (3, 4):
@@ -277,7 +282,10 @@ def fused_token_rewards(
     logps = []
     for i, (hidden, weight, bias) in enumerate(zip(hiddens, weights, biases, strict=True)):
         check_tensor(
-            f"hiddens[{i}]", hidden, shape=(*targets.shape, None), expect=f"{[*targets.shape, 'H']} like targets"
+            f"hiddens[{i}]",
+            hidden,
+            shape=(*targets.shape, None),
+            expect=f"{[*targets.shape, 'H']} like targets",
         )
         with torch.no_grad():
             logp = token_logprobs(

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout
-from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, count_launch, resolve_backend
+from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, detached, launching, resolve_backend
 from ._layout import (
     arrival_counter,
     arrive_last,
@@ -193,31 +193,31 @@ def _gae_triton(
     moments = (torch.empty if batch else torch.zeros)(3, dtype=torch.float64, device=device)
     outs = [new(), new(), moments]
     if batch:
-        count_launch("gae" if rewards is not None else "rewards_gae")
-        _gae_kernel[(batch,)](
-            *reward_args,
-            values,
-            values if bootstrap is None else bootstrap.contiguous(),
-            values if cu_seqlens is None else cu_seqlens.contiguous(),
-            kernel_mask(mask, values),
-            outs[0],
-            outs[1],
-            torch.empty(batch, 3, dtype=torch.float64, device=device),
-            outs[2],
-            arrival_counter(device),
-            shape[-1],
-            *coefficients,
-            gamma,
-            lam,
-            WITH_REWARDS=rewards is None,
-            BOOTSTRAP=bootstrap is not None,
-            CARRY=gaps == "carry",
-            PACKED=cu_seqlens is not None,
-            MASKED=mask is not None,
-            BLOCK=_layout.BLOCK,
-            MERGE_ROWS=_layout.MERGE_ROWS,
-            **_layout.LAUNCH,
-        )
+        with launching("gae" if rewards is not None else "rewards_gae", device):
+            _gae_kernel[(batch,)](
+                *reward_args,
+                values,
+                values if bootstrap is None else bootstrap.contiguous(),
+                values if cu_seqlens is None else cu_seqlens.contiguous(),
+                kernel_mask(mask, values),
+                outs[0],
+                outs[1],
+                torch.empty(batch, 3, dtype=torch.float64, device=device),
+                outs[2],
+                arrival_counter(device),
+                shape[-1],
+                *coefficients,
+                gamma,
+                lam,
+                WITH_REWARDS=rewards is None,
+                BOOTSTRAP=bootstrap is not None,
+                CARRY=gaps == "carry",
+                PACKED=cu_seqlens is not None,
+                MASKED=mask is not None,
+                BLOCK=_layout.BLOCK,
+                MERGE_ROWS=_layout.MERGE_ROWS,
+                **_layout.LAUNCH,
+            )
     return [*reward_outs, *outs]
 
 
@@ -310,10 +310,6 @@ def _check_gae_inputs(
         raise ValueError(f"gaps must be 'zero' or 'carry', got {gaps!r}")
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -345,7 +341,7 @@ def gae(
         *_gae_op(
             rewards.detach(),
             values.detach(),
-            _detached(bootstrap),
+            detached(bootstrap),
             cu_seqlens,
             mask,
             float(gamma),
@@ -389,10 +385,10 @@ def rewards_gae(
         policy_logp.detach(),
         ref_logp.detach(),
         dpo_logp.detach(),
-        _detached(dpo_ref_logp),
+        detached(dpo_ref_logp),
         scores.detach(),
         values.detach(),
-        _detached(bootstrap),
+        detached(bootstrap),
         cu_seqlens,
         mask,
         float(beta1),

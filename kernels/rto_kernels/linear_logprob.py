@@ -18,12 +18,8 @@ from torch import Tensor
 from ._chunked import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
 from ._dispatch import FLOATS, FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
 from ._layout import compute_dtype
-from .linear_kernels import (
-    SAVED_ELEMENTS,
-    linear_backward_triton,
-    linear_forward_triton,
-    saved_shapes_triton,
-)
+from .linear_backward import linear_backward_triton
+from .linear_kernels import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
 
 IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
 
@@ -32,7 +28,9 @@ class Passes(NamedTuple):
     """The two vocabulary-sized passes of a backend, and how much of exp(z) may be held between them."""
 
     forward: Callable[..., LinearStats]  # (hidden, targets, head, ignore_index, want_entropy, save_dtype)
-    backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
+    backward: Callable[
+        ..., LinearGrads
+    ]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
     saved_shapes: Callable[[Tensor, int], tuple]  # (hidden, vocabulary) → shapes of what is kept
     chunk_tokens: Callable[[int], int]  # vocabulary → tokens of a chunk of fused_linear_ppo_loss
     chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → what such a chunk keeps; None: nothing
@@ -41,19 +39,24 @@ class Passes(NamedTuple):
 def linear_passes(backend: str) -> Passes:
     if backend == "torch":
         return Passes(
-            linear_forward, linear_backward, saved_shapes, lambda vocab: max(256, (1 << 24) // vocab), compute_dtype
+            linear_forward,
+            linear_backward,
+            saved_shapes,
+            lambda vocab: max(256, (1 << 24) // vocab),
+            compute_dtype,
         )
     return Passes(
         linear_forward_triton,
         linear_backward_triton,
         saved_shapes_triton,
         lambda vocab: max(128, SAVED_ELEMENTS // vocab // 128 * 128),
+        # fp32 keeps nothing, so that its gradients stay fp32's.
         lambda hidden: None if hidden.dtype == torch.float32 else torch.bfloat16,
     )
 
 
 def _grads(hidden, targets, head: Head, stats: LinearStats, g, ge, needs, backend, wide=None) -> list[Tensor]:
-    """d(hidden) (in dtype `wide` if given), d(weight), d(bias) in the inputs' dtypes; [0] where not needed."""
+    """d(hidden) (in `wide` if given), d(weight), d(bias) in the inputs' dtypes; [0] where not needed."""
     grads = linear_passes(backend).backward(hidden, targets, head, stats, g, ge, needs)
     dtypes = (wide or hidden.dtype, head.weight.dtype, head.weight.dtype)
     return [hidden.new_empty(0) if x is None else x.to(d) for x, d in zip(grads, dtypes, strict=True)]
@@ -117,17 +120,21 @@ def _linear_logprob_backward(
 def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend):
     need_hidden, need_weight, need_bias = needs
     return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
+        torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        if need_hidden
+        else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if need_weight
+        else weight.new_empty(0),
         torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else hidden.new_empty(0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, _, _, backend = inputs
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, backend = inputs
     _, entropy, lse, saved, shift = output
     ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, saved, shift)
-    ctx.mark_non_differentiable(lse, saved, shift)
+    ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.args = temperature, softcap, ignore_index, backend
 
@@ -213,7 +220,9 @@ def _shard_start(rows: int, group) -> int:
     return sum(sizes[: dist.get_rank(group)])
 
 
-def check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded=False) -> None:
+def check_linear(
+    backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded=False
+) -> None:
     """Raise ValueError naming the argument that does not fit."""
     floats = FLOATS if backend == "triton" else FLOATS_TORCH
     check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=floats)
@@ -262,18 +271,18 @@ def token_logprobs(
     bias     [V] or None
     returns  logp [N] fp32 (fp64 for fp64), and with `return_entropy` also the entropy [N]
 
-    Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a frozen
-    weight) is not computed, and rows with a zero upstream gradient are skipped.
+    Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a
+    frozen weight) is not computed, and rows with a zero upstream gradient are skipped.
 
-    `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix product.
-    True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
+    `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix
+    product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
 
     `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;
-    d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the first id
-    of this rank's rows, found by one exchange of sizes when None.
+    d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the
+    first id of this rank's rows, found by one exchange of sizes when None.
 
-    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and, where
-    values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
+    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and,
+    where values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
     """
     check_tensor("hidden", hidden)
     backend = resolve_backend(backend, hidden)

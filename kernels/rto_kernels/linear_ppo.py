@@ -1,12 +1,14 @@
-"""The clipped PPO policy loss straight from hidden states: log-probs, loss and gradients in one pass over the tokens.
+"""The clipped PPO policy loss straight from hidden states: log-probs, loss and gradients in one pass over the
+tokens.
 
     logp  as in linear_logprob.py        policy_loss, c_i  as in ppo_loss.py
     g_i   = ∂policy_loss/∂logp_i         known as soon as row i's logp is: its weight c_i needs no other row
     dz_iv = g_i·(onehot_iv − p_iv) + entropy_coef·c_i·p_iv·(log p_iv + H_i)
 
-So a chunk of tokens goes hidden → exp(z) → logp → g → d(hidden), d(weight) before the next one starts, and three matrix
-products are the whole cost: nothing is computed twice and no logits outlive their chunk. Rows whose g is exactly 0
-(outside the mask, clipped, zero advantage) leave before the two products of the backward pass.
+So a chunk of tokens goes hidden → exp(z) → logp → g → d(hidden), d(weight) before the next one starts, and
+three matrix products are the whole cost: nothing is computed twice and no logits outlive their chunk. Rows
+whose g is exactly 0 (outside the mask, clipped, zero advantage) leave before the two products of the backward
+pass.
 """
 
 from typing import NamedTuple
@@ -29,8 +31,10 @@ class LinearPPOLoss(NamedTuple):
     stats: PPOStats
 
 
-def token_weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: Tensor | None) -> Tensor:
-    """c, shaped as mask: what a token's loss counts in the mean, 0 outside the mask. No host synchronisation."""
+def token_weights(
+    mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: Tensor | None
+) -> Tensor:
+    """c, shaped as mask: what a token's loss counts in the mean, 0 outside. The host never waits for it."""
     inside = mask.double()
     if aggregation == "token":
         return inside / (inside.sum().clamp(min=1) if denominator is None else denominator)
@@ -47,7 +51,9 @@ def token_weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, den
     return inside / (per_token.clamp(min=1) * units)
 
 
-def _policy_loss(logp, old_logp, advantages, entropy, sampler_logp, whiten, layout, clip, is_cap, entropy_coef, how):
+def _policy_loss(
+    logp, old_logp, advantages, entropy, sampler_logp, whiten, layout, clip, is_cap, entropy_coef, how
+):
     """(loss, statistics, dlogp without its 1/D) of ppo_loss's policy half."""
     aggregation, backend = how
     loss, _, _, stats, dlogp, *_ = _ppo_loss_op(
@@ -160,8 +166,8 @@ def _(hidden, weight, bias, targets, *args):
 class _Attach(torch.autograd.Function):
     """Gives the finished loss its finished gradients, scaled in place by the upstream one.
 
-    In place, because a second d(weight) is what this file exists to avoid; autograd sees the write and refuses a
-    second backward pass over the same graph.
+    In place, because a second d(weight) is what this file exists to avoid; autograd sees the write and
+    refuses a second backward pass over the same graph.
     """
 
     @staticmethod
@@ -204,16 +210,19 @@ def fused_linear_ppo_loss(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> LinearPPOLoss:
-    """The policy loss of `ppo_loss` over the log-probs of `token_logprobs`, with no logits and no second pass.
+    """The policy loss of `ppo_loss` over the log-probs of `token_logprobs`, with no logits and no second
+    pass.
 
-    hidden   [B, T, H], or packed [N, H] with cu_seqlens [B + 1]; bf16, fp16 or fp32 (fp64 on the PyTorch path)
+    hidden   [B, T, H], or packed [N, H] with cu_seqlens [B + 1]; bf16, fp16 or fp32 (fp64 on the PyTorch
+             path)
     weight   [V, H] of hidden's dtype, bias [V]
-    targets, old_logp, advantages, sampler_logp, mask   [B, T], or [N]; a target of ignore_index is outside the mask
+    targets, old_logp, advantages, sampler_logp, mask   [B, T], or [N]; a target of ignore_index is outside
+                                                        the mask
     The remaining arguments are those of `ppo_loss` and `token_logprobs`.
 
-    Returns LinearPPOLoss. The gradients are computed with the loss and kept until its backward pass, which can run once;
-    where no input requires a gradient only the loss is computed. d(weight) is one tensor of the weight's size, and an
-    fp32 one beside it for 16-bit weights whose tokens take several chunks.
+    Returns LinearPPOLoss. The gradients are computed with the loss and kept until its backward pass, which
+    can run once; where no input requires a gradient only the loss is computed. d(weight) is one tensor of the
+    weight's size, and an fp32 one beside it for 16-bit weights whose tokens take several chunks.
 
     Raises ValueError as `token_logprobs` and `ppo_loss` do.
     """
@@ -225,13 +234,22 @@ def fused_linear_ppo_loss(
         expect = "[N, H], packed, with cu_seqlens" if packed else "[B, T, H], or [N, H] with cu_seqlens="
         check_tensor("hidden", hidden, shape=(None,) * rank, expect=expect)
     shape = tuple(hidden.shape[:-1])
-    check_tensor("targets", targets, shape=shape, expect=f"{list(shape)} like hidden without its last dimension")
+    check_tensor(
+        "targets", targets, shape=shape, expect=f"{list(shape)} like hidden without its last dimension"
+    )
     flat_targets = targets.reshape(-1)
     if mask is not None:
         check_layout("targets", targets, cu_seqlens, mask)
         flat_targets = torch.where(mask.reshape(-1) != 0, flat_targets, ignore_index)
     check_linear(
-        backend, hidden.reshape(-1, hidden.shape[-1]), weight, flat_targets, bias, temperature, softcap, ignore_index
+        backend,
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        flat_targets,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
     )
     given = [("old_logp", old_logp, True), ("advantages", advantages, True)]
     given.append(("sampler_logp", sampler_logp, is_cap is not None))
@@ -265,4 +283,6 @@ def fused_linear_ppo_loss(
     )
     if any(needs):
         loss = _Attach.apply(loss, *grads, *inputs)
-    return LinearPPOLoss(loss, logp, entropy if return_entropy else entropy.new_empty(0), PPOStats(*stats.unbind()))
+    return LinearPPOLoss(
+        loss, logp, entropy if return_entropy else entropy.new_empty(0), PPOStats(*stats.unbind())
+    )

@@ -1,8 +1,9 @@
 """Log-probabilities of chosen tokens from logits that the caller already holds, each logit read once.
 
-    z_iv   = logits_iv / temperature
-    logp_i = z_i,target − lse_i,   lse_i = log Σ_v exp(z_iv),   H_i = −Σ_v p_iv · log p_iv,   p_iv = exp(z_iv − lse_i)
-    dlogits_iv = (g_i·(onehot_iv − p_iv) − gH_i·p_iv·(log p_iv + H_i)) / temperature
+z_iv   = logits_iv / temperature
+logp_i = z_i,target − lse_i,   lse_i = log Σ_v exp(z_iv),   H_i = −Σ_v p_iv · log p_iv,   p_iv = exp(z_iv −
+                               lse_i)
+dlogits_iv = (g_i·(onehot_iv − p_iv) − gH_i·p_iv·(log p_iv + H_i)) / temperature
 """
 
 import torch
@@ -17,8 +18,8 @@ from ._dispatch import (
     FLOATS_TORCH,
     INDICES,
     check_tensor,
-    count_launch,
     describe,
+    launching,
     resolve_backend,
     values_checked,
 )
@@ -125,11 +126,11 @@ def _forward_triton(logits, targets, temperature, ignore_index, entropy) -> tupl
     row_entropy = torch.empty(n if entropy else 0, dtype=torch.float32, device=device)
     if n:
         logits = dense_rows(logits)
-        count_launch("logits_logprob")
-        logits_logprob_kernel[(n,)](
-            logits, targets.contiguous(), logp, row_entropy, lse, vocab, logits.stride(0),
-            LOG2E.value / temperature, ignore_index, ENTROPY=entropy, **tiles.row_block(vocab),
-        )  # fmt: skip
+        with launching("logits_logprob", device):
+            logits_logprob_kernel[(n,)](
+                logits, targets.contiguous(), logp, row_entropy, lse, vocab, logits.stride(0),
+                LOG2E.value / temperature, ignore_index, ENTROPY=entropy, **tiles.row_block(vocab),
+            )  # fmt: skip
     return logp, row_entropy, lse
 
 
@@ -138,12 +139,12 @@ def _backward_triton(logits, targets, temperature, ignore_index, lse, entropy, g
     g = torch.zeros_like(lse) if g is None else g.contiguous()
     if n:
         logits = dense_rows(logits)
-        count_launch("logits_gradient")
-        logits_gradient_kernel[(n,)](
-            logits, targets.contiguous(), lse, entropy, g, g if ge is None else ge.contiguous(), out,
-            vocab, logits.stride(0), out.stride(0), temperature, ignore_index,
-            ENTROPY=ge is not None, **tiles.row_block(vocab),
-        )  # fmt: skip
+        with launching("logits_gradient", logits.device):
+            logits_gradient_kernel[(n,)](
+                logits, targets.contiguous(), lse, entropy, g, g if ge is None else ge.contiguous(), out,
+                vocab, logits.stride(0), out.stride(0), temperature, ignore_index,
+                ENTROPY=ge is not None, **tiles.row_block(vocab),
+            )  # fmt: skip
     return out
 
 
@@ -191,7 +192,9 @@ def _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g,
         coefficient = -g[rows, None]
         if ge is not None:
             p = log_p.exp()
-            coefficient = log_p.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(-ge[rows, None]).add_(coefficient)
+            coefficient = (
+                log_p.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(-ge[rows, None]).add_(coefficient)
+            )
             d = p.mul_(coefficient)
             silent = (g[rows] == 0) & (ge[rows] == 0)
         else:
@@ -254,7 +257,8 @@ def _setup_context(ctx, inputs, output):
     logits, targets, *ctx.args = inputs
     _, entropy, lse = output
     ctx.save_for_backward(logits, targets, lse, entropy)
-    ctx.mark_non_differentiable(lse)
+    want_entropy = inputs[4]
+    ctx.mark_non_differentiable(lse, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
@@ -277,7 +281,9 @@ class _InplaceLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, ignore_index, want_entropy, backend):
-        logp, entropy, lse = _logits_logprob(logits, targets, temperature, ignore_index, want_entropy, backend)
+        logp, entropy, lse = _logits_logprob(
+            logits, targets, temperature, ignore_index, want_entropy, backend
+        )
         ctx.save_for_backward(logits, targets, lse, entropy)
         ctx.set_materialize_grads(False)
         ctx.args = temperature, ignore_index, backend
@@ -290,7 +296,8 @@ class _InplaceLogprob(torch.autograd.Function):
         temperature, ignore_index, backend = ctx.args
         if grad_logp is None and grad_entropy is None:
             return (None,) * 6
-        # The version moves with the write, so a second backward over the same logits is refused by autograd.
+        # Autograd sees the version move, and refuses a second backward pass over the same logits.
+        torch.autograd.graph.increment_version(logits)
         grad = _gradient(
             logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy,
             logits.detach(), backend,
@@ -356,7 +363,9 @@ def logprobs_from_logits(
     args = (flat, ids, float(temperature), ignore_index, return_entropy, backend)
     if inplace_backward:
         if torch.compiler.is_compiling():
-            raise ValueError("inplace_backward must be False under torch.compile: it overwrites a saved tensor")
+            raise ValueError(
+                "inplace_backward must be False under torch.compile: it overwrites a saved tensor"
+            )
         if not logits.is_contiguous():
             raise ValueError(f"inplace_backward needs contiguous logits, got strides {logits.stride()}")
         logp, entropy = _InplaceLogprob.apply(*args)

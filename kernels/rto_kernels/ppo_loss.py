@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _layout
-from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, count_launch, resolve_backend
+from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, detached, launching, resolve_backend
 from ._layout import (
     arrival_counter,
     arrive_last,
@@ -286,43 +286,43 @@ def _ppo_loss_triton(
             x.zero_()
         return [*scalars, *grads]
     whiten = "moments" if moments is not None else "none" if mean is None else "given"
-    count_launch("ppo_loss")
-    _ppo_loss_kernel[(batch,)](
-        stand_in,
-        *(given(x) for x in (old_logp, advantages, values, old_values, returns, entropy, sampler_logp)),
-        *(given(x) for x in (mean, rstd, moments, cu_seqlens)),
-        kernel_mask(mask, stand_in),
-        given(denominator),
-        *scalars,
-        *grads,
-        torch.empty(batch, COLUMNS, dtype=torch.float64, device=device),
-        arrival_counter(device),
-        logp.shape[-1],
-        0 if moments is None else moments.shape[0],
-        correction,
-        WHITEN_MIN_VAR,
-        clip_low,
-        clip_high,
-        value_clip,
-        is_cap,
-        entropy_coef,
-        VALUES=values is not None,
-        VALUE_CLIP=value_clip < INF,
-        ENTROPY=entropy is not None,
-        SAMPLER=sampler_logp is not None,
-        WHITEN=whiten,
-        BY_SEQUENCE=aggregation == "sequence",
-        DENOMINATOR=denominator is not None,
-        GRADS=with_grads,
-        PACKED=cu_seqlens is not None,
-        MASKED=mask is not None,
-        BLOCK=_layout.BLOCK,
-        MERGE_ROWS=_layout.MERGE_ROWS,
-        COLUMNS=COLUMNS,
-        RATIO_MAX=RATIO_MAX,
-        N_STATS=N_STATS,
-        **_layout.LAUNCH,
-    )
+    with launching("ppo_loss", device):
+        _ppo_loss_kernel[(batch,)](
+            stand_in,
+            *(given(x) for x in (old_logp, advantages, values, old_values, returns, entropy, sampler_logp)),
+            *(given(x) for x in (mean, rstd, moments, cu_seqlens)),
+            kernel_mask(mask, stand_in),
+            given(denominator),
+            *scalars,
+            *grads,
+            torch.empty(batch, COLUMNS, dtype=torch.float64, device=device),
+            arrival_counter(device),
+            logp.shape[-1],
+            0 if moments is None else moments.shape[0],
+            correction,
+            WHITEN_MIN_VAR,
+            clip_low,
+            clip_high,
+            value_clip,
+            is_cap,
+            entropy_coef,
+            VALUES=values is not None,
+            VALUE_CLIP=value_clip < INF,
+            ENTROPY=entropy is not None,
+            SAMPLER=sampler_logp is not None,
+            WHITEN=whiten,
+            BY_SEQUENCE=aggregation == "sequence",
+            DENOMINATOR=denominator is not None,
+            GRADS=with_grads,
+            PACKED=cu_seqlens is not None,
+            MASKED=mask is not None,
+            BLOCK=_layout.BLOCK,
+            MERGE_ROWS=_layout.MERGE_ROWS,
+            COLUMNS=COLUMNS,
+            RATIO_MAX=RATIO_MAX,
+            N_STATS=N_STATS,
+            **_layout.LAUNCH,
+        )
     return [*scalars, *grads]
 
 
@@ -391,10 +391,10 @@ def _backward_op(
         return [(g * (grad * unit)).to(dtype) for g, dtype in ((x, x_dtype), (y, y_dtype))]
     outs = [torch.empty_like(g, dtype=dtype) for g, dtype in ((x, x_dtype), (y, y_dtype))]
     if x.numel():
-        count_launch("ppo_loss_backward")
-        _scale_kernel[(triton.cdiv(x.numel(), _layout.BLOCK),)](
-            x, y, unit, grad, *outs, x.numel(), BOTH=y.numel() > 0, BLOCK=_layout.BLOCK, **_layout.LAUNCH
-        )
+        with launching("ppo_loss_backward", x.device):
+            _scale_kernel[(triton.cdiv(x.numel(), _layout.BLOCK),)](
+                x, y, unit, grad, *outs, x.numel(), BOTH=y.numel() > 0, BLOCK=_layout.BLOCK, **_layout.LAUNCH
+            )
     return outs
 
 
@@ -451,7 +451,7 @@ def _check_inputs(backend, logp, batch_args, cu_seqlens, mask, aggregation, deno
     if not isinstance(denominator, Tensor):
         if not denominator > 0:
             raise ValueError(f"denominator must be a positive count, got {denominator!r}")
-        return torch.full((), float(denominator), dtype=torch.float32, device=device)
+        return torch.full((), float(denominator), dtype=torch.float64, device=device)
     check_tensor("denominator", denominator, device=device)
     if denominator.numel() != 1:
         raise ValueError(f"denominator must be one number, got {list(denominator.shape)}")
@@ -459,11 +459,13 @@ def _check_inputs(backend, logp, batch_args, cu_seqlens, mask, aggregation, deno
 
 
 def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
-    return x.detach() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=like.device)
-
-
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+    """One of whiten's two numbers, as a tensor on the device of `like`."""
+    if not isinstance(x, Tensor):
+        return torch.full((), x, dtype=torch.float64, device=like.device)
+    check_tensor("whiten", x, dtypes=FLOATS_TORCH, device=like.device)
+    if x.numel() != 1:
+        raise ValueError(f"whiten must be two numbers (mean, rstd), got one of shape {list(x.shape)}")
+    return x.detach()
 
 
 def run_ppo_loss(
@@ -490,11 +492,11 @@ def run_ppo_loss(
         logp.detach(),
         old_logp.detach(),
         advantages.detach(),
-        _detached(values),
+        detached(values),
         None if values is None or bound == INF else old_values.detach(),
         None if values is None else returns.detach(),
-        _detached(entropy),
-        _detached(sampler_logp),
+        detached(entropy),
+        detached(sampler_logp),
         mean,
         rstd,
         moments,

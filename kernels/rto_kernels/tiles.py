@@ -1,7 +1,7 @@
 """Every tile choice of the vocabulary-sized kernels, in one place.
 
-A choice depends on (H, V, dtype, chip), never on the number of tokens: that keeps a row's bits the same whatever its
-batch. Measured choices live in a JSON file that outlives the process ($RTO_KERNELS_TILES, else
+A choice depends on (H, V, dtype, chip), never on the number of tokens: that keeps a row's bits the same
+whatever its batch. Measured choices live in a JSON file that outlives the process ($RTO_KERNELS_TILES, else
 ~/.cache/rto_kernels/tiles.json); `remember` writes it, and what it lacks is answered by the defaults below.
 """
 
@@ -25,33 +25,43 @@ FUSION = {"enable_fp_fusion": True}
 
 
 class Tile(NamedTuple):
-    """A block of `rows` × `columns` of the result, `depth` of the inner dimension at a time."""
+    """A block of `rows` × `columns` of the result, `depth` of the inner dimension at a time.
+
+    What follows the product works on `parts` (1 or 2) column parts of the block: registers hold no more.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    parts: int = 2
+
+    @property
+    def part(self) -> int:
+        return self.columns // self.parts
 
     @property
     def launch(self) -> dict:
-        return {"num_warps": self.warps, "num_stages": self.stages, **FUSION}
+        # Left to itself the assembler spills a few registers for an occupancy that shared memory rules out.
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, **FUSION}
 
 
 class Tiles(NamedTuple):
     """The tiles of one problem. The logits' epilogue decides what fits in registers."""
 
-    plain: Tile  # logits and d(logits) without bias, soft-cap and kept probabilities
-    full: Tile  # with any of them
+    plain: Tile  # logits without bias, soft-cap and kept probabilities
+    full: Tile  # logits with any of them, and d(logits)
     product: Tile  # d(hidden) and d(weight) from d(logits); its `depth` divides the others' `rows`
 
-    def logits(self, bias: bool, softcap: bool, save: bool = False) -> Tile:
+    def logits(self, bias: bool, softcap: bool, save: bool) -> Tile:
         return self.full if bias or softcap or save else self.plain
 
 
-# (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. Each was compiled for its chip: none spills.
+# (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. Each was compiled for its chip: none
+# spills.
 _POINTERS_2 = Tiles(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3))
-_POINTERS_4 = Tiles(Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3))
+_POINTERS_4 = Tiles(Tile(64, 64, 32, 8, 3), Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3))
 _DESCRIPTORS_2 = Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
 _DESCRIPTORS_4 = Tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3))
 _DEFAULTS = {
@@ -61,7 +71,8 @@ _DEFAULTS = {
     ("sm90", 2, False): _POINTERS_2,
     ("sm90", 4, True): _DESCRIPTORS_4,
     ("sm90", 4, False): _POINTERS_4,
-    ("sm100", 2, True): _DESCRIPTORS_2,
+    # Triton 3.9 fails to lower a block split in two that is stored through a descriptor there.
+    ("sm100", 2, True): _DESCRIPTORS_2._replace(full=Tile(128, 64, 64, 8, 3, parts=1)),
     ("sm100", 2, False): _POINTERS_2,
     ("sm100", 4, True): _DESCRIPTORS_4,
     ("sm100", 4, False): _POINTERS_4,
@@ -112,7 +123,7 @@ def choose(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) 
 
 
 def remember(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool, tiles: Tiles) -> None:
-    """Write a measured choice for later processes; this one keeps what it has, so that its results do not change."""
+    """Write a measured choice for later processes; this one keeps what it has, and so its results."""
     path = cache_path()
     try:
         known = json.loads(path.read_text())
@@ -129,7 +140,8 @@ def remember(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool
 def row_block(vocab: int) -> dict:
     """Elements of a row of logits that a program holds at once, and its warps."""
     width = 1 << max(vocab - 1, 15).bit_length()
-    return {"BLOCK": min(width, 64 if INTERPRET else 8192), "num_warps": 8 if width >= 4096 else 4, **FUSION}
+    block, warps = min(width, 64 if INTERPRET else 8192), 8 if width >= 4096 else 4
+    return {"BLOCK": block, "num_warps": warps, "maxnreg": 128, **FUSION}
 
 
 def splits_of(vocab: int, tile: Tile) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout
-from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, count_launch, resolve_backend
+from ._dispatch import FLOATS, FLOATS_TORCH, check_tensor, launching, resolve_backend
 from ._layout import check_layout, compute_dtype, kernel_mask, load_inside, row_bounds
 from ._token_torch import token_rewards_torch
 
@@ -115,23 +115,23 @@ def _token_rewards_triton(
     outs = [torch.empty(policy.shape, dtype=torch.float32, device=policy.device) for _ in range(6)]
     if scores.shape[0]:
         policy, ref, dpo, scores = (x.contiguous() for x in (policy, ref, dpo, scores))
-        count_launch("token_rewards")
-        _token_rewards_kernel[(scores.shape[0],)](
-            policy,
-            ref,
-            dpo,
-            ref if dpo_ref is None else dpo_ref.contiguous(),
-            scores,
-            policy if cu_seqlens is None else cu_seqlens.contiguous(),
-            kernel_mask(mask, policy),
-            *outs,
-            policy.shape[-1],
-            *coefficients,
-            PACKED=cu_seqlens is not None,
-            MASKED=mask is not None,
-            BLOCK=_layout.BLOCK,
-            **_layout.LAUNCH,
-        )
+        with launching("token_rewards", policy.device):
+            _token_rewards_kernel[(scores.shape[0],)](
+                policy,
+                ref,
+                dpo,
+                ref if dpo_ref is None else dpo_ref.contiguous(),
+                scores,
+                policy if cu_seqlens is None else cu_seqlens.contiguous(),
+                kernel_mask(mask, policy),
+                *outs,
+                policy.shape[-1],
+                *coefficients,
+                PACKED=cu_seqlens is not None,
+                MASKED=mask is not None,
+                BLOCK=_layout.BLOCK,
+                **_layout.LAUNCH,
+            )
     return outs
 
 

@@ -9,6 +9,7 @@ import rto_kernels as rk
 import torch
 from kernel_checks import DEVICE, TRITON, sample
 from rto_kernels._dispatch import INTERPRET, check_local, count_launch, count_launches, resolve_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def test_public_names_are_all_there():
@@ -92,6 +93,7 @@ WRONG = [
     ("ppo_loss", {"aggregation": "batch"}, "aggregation must be 'sequence' or 'token', got 'batch'"),
     ("ppo_loss", {"denominator": 0}, "denominator must be a positive count, got 0"),
     ("ppo_loss", {"denominator": torch.ones(2)}, r"denominator must be one number, got \[2\]"),
+    ("ppo_loss", {"whiten": (torch.ones(3), torch.ones(3))}, r"whiten must be two numbers .* shape \[3\]"),
     ("ppo_loss", {"clip": (-0.1, 0.2)}, "clip must not be negative"),
     ("ppo_loss", {"entropy_coef": 0.1}, "entropy must be a tensor .*, got NoneType"),
     ("ppo_loss", {"is_cap": 2.0}, "sampler_logp must be a tensor .*, got NoneType"),
@@ -100,7 +102,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "changes", "message"), WRONG)
 def test_a_wrong_argument_is_named(name, changes, message):
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
+    on_device = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), changes)
     with pytest.raises(ValueError, match=message):
         call(name, **on_device)
 
@@ -149,3 +151,18 @@ def test_importing_needs_torch_and_triton_alone():
     subprocess.run(
         [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
     )
+
+
+@pytest.mark.skipif(INTERPRET, reason="fake tensors run no kernel")
+def test_fake_tensors_pass_through():
+    with FakeTensorMode():
+        token = torch.zeros(6)
+        cu_seqlens = torch.tensor([0, 2, 2, 6])
+        tokens, estimate = rk.rewards_gae(
+            token, token, token, torch.zeros(3), token, beta1=0.1, beta2=0.1, cu_seqlens=cu_seqlens
+        )
+        logp = torch.zeros(6, dtype=torch.bfloat16, requires_grad=True)
+        loss = rk.ppo_loss(logp, token, estimate.advantages, cu_seqlens=cu_seqlens).policy_loss
+        (grad,) = torch.autograd.grad(loss, logp)
+    assert (tokens.rewards.shape, estimate.moments.dtype, loss.shape) == ((6,), torch.float64, ())
+    assert (grad.shape, grad.dtype) == ((6,), torch.bfloat16)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, check_error, largest, layouts, sample
+from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, build, check_error, largest, layouts, sample
 from rto_kernels import reference
 from rto_kernels._dispatch import INTERPRET, count_launches
 
@@ -77,6 +77,17 @@ def test_equals_the_definition(backend, layout, dtype, gamma, lam, gaps, bootstr
     assert out.moments.dtype == torch.float64
     # The moments are those of the fp32 advantages that came out, to fp64 precision.
     torch.testing.assert_close(out.moments.cpu(), moments_of(layout, out.advantages), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gaps", ["zero", "carry"])
+def test_a_gap_of_whole_blocks(backend, gaps):
+    layout = build("gaps", [0, 0, 0], 70, 0)  # the gap spans 14 to 56 in sequences 0 and 2
+    rewards, values, bootstrap = layout.tokens(), layout.tokens(), layout.sequences()
+    out = rk.gae(rewards, values, bootstrap=bootstrap, gaps=gaps, mask=layout.mask, backend=backend)
+    advantages, returns = truth(layout, rewards, values, bootstrap, 1.0, 0.95, gaps)
+    torch.testing.assert_close(out.advantages.cpu().double(), advantages, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.returns.cpu().double(), returns, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
