@@ -55,7 +55,8 @@ def curve(device: str, cases: dict[str, dict]) -> list[str]:
         for name in points[0][1]:
             drawn = [(n, rows[name][key]) for n, rows in points if rows[name].get(key) is not None]
             panel.plot(*zip(*drawn, strict=True), marker="o", label=name)
-        panel.set(xlabel="tokens", ylabel=label, xlim=(0, None), ylim=(0, None))
+        panel.set(xlabel="thousand tokens", ylabel=label, xlim=(0, None), ylim=(0, None))
+        panel.xaxis.set_major_formatter(lambda n, _: f"{n / 1000:g}")
     panels[0].legend(frameon=False)
     figure.suptitle(f"Linear log-prob, forward and backward, H {shape['H']}, V {shape['V']}", fontsize=10)
     path = RESULTS / f"{device}-tokens.svg"

@@ -36,6 +36,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     parts: int = 2
+    # Left to itself (0) the assembler spills a few, for an occupancy that shared memory rules out.
+    registers: int = 255
 
     @property
     def part(self) -> int:
@@ -43,8 +45,8 @@ class Tile(NamedTuple):
 
     @property
     def launch(self) -> dict:
-        # Left to itself the assembler spills a few registers for an occupancy that shared memory rules out.
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, **FUSION}
+        bound = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **bound, **FUSION}
 
 
 class Tiles(NamedTuple):
@@ -72,7 +74,9 @@ _DEFAULTS = {
     ("sm90", 4, True): _DESCRIPTORS_4,
     ("sm90", 4, False): _POINTERS_4,
     # Triton 3.9 fails to lower a block split in two that is stored through a descriptor there.
-    ("sm100", 2, True): _DESCRIPTORS_2._replace(full=Tile(128, 64, 64, 8, 3, parts=1)),
+    ("sm100", 2, True): _DESCRIPTORS_2._replace(
+        plain=Tile(128, 256, 64, 8, 3, registers=0), full=Tile(128, 64, 64, 8, 3, parts=1)
+    ),
     ("sm100", 2, False): _POINTERS_2,
     ("sm100", 4, True): _DESCRIPTORS_4,
     ("sm100", 4, False): _POINTERS_4,
