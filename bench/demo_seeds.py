@@ -35,7 +35,7 @@ class SeedsConfig:
     """Seeds; each is run once and reported, whatever it gives."""
     runs: str = "runs/demo_seeds"
     """Folder of the runs; finished seeds are not run again."""
-    out: str = "bench/results/demo"
+    out: str = "bench/results/demo/seeds"
     """Results: OUT.json, OUT.svg; README's section between its demo marks."""
     jobs: int = 1
     """Seeds run at the same time."""
