@@ -32,9 +32,7 @@ def eager(logps, scores):
 @torch.no_grad()
 def test_logits_token_rewards(once):
     generator, targets, scores = common()
-    logits = [
-        (torch.randn(*targets.shape, VOCAB, generator=generator) * 3).to(DEVICE, DTYPE) for _ in range(3)
-    ]
+    logits = [(torch.randn(*targets.shape, VOCAB, generator=generator) * 3).to(DEVICE, DTYPE) for _ in range(3)]
 
     def ours():
         out = rk.logits_token_rewards(*logits, targets, scores, **BETAS)
@@ -54,17 +52,12 @@ def test_logits_token_rewards(once):
 def test_fused_token_rewards(once):
     generator, targets, scores = common()
     hiddens = [torch.randn(*targets.shape, HIDDEN, generator=generator).to(DEVICE, DTYPE) for _ in range(3)]
-    weights = [
-        (torch.randn(VOCAB, HIDDEN, generator=generator) * 2 / HIDDEN**0.5).to(DEVICE, DTYPE)
-        for _ in range(3)
-    ]
+    weights = [(torch.randn(VOCAB, HIDDEN, generator=generator) * 2 / HIDDEN**0.5).to(DEVICE, DTYPE) for _ in range(3)]
     cu_seqlens = torch.arange(0, TOKENS + 1, TOKENS // BATCH, device=DEVICE)
     flat = [h.reshape(-1, HIDDEN) for h in hiddens]
 
     def ours():
-        out = rk.fused_token_rewards(
-            flat, weights, targets.reshape(-1), scores, **BETAS, cu_seqlens=cu_seqlens
-        )
+        out = rk.fused_token_rewards(flat, weights, targets.reshape(-1), scores, **BETAS, cu_seqlens=cu_seqlens)
         return {"rewards": out.rewards, "policy_logp": out.policy_logp}
 
     def through_logits():

@@ -41,9 +41,7 @@ def test_fused_linear_ppo_loss(once, tokens, hidden, vocab, moved):
     advantages = by_sequence[:, None].expand(h.shape[:2]).contiguous()
     with torch.no_grad():
         logp = rk.token_logprobs(h.reshape(-1, hidden), w, targets.reshape(-1)).reshape(targets.shape)
-        shift = torch.randn(targets.shape, generator=generator).to(DEVICE) * (
-            0.5 if moved == "clipped" else 0.05
-        )
+        shift = torch.randn(targets.shape, generator=generator).to(DEVICE) * (0.5 if moved == "clipped" else 0.05)
         old_logp = logp + shift
     up = torch.tensor(1.7, device=DEVICE)
 
@@ -78,9 +76,7 @@ def test_fused_linear_ppo_loss(once, tokens, hidden, vocab, moved):
             )
         )
     if liger is not None:
-        contenders["Liger chunked loss"] = lambda: run(
-            lambda: liger(h, w, targets, old_logp, by_sequence, CLIP)
-        )
+        contenders["Liger chunked loss"] = lambda: run(lambda: liger(h, w, targets, old_logp, by_sequence, CLIP))
     whole = compiled(lambda h, w: policy_loss(eager_logp(h @ w.T, targets), old_logp, advantages))
     if whole is not None:
         contenders["torch.compile"] = lambda: run(lambda: whole(h, w))

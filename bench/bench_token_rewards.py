@@ -29,18 +29,14 @@ def eager_rewards(policy, ref, dpo, scores, mask):
 
 def moments(advantages, mask):
     inside = advantages[mask].double()
-    return torch.stack(
-        [inside.new_tensor(inside.numel()), inside.mean(), (inside - inside.mean()).square().sum()]
-    )
+    return torch.stack([inside.new_tensor(inside.numel()), inside.mean(), (inside - inside.mean()).square().sum()])
 
 
 def test_gae(once):
     (rewards, values, *_), _, mask = inputs()
 
     def ours():
-        return dict(
-            zip(("advantages", "returns", "moments"), rk.gae(rewards, values, mask=mask), strict=True)
-        )
+        return dict(zip(("advantages", "returns", "moments"), rk.gae(rewards, values, mask=mask), strict=True))
 
     def loop(dtype=torch.float32):
         advantages, returns = loop_gae(rewards.to(dtype), values.to(dtype), mask, 1.0, 0.95)

@@ -157,9 +157,7 @@ def compare(
             rows[name] = {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
             continue
         worst = max(error.values())
-        rows[name] = (
-            {"error": worst} if worst <= limit else {"failed": f"relative error {worst:.2g} > {limit:.2g}"}
-        )
+        rows[name] = {"error": worst} if worst <= limit else {"failed": f"relative error {worst:.2g} > {limit:.2g}"}
     del expected
     right = [name for name, row in rows.items() if "failed" not in row]
     for name in right:
@@ -173,9 +171,7 @@ def compare(
         median = statistics.median(times[name])
         rows[name] |= {"ms": median * 1e3, "spread_ms": (max(times[name]) - min(times[name])) * 1e3}
         if "ours" in times:
-            rows[name]["ratio"] = statistics.median(
-                a / b for a, b in zip(times["ours"], times[name], strict=True)
-            )
+            rows[name]["ratio"] = statistics.median(a / b for a, b in zip(times["ours"], times[name], strict=True))
         if flops:
             rows[name]["tflops"] = flops / median / 1e12
         if moved:
@@ -213,9 +209,7 @@ def show(kernel: str, case: str, record: dict) -> None:
         print(f"  {name:28} {row['ms']:10.3f} {row['ratio']:8.2f} {peak:>9} {error:>9}")
 
 
-def gradients(
-    outputs: dict[str, Tensor], ups: dict[str, Tensor], leaves: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def gradients(outputs: dict[str, Tensor], ups: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """{outputs, and d_<leaf> of Σ up·output}: what a contender returns."""
     total = [(outputs[name], up) for name, up in ups.items()]
     grads = torch.autograd.grad([x for x, _ in total], list(leaves.values()), [up for _, up in total])

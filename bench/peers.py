@@ -105,9 +105,7 @@ def cut_cross_entropy_logp():
     return lambda h, w, t: -linear(h, w, t, reduction="none")
 
 
-def loop_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def loop_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """The Python loop over time of the RTO authors' code and of OpenRLHF, then the masked moments."""
     values, rewards = values * mask, rewards * mask
     last, out = torch.zeros(rewards.shape[0], device=rewards.device), []

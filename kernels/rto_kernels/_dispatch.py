@@ -88,9 +88,7 @@ def check_tensor(
     `shape` may hold None where any size goes; `expect` is how the message spells the expected shape.
     """
     if not isinstance(tensor, Tensor):
-        raise ValueError(
-            f"{name} must be a tensor{f' {expect}' if expect else ''}, got {type(tensor).__name__}"
-        )
+        raise ValueError(f"{name} must be a tensor{f' {expect}' if expect else ''}, got {type(tensor).__name__}")
     check_local(name, tensor)
     if shape is not None:
         same_rank = len(shape) == tensor.ndim
@@ -126,9 +124,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, device: torch.device) -> N
     """cu_seqlens [B + 1]: 0, then each sequence's end, never falling, the last one equal to `tokens`."""
     check_tensor("cu_seqlens", cu_seqlens, shape=(None,), expect="[B + 1]", dtypes=INDICES, device=device)
     if cu_seqlens.shape[0] == 0:
-        raise ValueError(
-            "cu_seqlens must have shape [B + 1] with at least its leading 0, got an empty tensor"
-        )
+        raise ValueError("cu_seqlens must have shape [B + 1] with at least its leading 0, got an empty tensor")
     if values_checked(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in pairwise(ends)):

@@ -46,9 +46,7 @@ def check_layout(name: str, tokens: Tensor, cu_seqlens: Tensor | None, mask: Ten
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 where any input is fp64 (tests), else fp32, whatever the inputs' precision."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 @triton.jit

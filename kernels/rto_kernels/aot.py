@@ -84,9 +84,7 @@ class Launch(NamedTuple):
     @property
     def dtype(self) -> str:
         """That of the first floating-point operand."""
-        return next(
-            (m[0] for _, kind in self.signature if (m := re.search(r"bf16|fp16|fp32|fp64", kind))), ""
-        )
+        return next((m[0] for _, kind in self.signature if (m := re.search(r"bf16|fp16|fp32|fp64", kind))), "")
 
     @property
     def variant(self) -> str:
@@ -147,9 +145,7 @@ def _describe(kernel: JITFunction, chip: str, args: tuple, kwargs: dict) -> Laun
                 aligned.append(position)
         else:
             signature.append((name, "fp32"))
-    options = tuple(
-        sorted((k, v) for k, v in kwargs.items() if k not in names and k not in ("grid", "warmup"))
-    )
+    options = tuple(sorted((k, v) for k, v in kwargs.items() if k not in names and k not in ("grid", "warmup")))
     return Launch(kernel, chip, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
@@ -246,9 +242,7 @@ def _token_calls() -> Iterator[Callable]:
                     "values": x, "old_values": token, "returns": token, "entropy": x, "entropy_coef": 0.1,
                     "sampler_logp": token, "is_cap": 2.0, "whiten": (one, one),
                 }  # fmt: skip
-                out = rk.ppo_loss(
-                    x, token, token, aggregation=aggregation, **(extra if full else {}), **layout
-                )
+                out = rk.ppo_loss(x, token, token, aggregation=aggregation, **(extra if full else {}), **layout)
                 (out.policy_loss + out.value_loss).backward()
 
             def both(token=token, layout=layout):
@@ -282,9 +276,7 @@ def launches(chip: str) -> list[Launch]:
 def prove(launch: Launch) -> Proof:
     """Compile one launch for its chip."""
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
-    source = ASTSource(
-        launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes
-    )
+    source = ASTSource(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes)
     target = GPUTarget("cuda", CHIPS[launch.chip], 32)
     try:
         compiled = triton.compile(source, target=target, options=dict(launch.options))

@@ -73,9 +73,7 @@ def logits_token_rewards_kernel(
             dpo, _, _ = row_logprob(dpo_ptr + token * stride_dpo, target, vocab, scale, False, BLOCK)
             base = ref
             if DPO_REF:
-                base, _, _ = row_logprob(
-                    dpo_ref_ptr + token * stride_dpo_ref, target, vocab, scale, False, BLOCK
-                )
+                base, _, _ = row_logprob(dpo_ref_ptr + token * stride_dpo_ref, target, vocab, scale, False, BLOCK)
         score = tl.load(scores_ptr + row).to(tl.float32)
         reward, dpo_reward, kl = reward_terms(
             policy, ref, dpo, base, score, later == 0, beta1, beta2, beta3, dpo_clip, score_clip
@@ -140,9 +138,7 @@ def _logits_token_rewards(
 ) -> list[Tensor]:
     if backend == "triton":
         coefficients = beta1, beta2, beta3, dpo_clip, score_clip
-        return _rewards_triton(
-            logits, targets, scores, cu_seqlens, mask, temperature, ignore_index, *coefficients
-        )
+        return _rewards_triton(logits, targets, scores, cu_seqlens, mask, temperature, ignore_index, *coefficients)
     chosen = _chosen(targets, mask, ignore_index)
     logps = [
         logprobs_from_logits(x, chosen, temperature=temperature, ignore_index=ignore_index, backend=backend)

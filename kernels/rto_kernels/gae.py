@@ -274,9 +274,7 @@ def _rewards_gae_op(
     if backend == "triton":
         logps = (policy, ref, dpo, ref if dpo_ref is None else dpo_ref)
         coefficients = (beta1, beta2, beta3, dpo_clip, score_clip)
-        return _gae_triton(
-            None, logps, scores, coefficients, values, bootstrap, cu_seqlens, mask, gamma, lam, gaps
-        )
+        return _gae_triton(None, logps, scores, coefficients, values, bootstrap, cu_seqlens, mask, gamma, lam, gaps)
     rewards = token_rewards_torch(
         policy, ref, dpo, dpo_ref, scores, cu_seqlens, mask, beta1, beta2, beta3, dpo_clip, score_clip
     )
@@ -299,13 +297,9 @@ def _check_gae_inputs(
     floats: tuple[torch.dtype, ...],
 ) -> None:
     shape, device = tuple(tokens.shape), tokens.device
-    check_tensor(
-        "values", values, shape=shape, expect=f"{list(shape)}, a value a token", dtypes=floats, device=device
-    )
+    check_tensor("values", values, shape=shape, expect=f"{list(shape)}, a value a token", dtypes=floats, device=device)
     if bootstrap is not None:
-        check_tensor(
-            "bootstrap", bootstrap, shape=(batch,), expect=f"[B] = [{batch}]", dtypes=floats, device=device
-        )
+        check_tensor("bootstrap", bootstrap, shape=(batch,), expect=f"[B] = [{batch}]", dtypes=floats, device=device)
     if gaps not in ("zero", "carry"):
         raise ValueError(f"gaps must be 'zero' or 'carry', got {gaps!r}")
 
@@ -375,12 +369,8 @@ def rewards_gae(
 ) -> tuple[TokenRewards, GAE]:
     """`token_rewards` and `gae` of its rewards in one launch; arguments, layouts and errors as theirs."""
     backend = resolve_backend(backend, policy_logp)
-    batch = check_reward_inputs(
-        policy_logp, ref_logp, dpo_logp, scores, dpo_ref_logp, cu_seqlens, mask, backend
-    )
-    _check_gae_inputs(
-        policy_logp, values, bootstrap, batch, gaps, FLOATS if backend == "triton" else FLOATS_TORCH
-    )
+    batch = check_reward_inputs(policy_logp, ref_logp, dpo_logp, scores, dpo_ref_logp, cu_seqlens, mask, backend)
+    _check_gae_inputs(policy_logp, values, bootstrap, batch, gaps, FLOATS if backend == "triton" else FLOATS_TORCH)
     out = _rewards_gae_op(
         policy_logp.detach(),
         ref_logp.detach(),

@@ -270,9 +270,7 @@ def linear_backward_triton(
     if into is not None:
         d_weight, d_bias = into.weight, into.bias
     else:
-        d_weight = (
-            weight.new_empty(weight.shape, dtype=f32 if wide else weight.dtype) if need_weight else None
-        )
+        d_weight = weight.new_empty(weight.shape, dtype=f32 if wide else weight.dtype) if need_weight else None
         d_bias = weight.new_empty(weight.shape[0], dtype=f32) if need_bias else None
     d_hidden = torch.empty((n, width), dtype=f32, device=device) if need_hidden else None
     if n == 0 and into is None:

@@ -163,9 +163,7 @@ def linear_stats_kernel(
     PART: tl.constexpr = BN // PARTS
     for tile in range(split * PER_SPLIT, tiles_end):
         col0 = tile * BN
-        acc = tile_product(
-            h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION
-        )
+        acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
         if PARTS == 2:
             acc, right = halves(acc, BM, BN)
         peak, total, weighted, picked = _absorb(
@@ -244,11 +242,7 @@ class LinearLaunch:
         """x, or a copy where its rows are not runs of neighbours, or not aligned for the copy engine."""
         plain = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
         aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-        return (
-            x
-            if plain and (aligned or not self.descriptors)
-            else x.clone(memory_format=torch.contiguous_format)
-        )
+        return x if plain and (aligned or not self.descriptors) else x.clone(memory_format=torch.contiguous_format)
 
     def operand(self, x: Tensor, block: list[int]):
         return TensorDescriptor.from_tensor(x, block) if self.descriptors else x

@@ -28,9 +28,7 @@ class Passes(NamedTuple):
     """The two vocabulary-sized passes of a backend, and how much of exp(z) may be held between them."""
 
     forward: Callable[..., LinearStats]  # (hidden, targets, head, ignore_index, want_entropy, save_dtype)
-    backward: Callable[
-        ..., LinearGrads
-    ]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
+    backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
     saved_shapes: Callable[[Tensor, int], tuple]  # (hidden, vocabulary) → shapes of what is kept
     chunk_tokens: Callable[[int], int]  # vocabulary → tokens of a chunk of fused_linear_ppo_loss
     chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → what such a chunk keeps; None: nothing
@@ -120,12 +118,8 @@ def _linear_logprob_backward(
 def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend):
     need_hidden, need_weight, need_bias = needs
     return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if need_hidden
-        else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if need_weight
-        else weight.new_empty(0),
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
         torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else hidden.new_empty(0),
     )
 
@@ -203,9 +197,7 @@ class _ShardedLogprob(torch.autograd.Function):
         head = Head(weight, bias, temperature, softcap)
         stats = LinearStats(lse, entropy, lse, saved, shift)
         g, ge = _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored)
-        d_hidden, d_weight, d_bias = _grads(
-            hidden, targets, head, stats, g, ge, needs, backend, compute_dtype(hidden)
-        )
+        d_hidden, d_weight, d_bias = _grads(hidden, targets, head, stats, g, ge, needs, backend, compute_dtype(hidden))
         if needs[0]:
             dist.all_reduce(d_hidden, group=group)
             d_hidden = d_hidden.to(hidden.dtype)
@@ -220,9 +212,7 @@ def _shard_start(rows: int, group) -> int:
     return sum(sizes[: dist.get_rank(group)])
 
 
-def check_linear(
-    backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded=False
-) -> None:
+def check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded=False) -> None:
     """Raise ValueError naming the argument that does not fit."""
     floats = FLOATS if backend == "triton" else FLOATS_TORCH
     check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=floats)

@@ -31,9 +31,7 @@ class LinearPPOLoss(NamedTuple):
     stats: PPOStats
 
 
-def token_weights(
-    mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: Tensor | None
-) -> Tensor:
+def token_weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: Tensor | None) -> Tensor:
     """c, shaped as mask: what a token's loss counts in the mean, 0 outside. The host never waits for it."""
     inside = mask.double()
     if aggregation == "token":
@@ -51,9 +49,7 @@ def token_weights(
     return inside / (per_token.clamp(min=1) * units)
 
 
-def _policy_loss(
-    logp, old_logp, advantages, entropy, sampler_logp, whiten, layout, clip, is_cap, entropy_coef, how
-):
+def _policy_loss(logp, old_logp, advantages, entropy, sampler_logp, whiten, layout, clip, is_cap, entropy_coef, how):
     """(loss, statistics, dlogp without its 1/D) of ppo_loss's policy half."""
     aggregation, backend = how
     loss, _, _, stats, dlogp, *_ = _ppo_loss_op(
@@ -234,9 +230,7 @@ def fused_linear_ppo_loss(
         expect = "[N, H], packed, with cu_seqlens" if packed else "[B, T, H], or [N, H] with cu_seqlens="
         check_tensor("hidden", hidden, shape=(None,) * rank, expect=expect)
     shape = tuple(hidden.shape[:-1])
-    check_tensor(
-        "targets", targets, shape=shape, expect=f"{list(shape)} like hidden without its last dimension"
-    )
+    check_tensor("targets", targets, shape=shape, expect=f"{list(shape)} like hidden without its last dimension")
     flat_targets = targets.reshape(-1)
     if mask is not None:
         check_layout("targets", targets, cu_seqlens, mask)
@@ -283,6 +277,4 @@ def fused_linear_ppo_loss(
     )
     if any(needs):
         loss = _Attach.apply(loss, *grads, *inputs)
-    return LinearPPOLoss(
-        loss, logp, entropy if return_entropy else entropy.new_empty(0), PPOStats(*stats.unbind())
-    )
+    return LinearPPOLoss(loss, logp, entropy if return_entropy else entropy.new_empty(0), PPOStats(*stats.unbind()))

@@ -192,9 +192,7 @@ def _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g,
         coefficient = -g[rows, None]
         if ge is not None:
             p = log_p.exp()
-            coefficient = (
-                log_p.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(-ge[rows, None]).add_(coefficient)
-            )
+            coefficient = log_p.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(-ge[rows, None]).add_(coefficient)
             d = p.mul_(coefficient)
             silent = (g[rows] == 0) & (ge[rows] == 0)
         else:
@@ -237,9 +235,7 @@ def _logits_logprob_backward(
     backend: str,
 ) -> Tensor:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return _gradient(
-        logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, out, backend
-    )
+    return _gradient(logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, out, backend)
 
 
 @_logits_logprob_backward.register_fake
@@ -281,9 +277,7 @@ class _InplaceLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, ignore_index, want_entropy, backend):
-        logp, entropy, lse = _logits_logprob(
-            logits, targets, temperature, ignore_index, want_entropy, backend
-        )
+        logp, entropy, lse = _logits_logprob(logits, targets, temperature, ignore_index, want_entropy, backend)
         ctx.save_for_backward(logits, targets, lse, entropy)
         ctx.set_materialize_grads(False)
         ctx.args = temperature, ignore_index, backend
@@ -363,9 +357,7 @@ def logprobs_from_logits(
     args = (flat, ids, float(temperature), ignore_index, return_entropy, backend)
     if inplace_backward:
         if torch.compiler.is_compiling():
-            raise ValueError(
-                "inplace_backward must be False under torch.compile: it overwrites a saved tensor"
-            )
+            raise ValueError("inplace_backward must be False under torch.compile: it overwrites a saved tensor")
         if not logits.is_contiguous():
             raise ValueError(f"inplace_backward needs contiguous logits, got strides {logits.stride()}")
         logp, entropy = _InplaceLogprob.apply(*args)

@@ -441,9 +441,7 @@ def _check_inputs(backend, logp, batch_args, cu_seqlens, mask, aggregation, deno
     shape, device = tuple(logp.shape), logp.device
     for name, x, required in batch_args:
         if x is not None or required:
-            check_tensor(
-                name, x, shape=shape, expect=f"{list(shape)} like logp", dtypes=floats, device=device
-            )
+            check_tensor(name, x, shape=shape, expect=f"{list(shape)} like logp", dtypes=floats, device=device)
     if aggregation not in ("sequence", "token"):
         raise ValueError(f"aggregation must be 'sequence' or 'token', got {aggregation!r}")
     if denominator is None:
@@ -485,9 +483,7 @@ def run_ppo_loss(
         ("sampler_logp", sampler_logp, is_cap is not None),
     )
     denominator = _check_inputs(backend, logp, per_token, cu_seqlens, mask, aggregation, denominator)
-    with_grads = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (logp, values, entropy)
-    )
+    with_grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logp, values, entropy))
     policy_loss, value_loss, unit, stats, dlogp, dvalues, dentropy = _ppo_loss_op(
         logp.detach(),
         old_logp.detach(),

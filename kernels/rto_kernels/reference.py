@@ -21,9 +21,7 @@ def _real(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _sequences(
-    tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
-) -> list[tuple[list[int], list[int]]]:
+def _sequences(tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> list[tuple[list[int], list[int]]]:
     """For each sequence (all its positions in the flattened tokens, those inside the mask)."""
     if cu_seqlens is None:
         rows, width = tokens.shape
@@ -129,9 +127,7 @@ def logits_token_rewards(
 ) -> TokenRewards:
     """`logprobs_from_logits` of each model, then `token_rewards`."""
     logps = [
-        None
-        if x is None
-        else logprobs_from_logits(x, targets, temperature=temperature, ignore_index=ignore_index)
+        None if x is None else logprobs_from_logits(x, targets, temperature=temperature, ignore_index=ignore_index)
         for x in (policy_logits, ref_logits, dpo_logits, dpo_ref_logits)
     ]
     return token_rewards(*logps[:3], scores, dpo_ref_logp=logps[3], **rewards)

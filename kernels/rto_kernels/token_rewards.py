@@ -178,9 +178,7 @@ def check_reward_inputs(
     shape, device = tuple(policy_logp.shape), policy_logp.device
     for name, x in (("ref_logp", ref_logp), ("dpo_logp", dpo_logp), ("dpo_ref_logp", dpo_ref_logp)):
         if x is not None or name != "dpo_ref_logp":
-            check_tensor(
-                name, x, shape=shape, expect=f"{list(shape)} like policy_logp", dtypes=floats, device=device
-            )
+            check_tensor(name, x, shape=shape, expect=f"{list(shape)} like policy_logp", dtypes=floats, device=device)
     check_tensor("scores", scores, shape=(batch,), expect=f"[B] = [{batch}]", dtypes=floats, device=device)
     return batch
 

@@ -12,9 +12,7 @@ TRITON = INTERPRET or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 BACKENDS = [
     pytest.param("torch", marks=pytest.mark.skipif(INTERPRET, reason="runs without TRITON_INTERPRET")),
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1 or a CUDA GPU")
-    ),
+    pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1 or a CUDA GPU")),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

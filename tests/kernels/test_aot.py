@@ -19,9 +19,7 @@ def heaviest(chip: str) -> list[aot.Launch]:
 
     best: dict[tuple, aot.Launch] = {}
     for launch in aot.launches(chip):
-        tile = tuple(
-            (k, v) for k, v in launch.constants if k in ("BM", "BN", "BK", "TMA", "A_IS_KM", "PRECISION")
-        )
+        tile = tuple((k, v) for k, v in launch.constants if k in ("BM", "BN", "BK", "TMA", "A_IS_KM", "PRECISION"))
         dtype = "16 bit" if launch.dtype in ("bf16", "fp16") else launch.dtype
         key = (launch.name, dtype, tile)
         if key not in best or weight(launch) > weight(best[key]):
@@ -73,7 +71,5 @@ def test_launches_follow_the_shapes():
     whole, odd = (torch.empty(2, h, dtype=torch.bfloat16) for h in (64, 257))
     assert linear_kernels.tiles_of(whole, 100)[0]
     assert not linear_kernels.tiles_of(odd, 100)[0]
-    precisions = {
-        dict(x.constants)["PRECISION"] for x in aot.launches("sm90") if x.is_product and x.dtype == "fp32"
-    }
+    precisions = {dict(x.constants)["PRECISION"] for x in aot.launches("sm90") if x.is_product and x.dtype == "fp32"}
     assert precisions == {"tf32x3"}

@@ -148,9 +148,7 @@ def test_importing_needs_torch_and_triton_alone():
         "bad = {'transformers', 'deepspeed', 'trl', 'verl', 'openrlhf', 'rto_fast'} & set(sys.modules); "
         "assert not bad, bad"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
 
 
 @pytest.mark.skipif(INTERPRET, reason="fake tensors run no kernel")

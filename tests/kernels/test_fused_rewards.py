@@ -76,12 +76,9 @@ def test_from_hidden_states_equals_fp64_truth(backend, layout, dtype, fourth, so
     widths, vocab = (8, 5, 16, 8)[: 3 + fourth], 70
     hiddens = [of_models(layout, 1, width, dtype)[0] for width in widths]
     weights = [
-        torch.randn(vocab, width, generator=layout.generator).to(dtype).to(DEVICE) / width**0.5
-        for width in widths
+        torch.randn(vocab, width, generator=layout.generator).to(dtype).to(DEVICE) / width**0.5 for width in widths
     ]
-    biases = [torch.randn(vocab, generator=layout.generator).to(dtype).to(DEVICE), None, None, None][
-        : 3 + fourth
-    ]
+    biases = [torch.randn(vocab, generator=layout.generator).to(dtype).to(DEVICE), None, None, None][: 3 + fourth]
     targets, scores = targets_of(layout, vocab), layout.sequences(scale=2)
     kw = {**COEFFICIENTS, **layout.kw, "temperature": 0.8, "softcap": softcap}
     out = rk.fused_token_rewards(hiddens, weights, targets, scores, biases=biases, backend=backend, **kw)

@@ -111,9 +111,7 @@ def test_rewards_gae_is_both_in_one_launch(backend, kind, gaps):
 def test_same_bits_every_time_and_alone(backend, kind):
     layout = sample(kind)
     rewards, values, bootstrap = layout.tokens(), layout.tokens(), layout.sequences()
-    first, second = (
-        rk.gae(rewards, values, bootstrap=bootstrap, **layout.kw, backend=backend) for _ in range(2)
-    )
+    first, second = (rk.gae(rewards, values, bootstrap=bootstrap, **layout.kw, backend=backend) for _ in range(2))
     assert bits(*first) == bits(*second)
     for row, positions in enumerate(layout.rows):
         at = torch.tensor(positions, dtype=torch.long, device=DEVICE)
@@ -132,9 +130,7 @@ def test_padding_changes_no_bit(backend):
     expected = rk.gae(rewards, values, cu_seqlens=packed.cu_seqlens, backend=backend)
     lengths = [len(row) for row in packed.rows]
     mask = (torch.arange(50) < torch.tensor(lengths)[:, None]).to(DEVICE)
-    padded = [
-        torch.full((5, 50), float("nan"), device=DEVICE).masked_scatter(mask, x) for x in (rewards, values)
-    ]
+    padded = [torch.full((5, 50), float("nan"), device=DEVICE).masked_scatter(mask, x) for x in (rewards, values)]
     for gaps in ("zero", "carry"):
         got = rk.gae(*padded, mask=mask, gaps=gaps, backend=backend)
         assert bits(got.advantages[mask], got.returns[mask], got.moments) == bits(*expected)
@@ -159,9 +155,7 @@ def test_operators(backend, kind):
     layout = sample(kind)
     x = [layout.tokens().nan_to_num() for _ in range(4)]
     tail = (layout.cu_seqlens, layout.mask)
-    torch.library.opcheck(
-        torch.ops.rto_kernels.gae, (*x[:2], layout.sequences(), *tail, 1.0, 0.95, "carry", backend)
-    )
+    torch.library.opcheck(torch.ops.rto_kernels.gae, (*x[:2], layout.sequences(), *tail, 1.0, 0.95, "carry", backend))
     torch.library.opcheck(
         torch.ops.rto_kernels.rewards_gae,
         (
@@ -211,9 +205,7 @@ def test_fp64_stays_fp64_on_the_pytorch_path():
 def test_whiten_moments_merges_parts(correction):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, dtype=torch.float64, generator=generator) * 3 + 5 for n in (7, 0, 1, 40)]
-    spreads = [
-        [len(p), float(p.mean()), float(p.var(correction=0)) * len(p)] if len(p) else [0] * 3 for p in parts
-    ]
+    spreads = [[len(p), float(p.mean()), float(p.var(correction=0)) * len(p)] if len(p) else [0] * 3 for p in parts]
     rows = torch.tensor(spreads, dtype=torch.float64)
     mean, rstd = rk.whiten_moments(rows, correction=correction)
     whole = torch.cat(parts)
@@ -255,9 +247,7 @@ def whiten_on_a_rank(rank: int, ranks: int, store: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(
-    INTERPRET, reason="communication does not depend on the backend; runs without TRITON_INTERPRET"
-)
+@pytest.mark.skipif(INTERPRET, reason="communication does not depend on the backend; runs without TRITON_INTERPRET")
 def test_whitening_over_ranks():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(whiten_on_a_rank, args=(3, os.path.join(folder, "store"), folder), nprocs=3)
@@ -267,6 +257,4 @@ def test_whitening_over_ranks():
         assert bits(*rank["whiten"]) == bits(*ranks[0]["whiten"])
         assert bits(rank["loss"]) == bits(rank["apart"])
     torch.testing.assert_close(ranks[0]["whiten"][0], everything.mean(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        ranks[0]["whiten"][1], everything.var(correction=0).rsqrt(), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(ranks[0]["whiten"][1], everything.var(correction=0).rsqrt(), rtol=1e-12, atol=1e-12)

@@ -68,9 +68,7 @@ def openrlhf(monkeypatch):
 
 @pytest.fixture
 def verl():
-    core = pytest.importorskip(
-        "verl.trainer.ppo.core_algos", reason="verl is not installed", exc_type=ImportError
-    )
+    core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed", exc_type=ImportError)
     yield types.SimpleNamespace(core=core, functional=importlib.import_module("verl.utils.torch_functional"))
     on_verl.unpatch()
 
@@ -108,16 +106,12 @@ def tiny_grpo(folder, tokens: int = 24):
         vocab_size=tokens, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64, pad_token_id=tokens - 2, eos_token_id=tokens - 1, bos_token_id=None,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(
-        folder / "model"
-    )  # TRL loads its reference from there
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")  # TRL loads its reference from there
     seen = {}
 
     class Recorder(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            seen["grads"] = {
-                name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-            }
+            seen["grads"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.setdefault("logs", dict(logs))
@@ -285,9 +279,7 @@ def test_verl_gae(verl):
     on_verl.patch()
     patched = verl.core.get_adv_estimator_fn("gae")
     assert patched is verl.core.compute_gae_advantage_return is not original
-    torch.testing.assert_close(
-        list(patched(rewards, values, mask, 0.99, 0.95)), expected, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(list(patched(rewards, values, mask, 0.99, 0.95)), expected, rtol=1e-5, atol=1e-5)
     on_verl.unpatch()
     assert verl.core.get_adv_estimator_fn("gae") is verl.core.compute_gae_advantage_return is original
 

@@ -122,8 +122,7 @@ def test_columns_at_minus_infinity(backend, save):
     problem.targets.fill_(42)
     assert bool(
         (
-            rk.token_logprobs(*problem.leaves[:2], problem.targets, bias=problem.bias, backend=backend)
-            == -torch.inf
+            rk.token_logprobs(*problem.leaves[:2], problem.targets, bias=problem.bias, backend=backend) == -torch.inf
         ).all()
     )
 
@@ -148,9 +147,7 @@ def test_same_bits_every_time(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_bits_it_has_alone(backend, dtype):
     problem = Problem(21, 16, 150, dtype, ignored=0)
-    whole = rk.token_logprobs(
-        problem.hidden, problem.weight, problem.targets, return_entropy=True, backend=backend
-    )
+    whole = rk.token_logprobs(problem.hidden, problem.weight, problem.targets, return_entropy=True, backend=backend)
     for rows in (slice(0, 1), slice(7, 8), slice(3, 20), slice(16, 21)):
         part = rk.token_logprobs(
             problem.hidden[rows], problem.weight, problem.targets[rows], return_entropy=True, backend=backend
@@ -192,9 +189,7 @@ def test_frozen_inputs_take_no_gradient_and_no_time(backend):
     weight, bias = problem.weight.clone().requires_grad_(), torch.zeros(40, device=DEVICE)
     with count_launches() as launches:
         hidden = problem.hidden.clone().requires_grad_()
-        rk.token_logprobs(
-            hidden, problem.weight, problem.targets, bias=bias, backend=backend
-        ).sum().backward()
+        rk.token_logprobs(hidden, problem.weight, problem.targets, bias=bias, backend=backend).sum().backward()
         assert hidden.grad is not None
         rk.token_logprobs(problem.hidden, weight, problem.targets, backend=backend).sum().backward()
     if backend == "triton":
@@ -207,9 +202,7 @@ def test_frozen_inputs_take_no_gradient_and_no_time(backend):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(softcap):
     g = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((5, 4), (9, 4), (9,))
-    ]
+    inputs = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((5, 4), (9, 4), (9,))]
     targets = torch.tensor([0, 8, -100, 3, 3])
 
     def f(hidden, weight, bias):

@@ -136,15 +136,11 @@ def test_equals_its_parts(backend, kind):
     kw = {"whiten": (one, one + 1), "backend": backend}
     got = problem.run(rk.fused_linear_ppo_loss, **kw)
 
-    def parts(
-        hidden, weight, targets, old_logp, advantages, *, bias, backend, mask=None, cu_seqlens=None, **kw
-    ):
+    def parts(hidden, weight, targets, old_logp, advantages, *, bias, backend, mask=None, cu_seqlens=None, **kw):
         seen = targets if mask is None else torch.where(mask != 0, targets, -100)
         logp = rk.token_logprobs(hidden.flatten(0, -2), weight, seen.flatten(), bias=bias, backend=backend)
         logp = logp.view(targets.shape)
-        loss = rk.ppo_loss(
-            logp, old_logp, advantages, mask=mask, cu_seqlens=cu_seqlens, backend=backend, **kw
-        )
+        loss = rk.ppo_loss(logp, old_logp, advantages, mask=mask, cu_seqlens=cu_seqlens, backend=backend, **kw)
         return module.LinearPPOLoss(loss.policy_loss, logp, logp, loss.stats)
 
     for name, a, b in zip(NAMES, got, problem.run(parts, **kw), strict=True):
@@ -246,9 +242,7 @@ def test_opcheck_and_one_graph(backend):
     )  # fmt: skip
 
     def f(hidden, weight, targets, old_logp, advantages, **kw):
-        out = rk.fused_linear_ppo_loss(
-            hidden * 2, weight, targets, old_logp, advantages, **{**kw, "backend": backend}
-        )
+        out = rk.fused_linear_ppo_loss(hidden * 2, weight, targets, old_logp, advantages, **{**kw, "backend": backend})
         return module.LinearPPOLoss(out.policy_loss * 3, out.logp, out.entropy, out.stats)
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")

@@ -59,9 +59,7 @@ def test_equals_fp64_truth(backend, shape, vocab, dtype, temperature, entropy, i
     same = run(reference.logprobs_from_logits, logits, targets, upstream, **kw)
     finite = logits.masked_fill(logits == -torch.inf, 0)
     scale = float(finite.abs().max()) / temperature if logits.numel() else 0.0
-    for name, a, b, c in zip(
-        [*["logp", "entropy"][: 1 + entropy], "d(logits)"], got, truth, same, strict=True
-    ):
+    for name, a, b, c in zip([*["logp", "entropy"][: 1 + entropy], "d(logits)"], got, truth, same, strict=True):
         assert a.dtype == (dtype if name == "d(logits)" else torch.float32)
         check_error(name, a, b, c, scale)
     expected = {"logits_logprob": 1, "logits_gradient": 1} if backend == "triton" and targets.numel() else {}
@@ -74,9 +72,7 @@ def test_in_place_backward_writes_over_the_logits(backend):
     expected = run(rk.logprobs_from_logits, logits, targets, upstream, backend=backend)[-1]
     x = logits.clone().requires_grad_()
     z = x * 1
-    logp, entropy = rk.logprobs_from_logits(
-        z, targets, return_entropy=True, inplace_backward=True, backend=backend
-    )
+    logp, entropy = rk.logprobs_from_logits(z, targets, return_entropy=True, inplace_backward=True, backend=backend)
     loss = (logp * upstream[0]).sum() + (entropy * upstream[1]).sum()
     (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
     assert bits(grad) == bits(expected) == bits(z)
@@ -112,9 +108,7 @@ def test_same_bits_every_time_and_alone(backend):
     assert bits(*whole) == bits(*run(rk.logprobs_from_logits, logits, targets, upstream, backend=backend))
     for row in (0, 4):
         at = slice(row, row + 1)
-        one = run(
-            rk.logprobs_from_logits, logits[at], targets[at], [u[at] for u in upstream], backend=backend
-        )
+        one = run(rk.logprobs_from_logits, logits[at], targets[at], [u[at] for u in upstream], backend=backend)
         assert bits(*one) == bits(*(x[at] for x in whole))
 
 

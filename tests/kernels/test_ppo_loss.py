@@ -91,15 +91,11 @@ def draw_inputs(layout, dtype, with_values, with_entropy, with_sampler):
 
 def run(function, inputs, up, **kw):
     """(loss, gradients of up[0]·policy_loss + up[1]·value_loss) of a ppo_loss."""
-    inputs = {
-        k: t if t is None else t.detach().clone().requires_grad_(t.requires_grad) for k, t in inputs.items()
-    }
+    inputs = {k: t if t is None else t.detach().clone().requires_grad_(t.requires_grad) for k, t in inputs.items()}
     positional = [inputs[name] for name in NAMES[:6]]
     out = function(*positional, entropy=inputs["entropy"], sampler_logp=inputs["sampler_logp"], **kw)
     (out.policy_loss * up[0] + out.value_loss * up[1]).backward()
-    return out, {
-        name: inputs[name].grad for name in ("logp", "values", "entropy") if inputs[name] is not None
-    }
+    return out, {name: inputs[name].grad for name in ("logp", "values", "entropy") if inputs[name] is not None}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,9 +165,7 @@ def test_same_bits_every_time(backend, kind):
     inputs = draw_inputs(layout, torch.float32, True, True, True)
     seen = []
     for _ in range(2):
-        out, grads = run(
-            rk.ppo_loss, inputs, (1.3, 0.7), entropy_coef=0.1, is_cap=1.2, **layout.kw, backend=backend
-        )
+        out, grads = run(rk.ppo_loss, inputs, (1.3, 0.7), entropy_coef=0.1, is_cap=1.2, **layout.kw, backend=backend)
         seen.append(bits(out.policy_loss, out.value_loss, *out.stats, *grads.values()))
     assert seen[0] == seen[1]
 
@@ -196,9 +190,7 @@ def test_micro_batches_sum_to_the_batch(backend, aggregation):
         losses.append(micro)
         parts.append(micro_grads)
     for name in ("policy_loss", "value_loss"):
-        torch.testing.assert_close(
-            sum(getattr(m, name) for m in losses), getattr(out, name), rtol=1e-6, atol=1e-7
-        )
+        torch.testing.assert_close(sum(getattr(m, name) for m in losses), getattr(out, name), rtol=1e-6, atol=1e-7)
     for name, grad in grads.items():
         torch.testing.assert_close(torch.cat([p[name] for p in parts]), grad, rtol=1e-6, atol=1e-9)
     for name, stat in out.stats._asdict().items():
@@ -210,9 +202,7 @@ def test_micro_batches_sum_to_the_batch(backend, aggregation):
 def test_zero_advantage_is_exactly_zero_where_the_ratio_overflows(backend):
     logp = torch.tensor([[500.0, 500.0, 0.1]], device=DEVICE, requires_grad=True)
     advantages = torch.tensor([[0.0, 2.0, 1.0]], device=DEVICE)
-    out = rk.ppo_loss(
-        logp, torch.zeros(1, 3, device=DEVICE), advantages, aggregation="token", backend=backend
-    )
+    out = rk.ppo_loss(logp, torch.zeros(1, 3, device=DEVICE), advantages, aggregation="token", backend=backend)
     out.policy_loss.backward()
     torch.testing.assert_close(out.policy_loss.item(), -(1.2 * 2 + math.exp(0.1)) / 3)
     assert logp.grad[0, :2].tolist() == [0, 0]  # no gain; and clipped from above
@@ -225,9 +215,7 @@ def test_zero_advantage_is_exactly_zero_where_the_ratio_overflows(backend):
 def test_no_tokens_give_zero_losses(backend):
     nan = torch.full((2, 3), float("nan"), device=DEVICE)
     logp, values = nan.clone().requires_grad_(), nan.clone().requires_grad_()
-    out = rk.ppo_loss(
-        logp, nan, nan, values, nan, nan, mask=torch.zeros(2, 3, device=DEVICE), backend=backend
-    )
+    out = rk.ppo_loss(logp, nan, nan, values, nan, nan, mask=torch.zeros(2, 3, device=DEVICE), backend=backend)
     (out.policy_loss + out.value_loss).backward()
     assert (out.policy_loss, out.value_loss) == (0, 0)
     assert (logp.grad == 0).all()
@@ -295,12 +283,8 @@ def test_gae_ppo_loss_is_its_parts(backend, kind, whiten):
     assert bits(*estimate) == bits(*apart)
     torch.testing.assert_close(loss[:2], parts[:2], rtol=1e-6, atol=1e-7)
     grads = torch.autograd.grad(loss.policy_loss + loss.value_loss, (logp, values))
-    torch.testing.assert_close(
-        grads, torch.autograd.grad(parts.policy_loss + parts.value_loss, (logp, values))
-    )
-    twin = reference.gae_ppo_loss(
-        logp, old_logp, rewards, old_values, values, whiten=whiten, **kw, **layout.kw
-    )
+    torch.testing.assert_close(grads, torch.autograd.grad(parts.policy_loss + parts.value_loss, (logp, values)))
+    twin = reference.gae_ppo_loss(logp, old_logp, rewards, old_values, values, whiten=whiten, **kw, **layout.kw)
     torch.testing.assert_close(loss[:2], twin[0][:2], rtol=1e-5, atol=1e-6)
 
 

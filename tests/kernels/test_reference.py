@@ -82,9 +82,7 @@ def test_vocabulary_sized_twins_agree():
     b = reference.fused_linear_ppo_loss(h, w, targets, old_logp, advantages, **loss_kw)
     torch.testing.assert_close(a.policy_loss, b.policy_loss)
     torch.testing.assert_close(tuple(a.stats), tuple(b.stats))
-    torch.testing.assert_close(
-        torch.autograd.grad(a.policy_loss, (h, w)), torch.autograd.grad(b.policy_loss, (h, w))
-    )
+    torch.testing.assert_close(torch.autograd.grad(a.policy_loss, (h, w)), torch.autograd.grad(b.policy_loss, (h, w)))
 
 
 @plain_run

@@ -18,9 +18,7 @@ N, WIDTH, VOCAB = 13, 8, 50
 
 def inputs(dtype):
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (
-        torch.randn(*s, generator=g).to(dtype) for s in ((N, WIDTH), (VOCAB, WIDTH), (VOCAB,))
-    )
+    hidden, weight, bias = (torch.randn(*s, generator=g).to(dtype) for s in ((N, WIDTH), (VOCAB, WIDTH), (VOCAB,)))
     targets = torch.randint(0, VOCAB, (N,), generator=g)
     targets[3] = -100
     upstream = torch.randn(2, N, generator=g)
@@ -29,9 +27,7 @@ def inputs(dtype):
 
 def run(hidden, weight, bias, targets, upstream, **kw):
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    logp, entropy = rk.token_logprobs(
-        *leaves[:2], targets, bias=leaves[2], temperature=0.8, return_entropy=True, **kw
-    )
+    logp, entropy = rk.token_logprobs(*leaves[:2], targets, bias=leaves[2], temperature=0.8, return_entropy=True, **kw)
     loss = (torch.stack([logp, entropy]) * upstream).sum()
     return [logp.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
 

@@ -65,9 +65,7 @@ def test_same_bits_every_time_and_alone(backend, kind):
     layout = sample(kind)
     inputs = [layout.tokens() for _ in range(3)]
     scores = layout.sequences()
-    first, second = (
-        rk.token_rewards(*inputs, scores, **COEFFICIENTS, **layout.kw, backend=backend) for _ in range(2)
-    )
+    first, second = (rk.token_rewards(*inputs, scores, **COEFFICIENTS, **layout.kw, backend=backend) for _ in range(2))
     assert bits(*first) == bits(*second)
     for row, positions in enumerate(layout.rows):  # a sequence by itself has the bits it had among others
         at = torch.tensor(positions, dtype=torch.long, device=DEVICE)
@@ -118,13 +116,9 @@ def test_strided_inputs_and_numeric_masks(backend):
     expected = rk.token_rewards(*inputs, scores, **COEFFICIENTS, mask=layout.mask, backend=backend)
     strided = [x.T.contiguous().T for x in inputs]
     for mask in (layout.mask.T.contiguous().T, layout.mask.float(), layout.mask.long()):
-        got = rk.token_rewards(
-            *strided, scores[:1].expand(5) * 0 + scores, **COEFFICIENTS, mask=mask, backend=backend
-        )
+        got = rk.token_rewards(*strided, scores[:1].expand(5) * 0 + scores, **COEFFICIENTS, mask=mask, backend=backend)
         assert bits(*got) == bits(*expected)
-    expanded = rk.token_rewards(
-        *inputs, scores[:1].expand(5), **COEFFICIENTS, mask=layout.mask, backend=backend
-    )
+    expanded = rk.token_rewards(*inputs, scores[:1].expand(5), **COEFFICIENTS, mask=layout.mask, backend=backend)
     assert (expanded.kl == expected.kl).all()
 
 
@@ -145,15 +139,11 @@ def test_compiles_whole(backend):
     inputs, scores = [layout.tokens() for _ in range(3)], layout.sequences()
 
     def caller(policy, ref, dpo, scores, cu_seqlens):
-        out = rk.token_rewards(
-            policy * 2, ref, dpo, scores, **COEFFICIENTS, cu_seqlens=cu_seqlens, backend=backend
-        )
+        out = rk.token_rewards(policy * 2, ref, dpo, scores, **COEFFICIENTS, cu_seqlens=cu_seqlens, backend=backend)
         return out.rewards + out.kl
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(*inputs, scores, layout.cu_seqlens), caller(*inputs, scores, layout.cu_seqlens)
-    )
+    torch.testing.assert_close(compiled(*inputs, scores, layout.cu_seqlens), caller(*inputs, scores, layout.cu_seqlens))
 
 
 def test_fp64_stays_fp64_on_the_pytorch_path():

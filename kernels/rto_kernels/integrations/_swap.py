@@ -68,9 +68,7 @@ def supported(*tensors: Tensor | None) -> bool:
     )
 
 
-def bounded_logp(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, limit: float, dual_log: float | None
-) -> Tensor:
+def bounded_logp(logp: Tensor, old_logp: Tensor, advantages: Tensor, limit: float, dual_log: float | None) -> Tensor:
     """logp with logp − old_logp kept within ±limit, and below `dual_log` where the advantage is negative.
 
     A ratio bounded here has no gradient, so a plain PPO loss of the result is the dual-clipped loss

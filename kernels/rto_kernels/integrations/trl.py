@@ -29,14 +29,10 @@ def _fused_head(original: Any) -> Any:
         """Stands in for TRL's ChunkedLogProbFunction, of which only `apply` is called."""
 
         @staticmethod
-        def apply(
-            hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=()
-        ):
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=()):
             ours = set(outputs) <= {"log_probs", "entropy"} and scale > 0
             if not ours or not supported(hidden, weight, bias):
-                return original.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
-                )
+                return original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
@@ -63,9 +59,7 @@ def _fused_head(original: Any) -> Any:
 
 
 def _takes(logits, index, row_mask) -> bool:
-    return (
-        supported(logits) and logits.ndim >= 1 and index.shape == logits.shape[:-1] and logits.shape[-1] > 0
-    )
+    return supported(logits) and logits.ndim >= 1 and index.shape == logits.shape[:-1] and logits.shape[-1] > 0
 
 
 def _masked(index, row_mask):
@@ -83,9 +77,7 @@ def _selective_log_softmax(original: Any) -> Any:
 
 
 def _selective_log_softmax_and_entropy(original: Any) -> Any:
-    def selective_log_softmax_and_entropy(
-        logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
-    ):
+    def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
         if not _takes(logits, index, row_mask):
             return original(logits, index, entropy_requires_grad, temperature, row_mask)
         logp, entropy = logprobs_from_logits(

@@ -44,9 +44,7 @@ def _compute_gae_advantage_return(original: Any) -> Any:
     def compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam):
         if not supported(token_level_rewards, values) or values.ndim != 2:
             return original(token_level_rewards, values, response_mask, gamma, lam)
-        out = gae(
-            token_level_rewards, values, gamma=float(gamma), lam=float(lam), mask=response_mask, gaps="carry"
-        )
+        out = gae(token_level_rewards, values, gamma=float(gamma), lam=float(lam), mask=response_mask, gaps="carry")
         mean, rstd = whiten_moments(out.moments, correction=1)
         whitened = torch.where(response_mask != 0, (out.advantages - mean) * rstd, 0)
         return whitened, out.returns
@@ -54,9 +52,7 @@ def _compute_gae_advantage_return(original: Any) -> Any:
     return compute_gae_advantage_return
 
 
-def _aggregation(
-    mode, mask, dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None
-):
+def _aggregation(mode, mask, dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None):
     """verl's loss_agg_mode as (aggregation, denominator) of ours; None for a mode that is unknown."""
     if mode == "token-mean":
         return "token", None if batch_num_tokens is None else batch_num_tokens / dp_size
@@ -115,9 +111,7 @@ def _compute_policy_loss_vanilla(original: Any) -> Any:
             metrics = {
                 "actor/pg_clipfrac": _masked_mean(cut, response_mask).item(),
                 "actor/ppo_kl": _masked_mean(-log_ratio, response_mask).item(),
-                "actor/pg_clipfrac_lower": _masked_mean(
-                    (advantages < 0) & (ratio > dual), response_mask
-                ).item(),
+                "actor/pg_clipfrac_lower": _masked_mean((advantages < 0) & (ratio > dual), response_mask).item(),
             }
         return loss, metrics
 
