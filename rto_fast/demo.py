@@ -116,7 +116,8 @@ class Judgement:
 
 def run(config: DemoConfig) -> dict[str, Judgement]:
     """Trains everything that is not there yet, judges it, prints the table and writes `report.html`."""
-    distributed.init()
+    if distributed.init().type == "cpu":
+        torch.set_num_threads(1)  # models this small lose more to a second thread's start than they gain
     root = Path(config.output_dir)
     _open(root, config)
     task = make_task(config.seed, config.difficulty)
