@@ -638,8 +638,9 @@ def test_worker_processes_change_nothing(tmp_path, tokenizer, template):
         assert getattr(one, name) == getattr(two, name)
 
 
-def _rank(rank: int, port: int, good: str, bad: str, out: multiprocessing.Queue) -> None:
-    torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads, and would wait for them
+def _rank(rank: int, port: int, good: str, bad: str, cache_folder: str, out: multiprocessing.Queue) -> None:
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = cache_folder
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     tokenizer = byte_tokenizer()
     template = load_template("plain", tokenizer)
@@ -658,18 +659,20 @@ def _rank(rank: int, port: int, good: str, bad: str, out: multiprocessing.Queue)
 
 def test_two_ranks(tmp_path, tokenizer, template, monkeypatch):
     """The first rank tokenises, the second reads what it wrote; an error of the first is raised by both."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     good = write_jsonl(tmp_path / "d.jsonl", ROWS)
     bad = bad_file(tmp_path, "bad.jsonl", GOOD + "{broken\n")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's threads and process group
     out = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, port, good, bad, out)) for r in range(2)]
+    folder = str(tmp_path / "cache")
+    ranks = [context.Process(target=_rank, args=(r, port, good, bad, folder, out)) for r in range(2)]
     for r in ranks:
         r.start()
-    results = sorted(out.get(timeout=60) for _ in ranks)
+    results = sorted(out.get(timeout=180) for _ in ranks)
     for r in ranks:
         r.join(timeout=60)
         assert r.exitcode == 0
