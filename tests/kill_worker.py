@@ -70,7 +70,6 @@ def die_at(event: int, log: Path) -> None:
     engine._fsync = mortal("a flush", engine._fsync)
     torch.save = mortal("a file of tensors", torch.save)
     os.rename = mortal("a rename", os.rename)
-    os.unlink = mortal("a file's deletion", os.unlink)
     shutil.rmtree = mortal("a deletion", shutil.rmtree)
 
 
