@@ -1,6 +1,7 @@
-"""README's benchmark tables and plots, made from bench/results/<device>.json.
+"""README's benchmark tables and plots, made from bench/results/<device>.json and bench/results/aot/*.md.
 
-    python bench/tables.py            rewrites README.md between <!-- bench:begin --> and <!-- bench:end -->
+    python bench/tables.py            rewrites README.md between the marks <!-- bench:begin --> ... <!-- bench:end -->
+                                      and <!-- aot:begin --> ... <!-- aot:end -->
     python bench/tables.py --print    prints the tables instead
 
 A ratio is ours over theirs, the median over interleaved rounds: below 1 is faster. Memory is the peak above
@@ -13,7 +14,6 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 CURVE = "cost_against_tokens"
 
 
@@ -80,18 +80,31 @@ def section() -> str:
     return "\n".join(lines)
 
 
+def compiled() -> str:
+    """What `python -m rto_kernels.aot --markdown` printed, a file for each Triton, newest first."""
+    return "\n".join(path.read_text() for path in sorted((RESULTS / "aot").glob("*.md"), reverse=True))
+
+
+def between(text: str, name: str, made: str) -> str:
+    """The text with what stands between the marks of `name` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md lacks {begin} and {end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="print the tables, leave README.md alone")
-    made = section()
+    made = {"bench": section(), "aot": compiled()}
     if parser.parse_args().print:
-        print(made)
+        print("\n".join(made.values()))
         return
     text = README.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"README.md lacks {BEGIN} and {END}")
-    head, _, rest = text.partition(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+    for name, lines in made.items():
+        text = between(text, name, lines)
+    README.write_text(text)
 
 
 if __name__ == "__main__":
