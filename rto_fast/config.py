@@ -177,18 +177,44 @@ class RMConfig(PreferenceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(PreferenceConfig):
-    """Direct preference optimisation: the token reward's source."""
+    """Direct preference optimisation and its relatives: the token reward's source."""
 
     lr: float = 5e-7
     batch: int = 256
+    """Rows an optimiser step, over all ranks (KTO: single answers)."""
+    objective: Literal["dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "kto", "ipo", "mppo"] = "dpo"
+    """Loss; formulas in preference.py. mppo takes all rows of one prompt and chosen as one with N negatives."""
     beta: float = 0.1
-    """Strength of the pull to the reference."""
+    """Strength of the pull to the reference (all but simpo and mppo)."""
+    r_dpo_alpha: float = 0.01
+    """r_dpo: margin for each token that chosen is longer, nats; 0 = DPO."""
+    simpo_beta: float = 2.5
+    """simpo: scale of the mean log-prob of a token."""
+    simpo_gamma: float = 0.5
+    """simpo: margin by which chosen should win; 0 = off."""
+    tdpo_alpha: float = 0.5
+    """tdpo2: weight of the difference of sequential KLs; 0 = DPO."""
+    kto_desirable_weight: float = 1.0
+    """kto: weight of desirable answers (w_D)."""
+    kto_undesirable_weight: float = 1.0
+    """kto: weight of undesirable answers (w_U)."""
+    completion_key: str = "completion"
+    """kto: column of a single answer, where the data have no pairs."""
+    label_key: str = "label"
+    """kto: column that says whether the answer is desirable (true or 1)."""
     reference: str = ""
     """Reference model; empty = `model` before training."""
 
     def validate(self) -> None:
         super().validate()
-        require(self.beta > 0, f"beta: must be positive, got {self.beta}")
+        for name in ("beta", "simpo_beta"):
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+        for name in ("r_dpo_alpha", "simpo_gamma", "tdpo_alpha", "kto_desirable_weight", "kto_undesirable_weight"):
+            require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        require(
+            not (self.reference and self.objective in ("simpo", "mppo")),
+            f"reference: {self.objective} has no reference; leave it out, or choose another --objective",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

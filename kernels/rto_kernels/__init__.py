@@ -7,6 +7,7 @@ from .ppo_loss import PPOLoss, PPOStats, gae_ppo_loss, ppo_loss
 from .token_rewards import TokenRewards, token_rewards
 
 _LAZY = {
+    "token_kl": "linear_kl",
     "token_logprobs": "linear_logprob",
     "logprobs_from_logits": "logprob",
     "logits_token_rewards": "fused_rewards",
@@ -34,6 +35,7 @@ __all__ = [
     "logprobs_from_logits",
     "ppo_loss",
     "rewards_gae",
+    "token_kl",
     "token_logprobs",
     "token_rewards",
     "whiten_moments",
