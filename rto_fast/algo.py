@@ -49,6 +49,8 @@ def policy_loss(
     config: RTOConfig,
 ) -> PPOLoss:
     """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus; all token tensors [R]."""
+    if not config.entropy_coef:  # logged alone: its backward pass is spared
+        entropy = entropy.detach()
     return rto_kernels.ppo_loss(
         logp, old_logp, advantages, clip=config.clip, whiten=whiten, entropy=entropy,
         entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation, denominator=denominator,

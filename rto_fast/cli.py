@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
+import datasets
 import transformers
 import tyro
 
@@ -58,6 +59,7 @@ def main(defaults: C, run: Callable[[C], object]) -> None:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported by rto_fast.sources
     transformers.logging.disable_progress_bar()
     try:
         with contextlib.ExitStack() as stack:

@@ -49,7 +49,7 @@ class DemoConfig:
     # Data
     corpus_rows: int = 4000
     """Texts of the SFT corpus."""
-    pairs: int = 2000
+    pairs: int = 1000
     """Preference pairs, sampled from the SFT model."""
     prompts: int = 2000
     """Prompts that RTO and PPO draw from."""
@@ -61,12 +61,16 @@ class DemoConfig:
     # Stages
     sft_lr: float = 2e-3
     """Peak learning rate of SFT."""
-    rm_lr: float = 1e-3
+    rm_lr: float = 5e-4
     """Peak learning rate of the reward model."""
+    rm_batch: int = 16
+    """Pairs a reward-model step."""
+    rm_epochs: float = 3.0
+    """Passes of the reward model over its pairs."""
     dpo_lr: float = 5e-4
     """Peak learning rate of DPO."""
     stage_epochs: float = 2.0
-    """Passes over their rows of SFT, reward model and DPO."""
+    """Passes of SFT and DPO over their rows."""
     dpo_beta: float = 0.1
     """DPO's beta."""
 
@@ -77,12 +81,12 @@ class DemoConfig:
     """Responses a rollout."""
     train_batch: int = 16
     """Responses an update."""
-    policy_lr: float = 3e-4
+    policy_lr: float = 5e-4
     """Peak learning rate of the policy, both arms."""
     critic_lr: float = 1e-3
     """Peak learning rate of the critic, both arms."""
     beta1: float = 0.1
-    """RTO's scale of the token reward; PPO's is 0."""
+    """RTO's scale of the token reward; PPO's is 0. With beta2 the paper's values for TL;DR."""
     dpo_clip: float = 0.1
     """Bound on the scaled token reward; 0 = off."""
     beta2: float = 0.05
@@ -112,7 +116,8 @@ class Judgement:
 
 def run(config: DemoConfig) -> dict[str, Judgement]:
     """Trains everything that is not there yet, judges it, prints the table and writes `report.html`."""
-    distributed.init()
+    if distributed.init().type == "cpu":
+        torch.set_num_threads(1)  # models this small lose more to a second thread's start than they gain
     root = Path(config.output_dir)
     _open(root, config)
     task = make_task(config.seed, config.difficulty)
@@ -179,8 +184,9 @@ def _sft(config: DemoConfig, root: Path) -> SFTConfig:
 
 def _rm(config: DemoConfig, root: Path) -> RMConfig:
     return RMConfig(
-        model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.rm_lr, batch=32,
-        epochs=config.stage_epochs, max_length=128, eval_fraction=0.1, log_every=25, **_common(config, root, "rm"),
+        model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.rm_lr,
+        batch=config.rm_batch, epochs=config.rm_epochs, max_length=128, eval_fraction=0.1, log_every=25,
+        **_common(config, root, "rm"),
     )  # fmt: skip
 
 
@@ -293,10 +299,16 @@ def _show(console: Console, config: DemoConfig, root: Path, found: dict[str, Jud
     samples = config.iterations * config.rollout_batch
     columns = ("model", "true reward", "KL to SFT, nats", "win rate against SFT", "length", "samples drawn")
     rows = [
-        (name, f"{j.true_reward:.2f}", f"{j.kl:.2f}", f"{100 * j.win_rate:.0f} %", f"{j.length:.1f}",
-         f"{samples:,}" if name in ARMS else "-")
+        (
+            name,
+            f"{j.true_reward:.2f}",
+            f"{j.kl:.2f}".replace("-0.00", "0.00"),
+            f"{100 * j.win_rate:.0f} %",
+            f"{j.length:.1f}",
+            f"{samples:,}" if name in ARMS else "-",
+        )
         for name, j in found.items()
-    ]  # fmt: skip
+    ]
     console.rule("[bold]Results")
     table = ConsoleTable(*columns)
     for row in rows:

@@ -111,21 +111,21 @@ class TrainEngine:
             self.deepspeed.set_gradient_accumulation_boundary(i == len(micro) - 1)
             # DeepSpeed averages over ranks; the loss is a sum over them.
             self.deepspeed.backward(loss(item) * world, scale_wrt_gas=False)
-        if self.config.zero_stage == 0 and not self._stage0_finite():
-            return StepResult(grad_norm=math.nan, applied=False)
+        if self.config.zero_stage == 0:
+            return self._stage0_step()
         self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(
-            grad_norm=math.nan if norm is None else float(norm), applied=self.deepspeed.was_step_applied()
-        )
+        return StepResult(float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied())
 
-    def _stage0_finite(self) -> bool:
-        """ZeRO checks its gradients itself; plain data parallelism does not. Clears them where not finite."""
+    def _stage0_step(self) -> StepResult:
+        """ZeRO measures and checks its gradients itself; plain data parallelism does neither."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if bool(torch.isfinite(torch.nn.utils.get_total_norm(grads))):
-            return True
-        self.deepspeed.zero_grad()
-        return False
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        finite = math.isfinite(norm)
+        if finite:
+            self.deepspeed.step()
+        else:
+            self.deepspeed.zero_grad()
+        return StepResult(norm, applied=finite)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, full tensor), one at a time, on every rank."""

@@ -62,6 +62,7 @@ SECTIONS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         (
             Spec("Clip fraction", ("policy/clip_fraction", "critic/clip_fraction"), "share of tokens"),
             Spec("Ratio to the behaviour policy", ("policy/ratio_mean", "policy/ratio_max"), "pi / pi_old"),
+            Spec("Move of an update", ("policy/kl_k3",), "nats a token", "k3 estimate of KL(behaviour | policy)."),
             Spec("Explained variance", ("critic/explained_variance",), "",
                  "1: the critic predicts the returns; 0: no better than their mean."),
             Spec("Policy loss", ("policy/loss",)),

@@ -191,7 +191,7 @@ def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
     `decode` on a single id would lose SentencePiece's leading space.
     """
     special = set(tokenizer.all_special_ids)
-    texts = []
+    texts, before = [], None
     for token, piece in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
         byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece or "")
         if piece is None or token in special:
@@ -202,5 +202,15 @@ def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
         elif "▁" in piece:
             texts.append(piece.replace("▁", " "))
         else:
-            texts.append(tokenizer.convert_tokens_to_string([piece]))
+            texts.append(_after(tokenizer, before, piece))
+        before = None if piece is None or token in special else piece
     return texts
+
+
+def _after(tokenizer, before: str | None, piece: str) -> str:
+    """What `piece` adds to the text behind `before`: some decoders put the space between words in themselves."""
+    alone = tokenizer.convert_tokens_to_string([piece])
+    if before is None:
+        return alone
+    first, both = (tokenizer.convert_tokens_to_string(p) for p in ([before], [before, piece]))
+    return both[len(first) :] if both.startswith(first) and both.endswith(alone) else alone

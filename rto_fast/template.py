@@ -231,7 +231,7 @@ def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBas
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as e:  # transformers and huggingface_hub raise many unrelated types here
-        reason = str(e).strip().split("\n")[0]
+        reason = " ".join(str(e).split())
         raise ConfigError(f"{argument}: no tokenizer in {path!r}: {reason}") from e
 
 

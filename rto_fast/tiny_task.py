@@ -4,12 +4,13 @@ A prompt opens a story ("Once there was a proud fox near the garden."), a respon
 of a small grammar. Some words earn +1 or -1, depending on the *content word* a little earlier (nouns, verbs,
 adjectives and times count, function words do not). The rule, for response token t that is content word w:
 
-    r_t = table[c, w]   if the grammar allows w after token t - 1, and the pair (c, w) was not paid before
-    r_t = 0             otherwise;                       c = the content word `lag` content words before w
+    r_t = table[c, w]   c = the content word `lag` content words before w, the prompt's included
+    r_t = 0             if the grammar does not allow w after token t - 1, if the pair (c, w) stood in this
+                        response before, or if the response already has as many sentences as a story may
 
-For each context word and each kind of word as many words earn +1 as -1, so the corpus has a mean reward near 0
-at every length: neither long nor short stories pay. A pair pays once and only where the grammar allows it, so
-repetition and bare lists of words do not pay. Preferences are Bradley-Terry on the sum over the response.
+For each context word and each kind of word as many words earn +1 as -1, so the corpus has a mean reward near 0 at
+every length. Longer answers than the corpus's, repetition and bare lists of words do not pay. Preferences are
+Bradley-Terry on the sum over the response.
 
 Nothing is downloaded: vocabulary, grammar and table are in this file and the seed. Rewards have no unit.
 """
@@ -92,6 +93,8 @@ class Difficulty:
     """Fewest and most sentences before the ending: sets the length of a response."""
     lag: int
     """Content words from a rewarded word back to the one that decides its reward."""
+    groups: int
+    """Groups that the content words fall into: words of one group decide alike."""
     earning: int
     """Words of a kind that earn +1 after a given context, and as many that earn -1."""
     active: float
@@ -99,11 +102,16 @@ class Difficulty:
     max_response: int
     """Tokens, EOS included, that hold every response of the corpus: a limit for sampling."""
 
+    @property
+    def max_sentences(self) -> int:
+        """Sentences of a response at most; words of later ones earn nothing."""
+        return self.middles[1] + 1
+
 
 DIFFICULTIES = {
-    "easy": Difficulty(middles=(1, 2), lag=1, earning=2, active=1.0, max_response=32),
-    "medium": Difficulty(middles=(2, 3), lag=1, earning=1, active=1.0, max_response=40),
-    "hard": Difficulty(middles=(3, 4), lag=2, earning=1, active=0.5, max_response=48),
+    "easy": Difficulty(middles=(1, 2), lag=1, groups=2, earning=2, active=1.0, max_response=32),
+    "medium": Difficulty(middles=(2, 3), lag=1, groups=2, earning=1, active=1.0, max_response=40),
+    "hard": Difficulty(middles=(3, 4), lag=2, groups=2, earning=1, active=0.5, max_response=48),
 }
 
 
@@ -130,13 +138,15 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def _reward_table(rng: random.Random, difficulty: Difficulty) -> dict[tuple[str, str], float]:
     """(context word, word) -> +1 or -1; pairs that are not there earn 0."""
+    contexts = rng.sample(list(KIND), len(KIND))
     table = {}
-    for context in KIND:
+    for group in range(difficulty.groups):
         for kind, words in CONTENT.items():
             if kind != "HERO" and rng.random() < difficulty.active:
                 drawn = rng.sample(words.split(), 2 * difficulty.earning)
-                table |= {(context, w): 1.0 for w in drawn[: difficulty.earning]}
-                table |= {(context, w): -1.0 for w in drawn[difficulty.earning :]}
+                for context in contexts[group :: difficulty.groups]:
+                    table |= {(context, w): 1.0 for w in drawn[: difficulty.earning]}
+                    table |= {(context, w): -1.0 for w in drawn[difficulty.earning :]}
     return table
 
 
@@ -182,21 +192,23 @@ class TinyTask:
         response_ids: with or without EOS; may be cut anywhere or empty.
         """
         tokens = self.tokenizer.convert_ids_to_tokens([int(i) for i in (*prompt_ids, *response_ids)])
+        start, limit = len(prompt_ids), self.difficulty
         content: list[str] = []
         paid: set[tuple[str, str]] = set()
         rewards = []
+        sentences = 0
         for t, word in enumerate(tokens):
             reward = 0.0
             if word in KIND:
-                lag = self.difficulty.lag
-                pair = (content[-lag], word) if len(content) >= lag else ("", word)
-                legal = t > 0 and (_kind(tokens[t - 1]), KIND[word]) in GRAMMAR
-                if t >= len(prompt_ids) and legal and pair not in paid:
-                    reward = self.table.get(pair, 0.0)
+                told = sentences < limit.max_sentences and (_kind(tokens[t - 1]), KIND[word]) in GRAMMAR
+                if t >= start and told and len(content) >= limit.lag:
+                    pair = (content[-limit.lag], word)
+                    reward = 0.0 if pair in paid else self.table.get(pair, 0.0)
                     paid.add(pair)
                 content.append(word)
+            sentences += t >= start and word == "."
             rewards.append(reward)
-        return rewards[len(prompt_ids) :]
+        return rewards[start:]
 
     def true_reward(self, prompt: str, response: str) -> float:
         """Sum of the token rewards of a response given as text."""

@@ -7,6 +7,8 @@ import os
 import pytest
 from loop_helpers import RENDEZVOUS, Launch, make_tiny_models
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny; threads only wait for one another
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -36,18 +38,13 @@ def launch(tmp_path):
         one.kill()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_rank():
     """A process group of this process alone, and an environment that is afterwards what it was before."""
     before = {name: os.environ.get(name) for name in RENDEZVOUS}
-    import torch
-
     from rto_fast import distributed
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield distributed.init()
-    torch.set_num_threads(threads)
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

@@ -5,6 +5,7 @@ Everything is made on the spot from random weights, so that nothing has to be do
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,3 +201,26 @@ class Launch:
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+
+# Looking into engines
+
+
+@contextlib.contextmanager
+def watched_gradients(engine) -> Iterator[dict]:
+    """Fills a dict with the full fp32 gradients (checkpoint name -> tensor) that each optimiser step starts from."""
+    from deepspeed.utils import safe_get_full_grad
+
+    model = getattr(engine.model, "lm", None) or engine.model.classifier
+    step, seen = engine.deepspeed.step, {}
+
+    def watched() -> None:
+        for name, p in model.named_parameters():
+            seen[name] = safe_get_full_grad(p).detach().float().cpu().clone()
+        step()
+
+    engine.deepspeed.step = watched
+    try:
+        yield seen
+    finally:
+        engine.deepspeed.step = step

@@ -29,8 +29,8 @@ def rewards_by_the_rule(task, prompt, response):
     for rank, t in enumerate(content):
         if t < start or rank < task.difficulty.lag:
             continue
-        before = words[t - 1]
-        if (KIND.get(before, before), KIND[words[t]]) in GRAMMAR:
+        before, told = words[t - 1], words[start:t].count(".")
+        if told < task.difficulty.max_sentences and (KIND.get(before, before), KIND[words[t]]) in GRAMMAR:
             pair = (words[content[rank - task.difficulty.lag]], words[t])
             if first.setdefault(pair, t) == t:
                 out[t] = task.table.get(pair, 0.0)
@@ -87,11 +87,15 @@ def test_special_tokens_change_nothing(task):
         assert task.token_rewards(prompt, response[:n]) == plain[:n]
 
 
-def test_repetition_and_lists_of_words_do_not_pay(task):
+def test_length_repetition_and_lists_of_words_do_not_pay(task):
     sentence = "It walked to the river."
     once = task.true_reward("Once there was a sad fox.", f"{sentence} {sentence} {sentence}")
     assert once == task.true_reward("Once there was a sad fox.", " ".join([sentence] * 9))
     assert task.true_reward("Once there was a sad fox.", "river lamp red walked sang snail") == 0
+    story = " ".join(["It walked to the river."] * task.difficulty.max_sentences)
+    for row in task.texts(20, 5):
+        longer = f"{story} {row['response']}"
+        assert task.true_reward(row["prompt"], longer) == task.true_reward(row["prompt"], story)
 
 
 def test_reward_is_sparse_signed_and_blind_to_length(task):
@@ -127,6 +131,11 @@ def test_table_is_balanced(task):
     for context in ("fox", "river", "red"):
         for words in CONTENT.values():
             assert sum(task.table.get((context, w), 0.0) for w in words.split()) == 0
+
+
+def test_words_of_a_group_decide_alike(task):
+    decides = {tuple(sorted((w, r) for (c, w), r in task.table.items() if c == context)) for context in KIND}
+    assert len(decides) == task.difficulty.groups
 
 
 def test_seeds_decide_everything():
@@ -183,3 +192,12 @@ def test_saved_model_is_a_hugging_face_folder(tmp_path):
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_task(0, **arguments)
+
+
+def test_report_tokens_keep_the_words_apart():
+    """This tokenizer's decoder writes the spaces; the report's tokens must add up to the text."""
+    from rto_fast.runfiles import token_texts
+
+    tokenizer = make_task(0).tokenizer
+    text = "The duck ran over the bridge and danced. Then it waited."
+    assert "".join(token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))) == text

@@ -1,29 +1,18 @@
-"""Fused, exact Triton kernels for Reinforced Token Optimization and PPO; torch and triton are all they need."""
+"""Fused, exact Triton kernels for Reinforced Token Optimization and PPO; they need torch and triton alone."""
 
-import importlib
-
+from .fused_rewards import fused_token_rewards, logits_token_rewards
 from .gae import GAE, gae, rewards_gae, whiten_moments
-from .ppo_loss import PPOLoss, PPOStats, gae_ppo_loss, ppo_loss
+from .gae_ppo_loss import gae_ppo_loss
+from .linear_kl import token_kl
+from .linear_logprob import token_logprobs
+from .linear_ppo import LinearPPOLoss, fused_linear_ppo_loss
+from .logprob import logprobs_from_logits
+from .ppo_loss import PPOLoss, PPOStats, ppo_loss
 from .token_rewards import TokenRewards, token_rewards
-
-_LAZY = {
-    "token_kl": "linear_kl",
-    "token_logprobs": "linear_logprob",
-    "logprobs_from_logits": "logprob",
-    "logits_token_rewards": "fused_rewards",
-    "fused_token_rewards": "fused_rewards",
-    "fused_linear_ppo_loss": "linear_ppo",
-}
-
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(name)
-
 
 __all__ = [
     "GAE",
+    "LinearPPOLoss",
     "PPOLoss",
     "PPOStats",
     "TokenRewards",

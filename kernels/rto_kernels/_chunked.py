@@ -5,9 +5,9 @@
     lse = log Σ exp(z),  entropy = −Σ p · log p,  p = exp(z − lse)
 
 Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB], so memory does not grow with N · V, and a small problem is one
-block. The arithmetic is fp32 (fp64 for fp64 inputs) whatever the dtype of hidden and weight: a block of the weight is
-widened, multiplied and forgotten. A target outside [0, V) selects no column: that is how a vocabulary shard
-says "the target is on another rank".
+block. The arithmetic is fp32 (fp64 for fp64 inputs) whatever the dtype of hidden and weight: a block of the
+weight is widened, multiplied and forgotten. A target outside [0, V) selects no column: that is how a
+vocabulary shard says "the target is on another rank".
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,72 +27,112 @@ FLOOR = -1.0e5
 class LinearStats(NamedTuple):
     """One pass over the vocabulary. `saved` and `shift` hold exp(z − shift) where probabilities are kept."""
 
-    lse: Tensor  # [N]
-    target_logit: Tensor  # [N], −inf where the target selects no column
-    entropy: Tensor  # [N], or [0] when not asked for
-    saved: Tensor  # [N, V] bf16, or [0]
+    logp: Tensor  # [N], 0 where the target is ignore_index, NaN where it selects no column
+    entropy: Tensor  # [N], 0 where ignored; [0] when not asked for
+    lse: Tensor  # [N], anything where ignored
+    saved: Tensor  # [N, V] bf16 or the compute dtype, or [0]
     shift: Tensor  # [vocabulary blocks, N], or [0]
 
 
-def saved_shapes(tokens: int, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
+class Head(NamedTuple):
+    """What turns hidden states into z."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    temperature: float
+    softcap: float  # 0: off
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden in the compute dtype; a linear z takes its 1/temperature here, where it costs least."""
+        h = hidden.to(compute_dtype(hidden))
+        return h if self.softcap or self.temperature == 1.0 else h / self.temperature
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor, Tensor | None]]:
+        """(index, columns, weight block, bias block), both in `dtype`."""
+        for index, start in enumerate(range(0, self.weight.shape[0], BLOCK_VOCAB)):
+            columns = slice(start, min(start + BLOCK_VOCAB, self.weight.shape[0]))
+            bias = None if self.bias is None else self.bias[columns].to(dtype)
+            yield index, columns, self.weight[columns].to(dtype), bias
+
+    def logits(self, h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        torch.mm(h, weight.t(), out=out)
+        if bias is not None:
+            out.add_(bias if self.softcap else bias / self.temperature)
+        if self.softcap:
+            out.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return out
+
+    def slope(self, z: Tensor) -> Tensor:
+        """dz/da under the soft-cap, over `z`."""
+        z = z.mul_(self.temperature / self.softcap).square_().neg_().add_(1)
+        return z.clamp_(min=0).div_(self.temperature)
+
+
+def saved_shapes(hidden: Tensor, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `saved` and `shift`."""
-    return (tokens, vocab), (-(-vocab // min(vocab, BLOCK_VOCAB)), tokens)
+    return (hidden.shape[0], vocab), (-(-vocab // BLOCK_VOCAB), hidden.shape[0])
 
 
-def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, total, step):
-        yield start, min(start + step, total)
+def _token_blocks(tokens: int) -> list[slice]:
+    return [slice(i, min(i + BLOCK_TOKENS, tokens)) for i in range(0, tokens, BLOCK_TOKENS)]
 
 
-def _scaled(hidden: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """Hidden in the compute dtype; a linear z takes 1/temperature here, [N, H] being smaller than [N, V]."""
-    h = hidden.to(compute_dtype(hidden))
-    return h if softcap or temperature == 1.0 else h / temperature
+class _Scratch:
+    """One buffer, lent out as contiguous [rows, columns] matrices."""
+
+    def __init__(self, like: Tensor, tokens: int, vocab: int):
+        self.flat = like.new_empty(min(tokens, BLOCK_TOKENS) * min(vocab, BLOCK_VOCAB))
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        return self.flat[: rows * columns].view(rows, columns)
 
 
-def _block_logits(h, w, bias, temperature, softcap, out: Tensor) -> Tensor:
-    torch.mm(h, w.t(), out=out)
-    if bias is not None:
-        out.add_(bias if softcap else bias / temperature)
-    if softcap:
-        out.div_(softcap).tanh_().mul_(softcap / temperature)
-    return out
+def _columns_of(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(column of each target inside the block, whether it has one)."""
+    local = targets - columns.start
+    return local, (local >= 0) & (local < columns.stop - columns.start)
 
 
 def linear_forward(
     hidden: Tensor,
-    weight: Tensor,
     targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    head: Head,
+    ignore_index: int,
     want_entropy: bool = False,
-    save_probs: bool = False,
+    save_dtype: torch.dtype | None = None,
 ) -> LinearStats:
-    """hidden [N, H], weight [V, H], targets [N] → statistics of the rows in the compute dtype."""
-    (n, _), vocab = hidden.shape, weight.shape[0]
+    """hidden [N, H], targets [N] → the rows' statistics in the compute dtype."""
+    ignored = targets == ignore_index
+    # Kept probabilities stay [N, V]: leaving rows out would need a second copy of them.
+    if save_dtype is None and bool(ignored.any()):
+        rows = (~ignored).nonzero()[:, 0]
+        stats = linear_forward(hidden[rows], targets[rows], head, ignore_index, want_entropy)
+
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(hidden.shape[0]).index_copy_(0, rows, x)
+
+        entropy = spread(stats.entropy) if want_entropy else stats.entropy
+        return LinearStats(spread(stats.logp), entropy, spread(stats.lse), stats.saved, stats.shift)
+    n, vocab = hidden.shape[0], head.weight.shape[0]
     dtype = compute_dtype(hidden)
-    h = _scaled(hidden, temperature, softcap)
-    block_n, block_v = max(1, min(n, BLOCK_TOKENS)), min(vocab, BLOCK_VOCAB)
+    h = head.scaled(hidden)
     peak = h.new_full((n,), -torch.inf)
     total = h.new_zeros(n)
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
-    target_logit = h.new_full((n,), -torch.inf)
-    kept, shifts = saved_shapes(n, vocab)
-    saved = torch.empty(kept if save_probs else 0, dtype=torch.bfloat16, device=hidden.device)
-    shift = h.new_zeros(shifts if save_probs else 0)
-    buffer = h.new_empty(block_n * block_v)
-    for index, (v0, v1) in enumerate(_spans(vocab, block_v)):
-        w = weight[v0:v1].to(dtype)
-        b = None if bias is None else bias[v0:v1].to(dtype)
-        for n0, n1 in _spans(n, block_n):
-            z = buffer[: (n1 - n0) * (v1 - v0)].view(n1 - n0, v1 - v0)
-            _block_logits(h[n0:n1], w, b, temperature, softcap, z)
-            local = targets[n0:n1] - v0
-            picked = z.gather(1, local.clamp(0, v1 - v0 - 1)[:, None])[:, 0]
-            here = (local >= 0) & (local < v1 - v0)
-            target_logit[n0:n1] = torch.where(here, picked, target_logit[n0:n1])
-            old, new = peak[n0:n1], torch.maximum(peak[n0:n1], z.amax(1))
+    target_logit = h.new_full((n,), torch.nan)
+    kept, shifts = saved_shapes(hidden, vocab) if save_dtype else (0, 0)
+    saved = h.new_empty(kept, dtype=save_dtype or torch.bfloat16)
+    shift = h.new_empty(shifts)
+    in_place = save_dtype == dtype and not want_entropy
+    scratch = None if in_place else _Scratch(h, n, vocab)
+    for index, columns, w, b in head.blocks(dtype):
+        for rows in _token_blocks(n):
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            z = head.logits(h[rows], w, b, saved[rows, columns] if in_place else scratch.matrix(*size))
+            local, here = _columns_of(targets[rows], columns)
+            picked = z.gather(1, local.clamp(0, size[1] - 1).long()[:, None])[:, 0]
+            target_logit[rows] = torch.where(here, picked, target_logit[rows])
+            old, new = peak[rows], torch.maximum(peak[rows], z.amax(1))
             base = torch.where(new == -torch.inf, 0.0, new)  # a row of −inf alone must not give NaN here
             z.sub_(base[:, None])
             # exp(−inf − base) = 0; before the first finite logit `total` is 0 as well.
@@ -101,129 +141,123 @@ def linear_forward(
                 z.clamp_(min=FLOOR)
                 e = z.exp()
                 moved = (old - base).clamp(min=FLOOR)
-                weighted[n0:n1] = decay * (weighted[n0:n1] + total[n0:n1] * moved) + z.mul_(e).sum(1)
+                weighted[rows] = decay * (weighted[rows] + total[rows] * moved) + z.mul_(e).sum(1)
             else:
                 e = z.exp_()
-            total[n0:n1] = total[n0:n1] * decay + e.sum(1)
-            peak[n0:n1] = new
-            if save_probs:
-                saved[n0:n1, v0:v1] = e
-                shift[index, n0:n1] = base
-    lse = peak + torch.log(total)
+            total[rows] = total[rows] * decay + e.sum(1)
+            peak[rows] = new
+            if save_dtype:
+                shift[index, rows] = base
+                if not in_place:
+                    saved[rows, columns] = e
     # log p = z − peak − log(total), so the peaks cancel before they can cost digits.
     entropy = torch.log(total) - weighted / total if want_entropy else weighted
-    return LinearStats(lse, target_logit, entropy, saved, shift)
+    logp = (target_logit - peak - torch.log(total)).masked_fill_(ignored, 0)
+    entropy = entropy.masked_fill_(ignored, 0) if want_entropy else entropy
+    return LinearStats(logp, entropy, peak + torch.log(total), saved, shift)
+
+
+class LinearGrads(NamedTuple):
+    """In the compute dtype, None where not needed."""
+
+    hidden: Tensor | None  # [N, H]
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
 
 
 def linear_backward(
     hidden: Tensor,
-    weight: Tensor,
     targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    lse: Tensor,
-    entropy: Tensor,
+    head: Head,
+    stats: LinearStats,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     needs: Sequence[bool],
-    saved: Tensor,
-    shift: Tensor,
-    wide: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of Σ grad_logp·logp + grad_entropy·entropy, in the inputs' dtypes (d(hidden) in `wide` if given).
+    into: LinearGrads | None = None,
+) -> LinearGrads:
+    """Gradients of Σ grad_logp·logp + grad_entropy·entropy; d(weight) is in the weight's dtype.
 
     dz = grad_logp·(onehot − p) − grad_entropy·p·(log p + entropy)
 
     Without entropy and soft-cap the row factor grad_logp leaves the [tokens, vocabulary] block: it scales
     hidden on one side and d(hidden) on the other. Rows whose upstream gradients are 0 are left out.
-    A gradient that is not in `needs` is None; `saved` [0] means: compute the logits again.
+    With `into`, d(weight) and d(bias) are added to its tensors, which are in the compute dtype. `stats.saved`
+    is used up where it is in the compute dtype.
     """
     need_hidden, need_weight, need_bias = needs
-    width, vocab = hidden.shape[1], weight.shape[0]
-    dtype = compute_dtype(hidden)
+    vocab, dtype = head.weight.shape[0], compute_dtype(hidden)
     if grad_logp is None:
         grad_logp = torch.zeros_like(grad_entropy)
     active = grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
-    use_saved = saved.numel() > 0
-    rows = None if bool(active.all()) else active.nonzero()[:, 0]
+    keep = None if bool(active.all()) else active.nonzero()[:, 0]
 
     def pick(x: Tensor | None) -> Tensor | None:
-        return x if x is None or rows is None else x[rows]
+        return x if x is None or keep is None else x[keep]
 
-    h = _scaled(pick(hidden), temperature, softcap)
-    t, lse, g, ge = pick(targets), pick(lse), pick(grad_logp), pick(grad_entropy)
-    entropy = entropy if ge is None else pick(entropy)
-    factored = ge is None and not softcap
+    h = head.scaled(pick(hidden))
+    n = h.shape[0]
+    t, lse, g, ge = pick(targets), pick(stats.lse), pick(grad_logp), pick(grad_entropy)
+    entropy = None if ge is None else pick(stats.entropy)
+    factored = ge is None and not head.softcap
+    scale = 1.0 if head.softcap else 1.0 / head.temperature  # dz/da, where it is a constant
     # What multiplies the block (p − onehot) from the token side: d(weight) = blockᵀ · left.
     left = h * -g[:, None] if factored else h
-    n = h.shape[0]
-    block_n, block_v = max(1, min(n, BLOCK_TOKENS)), min(vocab, BLOCK_VOCAB)
-    d_hidden = h.new_zeros(n, width) if need_hidden else None
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = h.new_empty(vocab) if need_bias else None
-    buffer = h.new_empty(block_n * block_v)
-    narrow = need_weight and weight.dtype != dtype
-    for index, (v0, v1) in enumerate(_spans(vocab, block_v)):
-        w = weight[v0:v1].to(dtype)
-        b = None if bias is None else bias[v0:v1].to(dtype)
-        dw = None
-        if need_weight:
-            dw = h.new_zeros(v1 - v0, width) if narrow else d_weight[v0:v1].zero_()
-        if need_bias:
-            d_bias[v0:v1] = 0
-        for n0, n1 in _spans(n, block_n):
-            z = buffer[: (n1 - n0) * (v1 - v0)].view(n1 - n0, v1 - v0)
-            centre = lse[n0:n1, None]
-            if not use_saved:
-                _block_logits(h[n0:n1], w, b, temperature, softcap, z)
+    d_hidden = h.new_zeros(h.shape) if need_hidden else None
+    if into is not None:
+        d_weight, d_bias = into.weight, into.bias
+    else:
+        d_weight = head.weight.new_empty(head.weight.shape) if need_weight else None
+        d_bias = h.new_zeros(vocab) if need_bias else None
+    use_saved = stats.saved.numel() > 0
+    in_place = use_saved and keep is None and stats.saved.dtype == dtype
+    scratch = _Scratch(h, n, vocab)
+    for index, columns, w, b in head.blocks(dtype):
+        if not need_weight:
+            dw = None
+        elif into is None and head.weight.dtype != dtype:
+            dw = h.new_empty(w.shape)
+        else:
+            dw = d_weight[columns]
+        if need_weight and into is None and n == 0:
+            dw.zero_()
+        for rows in _token_blocks(n):
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            z = stats.saved[rows, columns] if in_place else scratch.matrix(*size)
+            centre = lse[rows, None]
+            if use_saved:
+                if not in_place:
+                    z.copy_(stats.saved[rows if keep is None else keep[rows], columns])
+                centre = centre - pick(stats.shift[index])[rows, None]
             else:
-                kept = saved[n0:n1, v0:v1] if rows is None else saved[rows[n0:n1], v0:v1]
-                z.copy_(kept)
-                centre = centre - pick(shift[index])[n0:n1, None]
+                head.logits(h[rows], w, b, z)
+            local, here = _columns_of(t[rows], columns)
+            here = here.nonzero()[:, 0]
+            chosen = (here, local[here])
             if factored:
-                p = z.mul_(torch.exp(-centre)) if use_saved else z.sub_(centre).exp_()
+                dz = z.mul_(torch.exp(-centre)) if use_saved else z.sub_(centre).exp_()
+                dz[chosen] -= 1
             else:
-                log_p = z.log_().clamp_(min=FLOOR).sub_(centre) if use_saved else z.sub_(centre)
-                p = torch.exp(log_p)
-            local = t[n0:n1] - v0
-            here = ((local >= 0) & (local < v1 - v0)).nonzero()[:, 0]
-            at = (here, local[here])
-            if factored:
-                p[at] -= 1
-                dz = p
-            else:
-                # `log_p` becomes dz in place; `slope` = dz/da needs z before that.
-                slope = None
-                if softcap:
-                    slope = (log_p + lse[n0:n1, None]).mul_(temperature / softcap).square_().neg_().add_(1)
-                    slope.clamp_(min=0).div_(temperature)
-                coefficient = -g[n0:n1, None]
-                if ge is not None:
-                    dz = log_p.clamp_(min=FLOOR).add_(entropy[n0:n1, None])
-                    dz.mul_(-ge[n0:n1, None]).add_(coefficient).mul_(p)
+                log_p = (z.log_().clamp_(min=FLOOR) if use_saved else z).sub_(centre)
+                p = log_p.exp()
+                slope = head.slope(log_p + lse[rows, None]) if head.softcap else None
+                if ge is None:
+                    dz = p.mul_(-g[rows, None])
                 else:
-                    dz = torch.mul(p, coefficient, out=log_p)
-                dz[at] += g[n0:n1][here]
+                    dz = log_p.clamp_(min=FLOOR).add_(entropy[rows, None])
+                    dz.mul_(-ge[rows, None]).sub_(g[rows, None]).mul_(p)
+                dz[chosen] += g[rows][here]
                 if slope is not None:
                     dz.mul_(slope)
             if need_hidden:
-                d_hidden[n0:n1].addmm_(dz, w)
+                d_hidden[rows].addmm_(dz, w)
             if need_weight:
-                dw.addmm_(dz.t(), left[n0:n1])
+                dw.addmm_(dz.t(), left[rows], beta=0 if into is None and rows.start == 0 else 1)
             if need_bias:
-                ones = -g[n0:n1] if factored else h.new_ones(n1 - n0)
-                d_bias[v0:v1].addmv_(dz.t(), ones)
-        if narrow:
-            d_weight[v0:v1] = dw
-    scale = 1.0 if softcap else 1.0 / temperature
+                d_bias[columns].addmv_(dz.t(), -g[rows] if factored else h.new_ones(size[0]), alpha=scale)
+        if need_weight and into is None and head.weight.dtype != dtype:
+            d_weight[columns] = dw
     if need_hidden:
-        if factored:
-            d_hidden.mul_(-g[:, None])
-        d_hidden.mul_(scale)
-        d_hidden = d_hidden.to(wide or hidden.dtype)
-        if rows is not None:
-            d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
-    if need_bias:
-        d_bias = d_bias.mul_(scale).to(bias.dtype)
-    return d_hidden, d_weight, d_bias
+        d_hidden.mul_(-scale * g[:, None] if factored else scale)
+        if keep is not None:
+            d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, keep, d_hidden)
+    return LinearGrads(d_hidden, d_weight, d_bias)

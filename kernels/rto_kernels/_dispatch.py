@@ -8,12 +8,13 @@ environment before the first import), which then runs the kernels themselves. `b
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-# Triton decides at decoration time whether a kernel is compiled or interpreted, so one look at import is right.
+# Triton decides at decoration time whether a kernel is compiled or interpreted: one look at import is right.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
     on_gpu = tensor.device.type == "cuda"
     if backend == "triton" and not (on_gpu or INTERPRET):
         raise ValueError(
-            f"backend='triton' needs a CUDA tensor, or TRITON_INTERPRET=1 set before rto_kernels is imported; "
+            "backend='triton' needs a CUDA tensor, or TRITON_INTERPRET=1 set before rto_kernels is imported; "
             f"got a tensor on {tensor.device}"
         )
     if backend is not None:
@@ -44,6 +45,12 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
 def count_launch(kernel: str) -> None:
     """Every launcher calls this once per kernel launch."""
     _launches[kernel] += 1
+
+
+def launching(kernel: str, device: torch.device) -> AbstractContextManager:
+    """Count a launch, and make it on the tensors' device: Triton itself takes whichever is current."""
+    count_launch(kernel)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -57,7 +64,8 @@ def count_launches() -> Iterator[Counter[str]]:
 
 def values_checked(tensor: Tensor) -> bool:
     """Whether contents (not only shape and dtype) are checked: reading them on a GPU would stall the host."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    # A subclass is a FakeTensor, or something else without contents of its own.
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or os.environ.get("RTO_KERNELS_CHECK", "0") == "1"
 
@@ -94,30 +102,32 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device} like the other arguments, got {describe(tensor)}")
 
 
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
 def check_local(name: str, tensor: Tensor) -> None:
     """Raise ValueError for a tensor that holds only a shard: a DTensor, or a ZeRO-3 partitioned parameter."""
     if hasattr(tensor, "device_mesh"):
         raise ValueError(
-            f"{name} is a DTensor of global shape {list(tensor.shape)}; pass {name}.full_tensor(), or its local "
-            f"shard {name}.to_local() together with process_group="
+            f"{name} is a DTensor of global shape {list(tensor.shape)}; pass {name}.full_tensor(), or its "
+            f"local shard {name}.to_local() together with process_group="
         )
     if hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0:
         raise ValueError(
-            f"{name} is a ZeRO-3 partitioned parameter of full shape {list(getattr(tensor, 'ds_shape', []))}; call "
-            f"inside `with deepspeed.zero.GatheredParameters([{name}]):`"
+            f"{name} is a ZeRO-3 partition of shape {list(getattr(tensor, 'ds_shape', []))}; "
+            f"call inside `with deepspeed.zero.GatheredParameters([{name}]):`"
         )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, device: torch.device) -> None:
     """cu_seqlens [B + 1]: 0, then each sequence's end, never falling, the last one equal to `tokens`."""
-    check_tensor(
-        "cu_seqlens", cu_seqlens, shape=(None,), expect="[B + 1]", dtypes=INDICES, device=device
-    )
+    check_tensor("cu_seqlens", cu_seqlens, shape=(None,), expect="[B + 1]", dtypes=INDICES, device=device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens must have shape [B + 1] with at least its leading 0, got an empty tensor")
     if values_checked(cu_seqlens):
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in pairwise(ends)):
             raise ValueError(
                 f"cu_seqlens must start at 0, never fall and end at the {tokens} packed tokens, "
                 f"got {describe(cu_seqlens)} = {ends if len(ends) <= 16 else [*ends[:8], '...', *ends[-8:]]}"

@@ -13,69 +13,56 @@ plain PyTorch on every device.
 import torch
 from torch import Tensor
 
-from ._chunked import BLOCK_TOKENS, BLOCK_VOCAB, _block_logits, _spans
+from ._chunked import Head, _token_blocks
 from ._dispatch import FLOATS_TORCH, check_tensor
 from ._layout import compute_dtype
 
 
-def _blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, v0: int, v1: int):
-    """A function of a token span that gives z there, [n1 - n0, v1 - v0]; the weight's block is widened once."""
-    w = weight[v0:v1].to(hidden.dtype)
-    b = None if bias is None else bias[v0:v1].to(hidden.dtype)
-
-    def logits(n0: int, n1: int) -> Tensor:
-        return _block_logits(hidden[n0:n1], w, b, 1.0, softcap, hidden.new_empty(n1 - n0, v1 - v0))
-
-    return w, logits
-
-
-def _forward(h, weight, bias, softcap, h_ref, ref_weight, ref_bias, ref_softcap) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL, lse, lse_ref), each [N], by one online pass over the vocabulary."""
-    n, vocab = h.shape[0], weight.shape[0]
+def _forward(h: Tensor, head: Head, h_ref: Tensor, ref_head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states in the compute dtype -> (KL, lse, lse_ref), each [N], by one online pass over the vocabulary."""
+    n = h.shape[0]
     peak, peak_ref = (h.new_full((n,), -torch.inf) for _ in range(2))
     total, total_ref, weighted = (h.new_zeros(n) for _ in range(3))  # weighted: Σ exp(z_ref − peak_ref)·(z_ref − z)
-    for v0, v1 in _spans(vocab, min(vocab, BLOCK_VOCAB)):
-        _, logits = _blocks(h, weight, bias, softcap, v0, v1)
-        _, ref_logits = _blocks(h_ref, ref_weight, ref_bias, ref_softcap, v0, v1)
-        for n0, n1 in _spans(n, BLOCK_TOKENS):
-            z, z_ref = logits(n0, n1), ref_logits(n0, n1)
-            new = torch.maximum(peak[n0:n1], z.amax(1))
-            total[n0:n1] = total[n0:n1] * torch.exp(peak[n0:n1] - new) + torch.exp(z - new[:, None]).sum(1)
-            peak[n0:n1] = new
-            new = torch.maximum(peak_ref[n0:n1], z_ref.amax(1))
-            decay = torch.exp(peak_ref[n0:n1] - new)
+    for (_, columns, w, b), (_, _, w_ref, b_ref) in zip(head.blocks(h.dtype), ref_head.blocks(h.dtype), strict=True):
+        for rows in _token_blocks(n):
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            z = head.logits(h[rows], w, b, h.new_empty(size))
+            z_ref = ref_head.logits(h_ref[rows], w_ref, b_ref, h.new_empty(size))
+            new = torch.maximum(peak[rows], z.amax(1))
+            total[rows] = total[rows] * torch.exp(peak[rows] - new) + torch.exp(z - new[:, None]).sum(1)
+            peak[rows] = new
+            new = torch.maximum(peak_ref[rows], z_ref.amax(1))
+            decay = torch.exp(peak_ref[rows] - new)
             e = torch.exp(z_ref - new[:, None])
-            total_ref[n0:n1] = total_ref[n0:n1] * decay + e.sum(1)
-            weighted[n0:n1] = weighted[n0:n1] * decay + e.mul_(z_ref.sub_(z)).sum(1)
-            peak_ref[n0:n1] = new
+            total_ref[rows] = total_ref[rows] * decay + e.sum(1)
+            weighted[rows] = weighted[rows] * decay + e.mul_(z_ref.sub_(z)).sum(1)
+            peak_ref[rows] = new
     lse, lse_ref = peak + total.log(), peak_ref + total_ref.log()
     return weighted / total_ref + (lse - lse_ref), lse, lse_ref
 
 
 def _backward(
-    h, weight, bias, softcap, h_ref, ref_weight, ref_bias, ref_softcap, lse, lse_ref, grad, needs
+    h: Tensor, head: Head, h_ref: Tensor, ref_head: Head, lse: Tensor, lse_ref: Tensor, grad: Tensor, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ grad·KL to hidden, weight and bias, in the compute dtype; None where not in `needs`."""
-    n, vocab = h.shape[0], weight.shape[0]
     need_hidden, need_weight, need_bias = needs
     d_hidden = torch.zeros_like(h) if need_hidden else None
-    d_weight = h.new_zeros(weight.shape) if need_weight else None
-    d_bias = h.new_zeros(vocab) if need_bias else None
-    for v0, v1 in _spans(vocab, min(vocab, BLOCK_VOCAB)):
-        w, logits = _blocks(h, weight, bias, softcap, v0, v1)
-        _, ref_logits = _blocks(h_ref, ref_weight, ref_bias, ref_softcap, v0, v1)
-        for n0, n1 in _spans(n, BLOCK_TOKENS):
-            z = logits(n0, n1)
-            p_ref = ref_logits(n0, n1).sub_(lse_ref[n0:n1, None]).exp_()
-            dz = torch.exp(z - lse[n0:n1, None]).sub_(p_ref).mul_(grad[n0:n1, None])
-            if softcap:
-                dz.mul_(1 - (z / softcap).square_())  # dz/da of softcap · tanh(a / softcap)
+    d_weight = h.new_zeros(head.weight.shape) if need_weight else None
+    d_bias = h.new_zeros(head.weight.shape[0]) if need_bias else None
+    for (_, columns, w, b), (_, _, w_ref, b_ref) in zip(head.blocks(h.dtype), ref_head.blocks(h.dtype), strict=True):
+        for rows in _token_blocks(h.shape[0]):
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            z = head.logits(h[rows], w, b, h.new_empty(size))
+            p_ref = ref_head.logits(h_ref[rows], w_ref, b_ref, h.new_empty(size)).sub_(lse_ref[rows, None]).exp_()
+            dz = torch.exp(z - lse[rows, None]).sub_(p_ref).mul_(grad[rows, None])
+            if head.softcap:
+                dz.mul_(head.slope(z))
             if need_hidden:
-                d_hidden[n0:n1].addmm_(dz, w)
+                d_hidden[rows].addmm_(dz, w)
             if need_weight:
-                d_weight[v0:v1].addmm_(dz.t(), h[n0:n1])
+                d_weight[columns].addmm_(dz.t(), h[rows])
             if need_bias:
-                d_bias[v0:v1] += dz.sum(0)
+                d_bias[columns] += dz.sum(0)
     return d_hidden, d_weight, d_bias
 
 
@@ -83,9 +70,8 @@ class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, softcap, ref_hidden, ref_weight, ref_bias, ref_softcap):
         dtype = compute_dtype(hidden)
-        kl, lse, lse_ref = _forward(
-            hidden.to(dtype), weight, bias, softcap, ref_hidden.to(dtype), ref_weight, ref_bias, ref_softcap
-        )
+        head, ref_head = Head(weight, bias, 1.0, softcap), Head(ref_weight, ref_bias, 1.0, ref_softcap)
+        kl, lse, lse_ref = _forward(hidden.to(dtype), head, ref_hidden.to(dtype), ref_head)
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse, lse_ref)
         ctx.softcaps = softcap, ref_softcap
         return kl
@@ -94,12 +80,12 @@ class _TokenKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse, lse_ref = ctx.saved_tensors
-        softcap, ref_softcap = ctx.softcaps
+        head, ref_head = Head(weight, bias, 1.0, ctx.softcaps[0]), Head(ref_weight, ref_bias, 1.0, ctx.softcaps[1])
         rows = (grad != 0).nonzero()[:, 0]
         dtype = compute_dtype(hidden)
         d_hidden, d_weight, d_bias = _backward(
-            hidden[rows].to(dtype), weight, bias, softcap, ref_hidden[rows].to(dtype), ref_weight, ref_bias,
-            ref_softcap, lse[rows], lse_ref[rows], grad[rows].to(dtype), ctx.needs_input_grad[:3],
+            hidden[rows].to(dtype), head, ref_hidden[rows].to(dtype), ref_head, lse[rows], lse_ref[rows],
+            grad[rows].to(dtype), list(ctx.needs_input_grad[:3]),
         )  # fmt: skip
         if d_hidden is not None:
             d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_hidden.to(hidden.dtype))

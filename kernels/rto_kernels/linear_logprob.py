@@ -8,49 +8,56 @@
 The backward pass computes z again, block by block, or reads the probabilities that `save_probs` kept.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._chunked import LinearStats, linear_backward, linear_forward, saved_shapes
-from ._dispatch import FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
+from ._chunked import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
+from ._dispatch import FLOATS, FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
 from ._layout import compute_dtype
-
+from .linear_backward import linear_backward_triton
+from .linear_kernels import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
 
 IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
 
 
-def _stats(
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend
-) -> LinearStats:
-    """Row statistics over this weight's vocabulary; rows whose target is ignore_index may hold anything."""
-    valid = targets != ignore_index
-    # Kept probabilities stay [N, V]: leaving rows out would need a second copy of them.
-    rows = None if save_probs or bool(valid.all()) else valid.nonzero()[:, 0]
-    if rows is None:
-        return linear_forward(hidden, weight, targets, bias, temperature, softcap, entropy, save_probs)
-    stats = linear_forward(hidden[rows], weight, targets[rows], bias, temperature, softcap, entropy)
-    n = hidden.shape[0]
-    spread = [x.new_zeros(n).index_copy_(0, rows, x) if x.numel() else x for x in stats[:3]]
-    return LinearStats(*spread, stats.saved, stats.shift)
+class Passes(NamedTuple):
+    """The two vocabulary-sized passes of a backend, and how much of exp(z) may be held between them."""
+
+    forward: Callable[..., LinearStats]  # (hidden, targets, head, ignore_index, want_entropy, save_dtype)
+    backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
+    saved_shapes: Callable[[Tensor, int], tuple]  # (hidden, vocabulary) → shapes of what is kept
+    chunk_tokens: Callable[[int], int]  # vocabulary → tokens of a chunk of fused_linear_ppo_loss
+    chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → what such a chunk keeps; None: nothing
 
 
-def _merge_logp(stats: LinearStats, targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """(logp, entropy): 0 where ignored, NaN where the target is outside the vocabulary."""
-    logp = stats.target_logit - stats.lse
-    ignored = targets == ignore_index
-    logp = torch.where((targets >= 0) & (targets < vocab), logp, torch.nan).masked_fill_(ignored, 0)
-    return logp, stats.entropy.masked_fill(ignored, 0) if stats.entropy.numel() else stats.entropy
-
-
-def _grads(
-    hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend, wide=None
-) -> list[Tensor]:
-    """d(hidden) (in dtype `wide` if given), d(weight), d(bias); [0] where not needed."""
-    grads = linear_backward(
-        hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, needs, saved, shift, wide
+def linear_passes(backend: str) -> Passes:
+    if backend == "torch":
+        return Passes(
+            linear_forward,
+            linear_backward,
+            saved_shapes,
+            lambda vocab: max(256, (1 << 24) // vocab),
+            compute_dtype,
+        )
+    return Passes(
+        linear_forward_triton,
+        linear_backward_triton,
+        saved_shapes_triton,
+        lambda vocab: max(128, SAVED_ELEMENTS // vocab // 128 * 128),
+        # fp32 keeps nothing, so that its gradients stay fp32's.
+        lambda hidden: None if hidden.dtype == torch.float32 else torch.bfloat16,
     )
-    return [hidden.new_empty(0) if x is None else x for x in grads]
+
+
+def _grads(hidden, targets, head: Head, stats: LinearStats, g, ge, needs, backend, wide=None) -> list[Tensor]:
+    """d(hidden) (in `wide` if given), d(weight), d(bias) in the inputs' dtypes; [0] where not needed."""
+    grads = linear_passes(backend).backward(hidden, targets, head, stats, g, ge, needs)
+    dtypes = (wide or hidden.dtype, head.weight.dtype, head.weight.dtype)
+    return [hidden.new_empty(0) if x is None else x.to(d) for x, d in zip(grads, dtypes, strict=True)]
 
 
 @torch.library.custom_op("rto_kernels::linear_logprob", mutates_args=())
@@ -66,18 +73,16 @@ def _linear_logprob(
     save_probs: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    stats = _stats(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend
-    )
-    logp, row_entropy = _merge_logp(stats, targets, ignore_index, weight.shape[0])
-    return logp, row_entropy, stats.lse, stats.saved, stats.shift
+    head = Head(weight, bias, temperature, softcap)
+    keep = torch.bfloat16 if save_probs else None
+    return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep))
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend):
     n, vocab = hidden.shape[0], weight.shape[0]
     row = hidden.new_empty(n, dtype=compute_dtype(hidden))
-    saved, shift = saved_shapes(n, vocab) if save_probs else ((0,), (0,))
+    saved, shift = linear_passes(backend).saved_shapes(hidden, vocab) if save_probs else ((0,), (0,))
     return (
         row,
         torch.empty_like(row) if entropy else row.new_empty(0),
@@ -104,11 +109,9 @@ def _linear_logprob_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _grads(
-        hidden, weight, targets, bias, temperature, softcap, lse, entropy, grad_logp, grad_entropy,
-        saved, shift, needs, backend,
-    )  # fmt: skip
-    return tuple(grads)
+    head = Head(weight, bias, temperature, softcap)
+    stats = LinearStats(lse, entropy, lse, saved, shift)
+    return tuple(_grads(hidden, targets, head, stats, grad_logp, grad_entropy, needs, backend))
 
 
 @_linear_logprob_backward.register_fake
@@ -122,10 +125,10 @@ def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, 
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, _, _, backend = inputs
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, backend = inputs
     _, entropy, lse, saved, shift = output
     ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, saved, shift)
-    ctx.mark_non_differentiable(lse, saved, shift)
+    ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.args = temperature, softcap, ignore_index, backend
 
@@ -159,9 +162,12 @@ class _ShardedLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_probs, backend, group):
         # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
-        stats = _stats(hidden, weight, targets, bias, temperature, softcap, IGNORED, True, save_probs, backend)
-        here = (targets >= 0).to(stats.lse.dtype)
-        mine = torch.stack([stats.lse, stats.target_logit, stats.entropy, here])
+        head = Head(weight, bias, temperature, softcap)
+        keep = torch.bfloat16 if save_probs else None
+        stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep)
+        here = targets >= 0
+        target_logit = torch.where(here, stats.logp + stats.lse, -torch.inf)
+        mine = torch.stack([stats.lse, target_logit, stats.entropy, here.to(stats.lse.dtype)])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, mine, group=group)
         # Merged in rank order, on every rank alike.
@@ -188,11 +194,10 @@ class _ShardedLogprob(torch.autograd.Function):
         temperature, softcap, backend, group = ctx.args
         needs = list(ctx.needs_input_grad[:3])
         ignored = targets == IGNORED
-        d_hidden, d_weight, d_bias = _grads(
-            hidden, weight, targets, bias, temperature, softcap, lse, entropy,
-            _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored),
-            saved, shift, needs, backend, compute_dtype(hidden),
-        )  # fmt: skip
+        head = Head(weight, bias, temperature, softcap)
+        stats = LinearStats(lse, entropy, lse, saved, shift)
+        g, ge = _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored)
+        d_hidden, d_weight, d_bias = _grads(hidden, targets, head, stats, g, ge, needs, backend, compute_dtype(hidden))
         if needs[0]:
             dist.all_reduce(d_hidden, group=group)
             d_hidden = d_hidden.to(hidden.dtype)
@@ -207,8 +212,10 @@ def _shard_start(rows: int, group) -> int:
     return sum(sizes[: dist.get_rank(group)])
 
 
-def _check(hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, sharded) -> None:
-    check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
+def check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded=False) -> None:
+    """Raise ValueError naming the argument that does not fit."""
+    floats = FLOATS if backend == "triton" else FLOATS_TORCH
+    check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=floats)
     n, width = hidden.shape
     same = {"dtypes": (hidden.dtype,), "device": hidden.device}
     check_tensor("weight", weight, shape=(None, width), expect=f"[V, {width}] like hidden", **same)
@@ -222,13 +229,6 @@ def _check(hidden, weight, targets, bias, temperature, softcap, ignore_index, sa
         raise ValueError(f"softcap must be a positive number, or None or 0 for off, got {softcap}")
     if vocab == 0:
         raise ValueError(f"weight must have at least one row (a vocabulary), got {describe(weight)}")
-    if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"save_probs=True keeps probabilities in bfloat16, which suits bf16 and fp16 inputs; hidden is "
-            f"{describe(hidden)}: pass save_probs=torch.bfloat16 to accept that rounding"
-        )
-    if save_probs not in (True, False, torch.bfloat16):
-        raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
     if not sharded and values_checked(targets):
         bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
         if bool(bad.any()):
@@ -261,25 +261,32 @@ def token_logprobs(
     bias     [V] or None
     returns  logp [N] fp32 (fp64 for fp64), and with `return_entropy` also the entropy [N]
 
-    Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a frozen
-    weight) is not computed, and rows with a zero upstream gradient are skipped.
+    Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a
+    frozen weight) is not computed, and rows with a zero upstream gradient are skipped.
 
-    `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix product.
-    True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
+    `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix
+    product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
 
     `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;
-    d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the first id
-    of this rank's rows, found by one exchange of sizes when None.
+    d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the
+    first id of this rank's rows, found by one exchange of sizes when None.
 
-    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and, where
-    values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
+    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and,
+    where values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
     """
-    _check(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, save_probs, process_group is not None
-    )
+    check_tensor("hidden", hidden)
     backend = resolve_backend(backend, hidden)
+    sharded = process_group is not None
+    check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded)
+    if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"save_probs=True keeps probabilities in bfloat16, which suits bf16 and fp16 inputs; hidden is "
+            f"{describe(hidden)}: pass save_probs=torch.bfloat16 to accept that rounding"
+        )
+    if save_probs not in (True, False, torch.bfloat16):
+        raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
     temperature, softcap, save = float(temperature), float(softcap or 0.0), bool(save_probs)
-    if process_group is None:
+    if not sharded:
         logp, entropy, *_ = _linear_logprob(
             hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, backend
         )

@@ -1,19 +1,151 @@
 """Log-probabilities of chosen tokens from logits that the caller already holds, each logit read once.
 
-    z_iv   = logits_iv / temperature
-    logp_i = z_i,target − lse_i,   lse_i = log Σ_v exp(z_iv),   H_i = −Σ_v p_iv · log p_iv,   p_iv = exp(z_iv − lse_i)
-    dlogits_iv = (g_i·(onehot_iv − p_iv) − gH_i·p_iv·(log p_iv + H_i)) / temperature
+z_iv   = logits_iv / temperature
+logp_i = z_i,target − lse_i,   lse_i = log Σ_v exp(z_iv),   H_i = −Σ_v p_iv · log p_iv,   p_iv = exp(z_iv −
+                               lse_i)
+dlogits_iv = (g_i·(onehot_iv − p_iv) − gH_i·p_iv·(log p_iv + H_i)) / temperature
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from ._chunked import FLOOR
-from ._dispatch import FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
+from ._dispatch import (
+    FLOATS,
+    FLOATS_TORCH,
+    INDICES,
+    check_tensor,
+    describe,
+    launching,
+    resolve_backend,
+    values_checked,
+)
 from ._layout import compute_dtype
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+_FLOOR = tl.constexpr(FLOOR)
 
 # Rows of a PyTorch-path block: about this many elements are widened at a time.
 BLOCK_ELEMENTS = 1 << 21
+
+
+@triton.jit
+def row_logprob(row_ptr, target, vocab, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    """(logp, lse, entropy) of one row of logits, read once; scale = log₂e / temperature.
+
+    logp is NaN where the target is no column: nothing outside the row is ever read.
+    """
+    total = tl.full((), 0.0, tl.float32)
+    weighted = tl.full((), 0.0, tl.float32)
+    peak = tl.full((), float("-inf"), tl.float32)
+    offs = tl.arange(0, BLOCK)
+    for start in range(0, vocab, BLOCK):
+        inside = start + offs < vocab
+        z = tl.load(row_ptr + start + offs, mask=inside, other=NEG_INF).to(tl.float32) * scale
+        new = tl.maximum(peak, tl.max(z, 0))
+        base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
+        decay = tl.exp2(peak - base)
+        e = tl.exp2(z - base)
+        if ENTROPY:
+            weighted = decay * (weighted + total * tl.maximum(peak - base, _FLOOR))
+            weighted += tl.sum(e * tl.maximum(z - base, _FLOOR), 0)
+        total = total * decay + tl.sum(e, 0)
+        peak = new
+    inside = (target >= 0) & (target < vocab)
+    picked = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32) * scale
+    logp = tl.where(inside, (picked - peak - tl.log2(total)) * LN2, float("nan"))
+    return logp, (peak + tl.log2(total)) * LN2, (tl.log2(total) - weighted / total) * LN2
+
+
+@triton.jit
+def logits_logprob_kernel(
+    logits_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, vocab, stride, scale, ignore_index,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row; an ignored row is not read."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    logp = tl.full((), 0.0, tl.float32)
+    lse = tl.full((), 0.0, tl.float32)
+    entropy = tl.full((), 0.0, tl.float32)
+    if target != ignore_index:
+        logp, lse, entropy = row_logprob(logits_ptr + row * stride, target, vocab, scale, ENTROPY, BLOCK)
+    tl.store(logp_ptr + row, logp)
+    tl.store(lse_ptr + row, lse)
+    if ENTROPY:
+        tl.store(entropy_ptr + row, entropy)
+
+
+@triton.jit
+def logits_gradient_kernel(
+    logits_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, out_ptr,
+    vocab, stride, stride_out, temperature, ignore_index,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d(logits), one program a row; out may be the logits. A row without a gradient is zeroed unread."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row)
+    lse = tl.load(lse_ptr + row) * LOG2E
+    g = tl.load(grad_logp_ptr + row)
+    ge = tl.full((), 0.0, tl.float32)
+    entropy = ge
+    if ENTROPY:
+        ge = tl.load(grad_entropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+    out = out_ptr + row * stride_out
+    if (target == ignore_index) | ((g == 0) & (ge == 0)):
+        for start in range(0, vocab, BLOCK):
+            zeros = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+            tl.store(out + start + offs, zeros, mask=start + offs < vocab)
+    else:
+        for start in range(0, vocab, BLOCK):
+            inside = start + offs < vocab
+            z = tl.load(logits_ptr + row * stride + start + offs, mask=inside, other=NEG_INF).to(tl.float32)
+            log_p = z * (LOG2E / temperature) - lse
+            coefficient = -g
+            if ENTROPY:
+                coefficient = -g - ge * (tl.maximum(log_p, _FLOOR) * LN2 + entropy)
+            d = tl.exp2(log_p) * coefficient + tl.where(start + offs == target, g, 0.0)
+            tl.store(out + start + offs, (d / temperature).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x [N, V], or a copy where a row's elements are no neighbours."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _forward_triton(logits, targets, temperature, ignore_index, entropy) -> tuple[Tensor, Tensor, Tensor]:
+    (n, vocab), device = logits.shape, logits.device
+    logp, lse = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
+    row_entropy = torch.empty(n if entropy else 0, dtype=torch.float32, device=device)
+    if n:
+        logits = dense_rows(logits)
+        with launching("logits_logprob", device):
+            logits_logprob_kernel[(n,)](
+                logits, targets.contiguous(), logp, row_entropy, lse, vocab, logits.stride(0),
+                LOG2E.value / temperature, ignore_index, ENTROPY=entropy, **tiles.row_block(vocab),
+            )  # fmt: skip
+    return logp, row_entropy, lse
+
+
+def _backward_triton(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out: Tensor) -> Tensor:
+    n, vocab = logits.shape
+    g = torch.zeros_like(lse) if g is None else g.contiguous()
+    if n:
+        logits = dense_rows(logits)
+        with launching("logits_gradient", logits.device):
+            logits_gradient_kernel[(n,)](
+                logits, targets.contiguous(), lse, entropy, g, g if ge is None else ge.contiguous(), out,
+                vocab, logits.stride(0), out.stride(0), temperature, ignore_index,
+                ENTROPY=ge is not None, **tiles.row_block(vocab),
+            )  # fmt: skip
+    return out
 
 
 def _blocks(logits: Tensor):
@@ -80,7 +212,8 @@ def _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g,
 def _logits_logprob(
     logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_torch(logits, targets, temperature, ignore_index, entropy)
+    run = _forward_triton if backend == "triton" else _forward_torch
+    return run(logits, targets, temperature, ignore_index, entropy)
 
 
 @_logits_logprob.register_fake
@@ -102,9 +235,7 @@ def _logits_logprob_backward(
     backend: str,
 ) -> Tensor:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return _gradient(
-        logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, out, backend
-    )
+    return _gradient(logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, out, backend)
 
 
 @_logits_logprob_backward.register_fake
@@ -114,14 +245,16 @@ def _(logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_
 
 def _gradient(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out, backend) -> Tensor:
     """d(logits) into `out`, which may be `logits` itself: every element is read before it is written."""
-    return _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out)
+    run = _backward_triton if backend == "triton" else _backward_torch
+    return run(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out)
 
 
 def _setup_context(ctx, inputs, output):
     logits, targets, *ctx.args = inputs
     _, entropy, lse = output
     ctx.save_for_backward(logits, targets, lse, entropy)
-    ctx.mark_non_differentiable(lse)
+    want_entropy = inputs[4]
+    ctx.mark_non_differentiable(lse, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
@@ -157,7 +290,8 @@ class _InplaceLogprob(torch.autograd.Function):
         temperature, ignore_index, backend = ctx.args
         if grad_logp is None and grad_entropy is None:
             return (None,) * 6
-        # The version moves with the write, so a second backward over the same logits is refused by autograd.
+        # Autograd sees the version move, and refuses a second backward pass over the same logits.
+        torch.autograd.graph.increment_version(logits)
         grad = _gradient(
             logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy,
             logits.detach(), backend,
@@ -165,9 +299,14 @@ class _InplaceLogprob(torch.autograd.Function):
         return grad, *(None,) * 5
 
 
-def check_logits(name: str, logits: Tensor, targets: Tensor, ignore_index: int | None) -> None:
-    """Raise ValueError unless logits are [..., V] floats and targets [...] ids (or ignore_index) into them."""
-    check_tensor(name, logits, dtypes=FLOATS_TORCH)
+def check_logits(
+    name: str, logits: Tensor, targets: Tensor, ignore_index: int, backend: str, mask: Tensor | None = None
+) -> None:
+    """Raise ValueError unless logits are [..., V] floats and targets [...] ids into them.
+
+    Targets may be anything outside the mask, and ignore_index inside it.
+    """
+    check_tensor(name, logits, dtypes=FLOATS if backend == "triton" else FLOATS_TORCH)
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., V] with V > 0, got {describe(logits)}")
     shape = tuple(logits.shape[:-1])
@@ -176,13 +315,12 @@ def check_logits(name: str, logits: Tensor, targets: Tensor, ignore_index: int |
         dtypes=INDICES, device=logits.device,
     )  # fmt: skip
     if values_checked(targets):
-        bad = (targets < 0) | (targets >= logits.shape[-1])
-        if ignore_index is not None:
-            bad &= targets != ignore_index
+        bad = ((targets < 0) | (targets >= logits.shape[-1])) & (targets != ignore_index)
+        if mask is not None:
+            bad &= mask != 0
         if bool(bad.any()):
             raise ValueError(
-                f"targets must be in [0, {logits.shape[-1]})"
-                f"{'' if ignore_index is None else f' or ignore_index {ignore_index}'}, "
+                f"targets must be in [0, {logits.shape[-1]}) or ignore_index {ignore_index}, "
                 f"got {targets[bad][:4].tolist()} in {describe(targets)}"
             )
 
@@ -210,10 +348,11 @@ def logprobs_from_logits(
     stalling a GPU, for a target outside the vocabulary (on a GPU: NaN); also for inplace_backward under
     torch.compile, which cannot see the overwriting, or on logits that are not contiguous.
     """
-    check_logits("logits", logits, targets, ignore_index)
+    check_tensor("logits", logits)
+    backend = resolve_backend(backend, logits)
+    check_logits("logits", logits, targets, ignore_index, backend)
     if not temperature > 0:
         raise ValueError(f"temperature must be a positive number, got {temperature}")
-    backend = resolve_backend(backend, logits)
     flat, ids = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     args = (flat, ids, float(temperature), ignore_index, return_entropy, backend)
     if inplace_backward:

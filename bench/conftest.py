@@ -1,0 +1,15 @@
+"""What the kernel benchmarks share: pytest-benchmark times ours again after the comparison."""
+
+import pytest
+
+
+@pytest.fixture
+def once(benchmark):
+    """Lets pytest-benchmark time ours too, in a few rounds of its own, after the comparison."""
+
+    def run(contender, record: dict):
+        row = record["contenders"]["ours"]
+        benchmark.extra_info.update({k: v for k, v in row.items() if k != "failed"})
+        benchmark.pedantic(contender, rounds=3, iterations=1, warmup_rounds=1)
+
+    return run

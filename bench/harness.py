@@ -1,0 +1,217 @@
+"""Measuring contenders side by side: correct first, then time and memory in interleaved rounds, into JSON.
+
+    compare(kernel, case, contenders, reference=..., tolerance=...)   what every bench_<kernel>.py calls
+
+A contender is a function without arguments that returns {name: tensor}: its results and gradients. Each is
+checked against `reference` before anything is timed, and one that fails has no figure. Rounds are
+interleaved (A B C A B C), so that a busy machine is busy for all of them. Time: device events on a GPU,
+else seconds of this process on one thread (`OMP_NUM_THREADS=1`), else the wall clock. Memory: the peak
+above what was held before the call, from CUDA's allocator, or from the kernel's high-water mark of resident
+pages.
+"""
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# "quick" runs anywhere in minutes; "full" has the shapes that the goals are stated for.
+FULL = os.environ.get("RTO_BENCH", "quick") == "full"
+ROUNDS = int(os.environ.get("RTO_BENCH_ROUNDS", "30" if ON_GPU else "5"))
+
+Contender = Callable[[], dict[str, Tensor]]
+
+
+def device_name() -> str:
+    if ON_GPU:
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"cpu-{platform.machine()}-{torch.get_num_threads()}-thread"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in (
+        "torch",
+        "triton",
+        "trl",
+        "liger-kernel",
+        "openrlhf",
+        "verl",
+        "quack-kernels",
+        "cut-cross-entropy",
+    ):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return run.stdout.strip() or "unknown"
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{field} not in /proc/self/status")
+
+
+def peak_bytes(contender: Contender) -> int | None:
+    """Peak memory of one call above what was held before it; None where it cannot be read."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contender()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages freed by earlier calls must not hide this one's
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _resident("VmRSS")
+        contender()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def seconds(contender: Contender) -> float:
+    if ON_GPU:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Larger than any L2, and written between rounds, so that no contender finds its inputs in the cache.
+        torch.empty(1 << 28, dtype=torch.int8, device="cuda").zero_()
+        torch.cuda.synchronize()
+        start.record()
+        contender()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    contender()
+    return clock() - start
+
+
+def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """‖got − expected‖ / ‖expected‖ of every result; NaN never passes."""
+    out = {}
+    for name, truth in expected.items():
+        # In slices: an fp64 copy of a d(weight) would dwarf what is measured.
+        rows = zip(got[name].reshape(-1).split(1 << 22), truth.reshape(-1).split(1 << 22), strict=True)
+        sums = [((a.double() - b.double()).square().sum(), b.double().square().sum()) for a, b in rows]
+        difference, size = (float(sum(column)) for column in zip(*sums, strict=True))
+        out[name] = (difference / size) ** 0.5 if size else difference**0.5
+    return out
+
+
+def compare(
+    kernel: str,
+    case: str,
+    contenders: dict[str, Contender],
+    *,
+    reference: Contender,
+    tolerance: float | dict[str, float],
+    flops: float | None = None,
+    moved: float | None = None,
+    held: int = 0,
+    shape: dict | None = None,
+    rounds: int = ROUNDS,
+    floors: tuple[str, ...] = (),
+) -> dict:
+    """Check, time and weigh the contenders; print a table, record it, return the record.
+
+    tolerance: the largest relative error allowed, for all or by contender. flops and moved (bytes) are the
+    fewest the job needs, for the achieved rates. held: bytes of results that every contender returns (such as
+    d(weight)), taken off its peak. floors: contenders that do only the unavoidable part of the job, and so
+    have nothing to check.
+    """
+    expected = {name: x.clone() for name, x in reference().items()}
+    rows: dict[str, dict] = {}
+    for name, contender in contenders.items():
+        if name in floors:
+            rows[name] = {"error": None}
+            continue
+        limit = tolerance[name] if isinstance(tolerance, dict) else tolerance
+        try:
+            error = errors(contender(), expected)
+        except (RuntimeError, ValueError, ImportError, TypeError) as problem:
+            rows[name] = {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
+            continue
+        worst = max(error.values())
+        rows[name] = {"error": worst} if worst <= limit else {"failed": f"relative error {worst:.2g} > {limit:.2g}"}
+    del expected
+    right = [name for name, row in rows.items() if "failed" not in row]
+    for name in right:
+        peak = peak_bytes(contenders[name])
+        rows[name]["peak_mb"] = None if peak is None else max(0, peak - held) / 1e6
+    times = {name: [] for name in right}
+    for _ in range(rounds):
+        for name in right:
+            times[name].append(seconds(contenders[name]))
+    for name in right:
+        median = statistics.median(times[name])
+        rows[name] |= {"ms": median * 1e3, "spread_ms": (max(times[name]) - min(times[name])) * 1e3}
+        if "ours" in times:
+            rows[name]["ratio"] = statistics.median(a / b for a, b in zip(times["ours"], times[name], strict=True))
+        if flops:
+            rows[name]["tflops"] = flops / median / 1e12
+        if moved:
+            rows[name]["gb_per_s"] = moved / median / 1e9
+    record = {
+        "shape": shape or {},
+        "rounds": rounds,
+        "commit": commit(),
+        "versions": versions(),
+        "contenders": rows,
+    }
+    save(kernel, case, record)
+    show(kernel, case, record)
+    assert "failed" not in rows["ours"], f"{kernel} {case}: {rows['ours']['failed']}"
+    return record
+
+
+def save(kernel: str, case: str, record: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{device_name()}.json"
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything.setdefault(kernel, {})[case] = record
+    path.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+
+
+def show(kernel: str, case: str, record: dict) -> None:
+    print(f"\n{kernel}: {case}")
+    print(f"  {'contender':28} {'ms':>10} {'ours/it':>8} {'peak MB':>9} {'error':>9}")
+    for name, row in record["contenders"].items():
+        if "failed" in row:
+            print(f"  {name:28} {row['failed']}")
+            continue
+        peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:9.1f}"
+        error = "" if row["error"] is None else f"{row['error']:9.1e}"
+        print(f"  {name:28} {row['ms']:10.3f} {row['ratio']:8.2f} {peak:>9} {error:>9}")
+
+
+def gradients(outputs: dict[str, Tensor], ups: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{outputs, and d_<leaf> of Σ up·output}: what a contender returns."""
+    total = [(outputs[name], up) for name, up in ups.items()]
+    grads = torch.autograd.grad([x for x, _ in total], list(leaves.values()), [up for _, up in total])
+    done = {name: x.detach() for name, x in outputs.items()}
+    return done | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}

@@ -1,0 +1,341 @@
+"""The Triton backward pass of linear_logprob.py and linear_ppo.py.
+
+Rows with a gradient are gathered in front and counted on the device. Then, for each chunk of the vocabulary,
+
+    dz [rows, chunk]   from logits computed again, or from kept probabilities
+    d(hidden) += dz·W,   d(weight) = dzᵀ·hidden,   d(bias) = Σ dz
+
+with fp32 accumulators and nothing added atomically.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from ._chunked import Head, LinearGrads, LinearStats
+from ._dispatch import launching
+from .linear_kernels import (
+    FLOOR,
+    GROUP,
+    LN2,
+    LOG2E,
+    LinearLaunch,
+    block_constants,
+    dot,
+    halves,
+    store_block,
+    tile_logits,
+    tile_product,
+)
+
+BACKWARD_TOKENS = 8192  # rows a pass over the vocabulary takes at once
+DLOGITS_BYTES = 1 << 28  # of dz held at once
+
+
+@triton.jit
+def _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY: tl.constexpr):
+    """dz·dz/da of these columns, from log₂ p and p."""
+    coefficient = -g[:, None]
+    if ENTROPY:
+        coefficient -= ge[:, None] * (tl.maximum(log_p, FLOOR) * LN2 + entropy[:, None])
+    dz = p * coefficient + tl.where(cols[None, :] == target[:, None], g[:, None], 0.0)
+    return tl.where(active[:, None], dz * slope, 0.0)
+
+
+@triton.jit
+def _load_rows(
+    targets_ptr,
+    lse_ptr,
+    entropy_ptr,
+    grad_logp_ptr,
+    grad_entropy_ptr,
+    at,
+    active,
+    vocab,
+    ENTROPY: tl.constexpr,
+):
+    """What a gathered row brings: (target or −1, lse·log₂e, its gradient, the entropy's, entropy)."""
+    target = tl.load(targets_ptr + at, mask=active, other=-1)
+    target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+    lse = tl.load(lse_ptr + at, mask=active, other=0.0) * LOG2E
+    g = tl.load(grad_logp_ptr + at, mask=active, other=0.0)
+    ge, entropy = g, g
+    if ENTROPY:
+        ge = tl.load(grad_entropy_ptr + at, mask=active, other=0.0)
+        entropy = tl.load(entropy_ptr + at, mask=active, other=0.0)
+    return target, lse, g, ge, entropy
+
+
+@triton.jit
+def linear_dlogits_kernel(
+    h, w, bias_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr, dz,
+    start, rows, col_start, columns, vocab, width, stride_h, stride_w, stride_dz, temperature, softcap,
+    ENTROPY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """d(hidden·Wᵀ + bias) of [rows, chunk], rows in gathered order; a block past `count` is left alone."""
+    row0 = tl.program_id(0) * BM
+    live = tl.load(count_ptr) - start
+    if row0 >= live:
+        return
+    r = row0 + tl.arange(0, BM)
+    active = (r < rows) & (r < live)
+    col0 = col_start + tl.program_id(1) * BN
+    acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
+    target, lse, g, ge, entropy = _load_rows(
+        targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, start + r, active, vocab, ENTROPY
+    )
+    PART: tl.constexpr = BN // PARTS
+    if PARTS == 2:
+        acc, right = halves(acc, BM, BN)
+    cols = col0 + tl.arange(0, PART)
+    z, slope = tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+    z -= lse[:, None]
+    d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
+    store_block(dz, d, row0, col0 - col_start, rows, columns, stride_dz, TMA)
+    if PARTS == 2:
+        cols += PART
+        z, slope = tile_logits(right, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+        z -= lse[:, None]
+        d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
+        store_block(dz, d, row0, col0 - col_start + PART, rows, columns, stride_dz, TMA)
+
+
+@triton.jit
+def linear_dlogits_saved_kernel(
+    saved_ptr, shift_ptr, order_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
+    count_ptr, dz, start, rows, col_start, columns, vocab, saved_rows, stride_saved, stride_dz,
+    temperature, softcap,
+    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The same from kept probabilities: BM rows by ROWS at a time, the WIDTH columns that share a shift."""
+    live = tl.load(count_ptr) - start
+    row0 = tl.program_id(0) * BM
+    if row0 >= live:
+        return
+    col0 = col_start + tl.program_id(1) * WIDTH
+    cols = col0 + tl.arange(0, WIDTH)
+    shifts = shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * saved_rows
+    for first in range(0, BM, ROWS):
+        r = row0 + first + tl.arange(0, ROWS)
+        active = (r < rows) & (r < live)
+        target, lse, g, ge, entropy = _load_rows(
+            targets_ptr,
+            lse_ptr,
+            entropy_ptr,
+            grad_logp_ptr,
+            grad_entropy_ptr,
+            start + r,
+            active,
+            vocab,
+            ENTROPY,
+        )
+        row = tl.load(order_ptr + start + r, mask=active, other=0)
+        at = saved_ptr + row[:, None] * stride_saved + cols[None, :]
+        kept = tl.load(at, mask=active[:, None] & (cols < vocab)[None, :], other=0.0).to(tl.float32)
+        shift = tl.load(shifts + row, mask=active, other=0.0) - lse
+        log_p = tl.maximum(tl.log2(kept), FLOOR) + shift[:, None]
+        slope = 1.0 / temperature
+        if SOFTCAP:
+            bent = (log_p + lse[:, None]) * (temperature / (softcap * LOG2E))
+            slope = tl.maximum(1.0 - bent * bent, 0.0) / temperature
+        p = kept * tl.exp2(shift)[:, None]
+        d = _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY)
+        store_block(dz, d, row0 + first, col0 - col_start, rows, columns, stride_dz, False)
+
+
+@triton.jit
+def _add(c, x, row0, col0, rows, columns, stride, TMA: tl.constexpr):
+    """x + c at (row0, col0), fp32."""
+    if TMA:
+        there = c.load([row0, col0])
+    else:
+        r = row0 + tl.arange(0, x.shape[0])
+        cols = col0 + tl.arange(0, x.shape[1])
+        at = c + r[:, None].to(tl.int64) * stride + cols[None, :]
+        there = tl.load(at, mask=(r < rows)[:, None] & (cols < columns)[None, :], other=0.0)
+    return x + there.to(tl.float32)
+
+
+@triton.jit
+def linear_product_kernel(
+    a, b, c, count_ptr, start, m, n, k, stride_a, stride_b, stride_c,
+    A_IS_KM: tl.constexpr, ACCUMULATE: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c [m, n] (+)= a·b, b [k, n], a stored [m, k], or [k, m] with A_IS_KM; the token dimension (k if
+    A_IS_KM, else m) ends where `count` − start says."""
+    pid = tl.program_id(0)
+    columns = tl.cdiv(n, BN)
+    first_block = pid // (GROUP * columns) * GROUP
+    group = min(tl.cdiv(m, BM) - first_block, GROUP)
+    local = pid % (GROUP * columns)
+    row0 = (first_block + local % group) * BM
+    col0 = local // group * BN
+    live = tl.load(count_ptr) - start
+    if A_IS_KM:
+        k = max(min(k, live), 0)
+        if ACCUMULATE and k == 0:
+            return
+    elif row0 >= live:
+        return
+    r = row0 + tl.arange(0, BM)
+    cols = col0 + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    if TMA:
+        for k0 in range(0, k, BK):
+            left = a.load([k0, row0]).T if A_IS_KM else a.load([row0, k0])
+            acc = dot(left, b.load([k0, col0]), acc, PRECISION)
+    else:
+        kk = tl.arange(0, BK)
+        for k0 in range(0, k, BK):
+            inner = (k0 + kk).to(tl.int64)
+            right = tl.load(
+                b + inner[:, None] * stride_b + cols[None, :],
+                mask=(inner < k)[:, None] & (cols < n)[None, :], other=0.0,
+            )  # fmt: skip
+            if A_IS_KM:
+                at, mask = inner[:, None] * stride_a + r[None, :], (inner < k)[:, None] & (r < m)[None, :]
+                left = tl.load(a + at, mask=mask, other=0.0).T
+            else:
+                at = r[:, None].to(tl.int64) * stride_a + inner[None, :]
+                left = tl.load(a + at, mask=(r < m)[:, None] & (inner < k)[None, :], other=0.0)
+            acc = dot(left, right, acc, PRECISION)
+    PART: tl.constexpr = BN // PARTS
+    if PARTS == 2:
+        acc, right = halves(acc, BM, BN)
+    if ACCUMULATE:
+        acc = _add(c, acc, row0, col0, m, n, stride_c, TMA)
+    store_block(c, acc, row0, col0, m, n, stride_c, TMA)
+    if PARTS == 2:
+        if ACCUMULATE:
+            right = _add(c, right, row0, col0 + PART, m, n, stride_c, TMA)
+        store_block(c, right, row0, col0 + PART, m, n, stride_c, TMA)
+
+
+@triton.jit
+def linear_bias_kernel(
+    dz_ptr, out_ptr, count_ptr, start, rows, columns, stride_dz,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out [columns] (+)= Σ over rows of dz, rows in order."""
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    live = min(tl.load(count_ptr) - start, rows)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for row0 in range(0, live, BM):
+        r = row0 + tl.arange(0, BM)
+        at = dz_ptr + r[:, None].to(tl.int64) * stride_dz + cols[None, :]
+        acc += tl.load(at, mask=(r < live)[:, None] & (cols < columns)[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(acc, 0)
+    if ACCUMULATE:
+        total += tl.load(out_ptr + cols, mask=cols < columns, other=0.0)
+    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < columns)
+
+
+def linear_backward_triton(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    stats: LinearStats,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    needs: Sequence[bool],
+    into: LinearGrads | None = None,
+) -> LinearGrads:
+    """As `linear_backward`, with rows gathered and counted on the device: the host never waits."""
+    need_hidden, need_weight, need_bias = needs
+    (n, width), weight = hidden.shape, head.weight
+    device, f32 = hidden.device, torch.float32
+    g, ge = (None if x is None else x.to(f32) for x in (grad_logp, grad_entropy))
+    if g is None:
+        g = torch.zeros_like(ge)
+    active = g != 0 if ge is None else (g != 0) | (ge != 0)
+    order = torch.argsort(~active, stable=True)
+    count = active.sum(dtype=torch.int32)
+    # Gathered rows without a gradient are emptied: they may hold NaN, and 0 · NaN would reach d(weight).
+    live = torch.arange(n, device=device) < count
+    h = hidden[order].masked_fill_(~live[:, None], 0)
+    t, lse, g, entropy, ge = (
+        x if x is None or x.shape[0] != n else x[order] for x in (targets, stats.lse, g, stats.entropy, ge)
+    )
+    use_saved = stats.saved.numel() > 0
+    run = LinearLaunch(h, head)
+    tile, product = run.tiles.full, run.tiles.product
+    wide = n > BACKWARD_TOKENS  # several token blocks add up in fp32
+    if into is not None:
+        d_weight, d_bias = into.weight, into.bias
+    else:
+        d_weight = weight.new_empty(weight.shape, dtype=f32 if wide else weight.dtype) if need_weight else None
+        d_bias = weight.new_empty(weight.shape[0], dtype=f32) if need_bias else None
+    d_hidden = torch.empty((n, width), dtype=f32, device=device) if need_hidden else None
+    if n == 0 and into is None:
+        for x in (d_weight, d_bias):
+            if x is not None:
+                x.zero_()
+    for n0 in range(0, n, BACKWARD_TOKENS):
+        hc = h[n0 : n0 + BACKWARD_TOKENS]
+        rows = hc.shape[0]
+        chunk = max(1, DLOGITS_BYTES // (rows * hidden.element_size() * tile.columns)) * tile.columns
+        dz = torch.empty((rows, min(chunk, -(-run.vocab // 128) * 128)), dtype=hidden.dtype, device=device)
+        dh = torch.zeros((rows, width), dtype=f32, device=device) if need_hidden else None
+        accumulate = into is not None or n0 > 0
+        for v0 in range(0, run.vocab, chunk):
+            columns = min(chunk, run.vocab - v0)
+            w = run.weight[v0 : v0 + columns]
+            dz_part = dz[:, :columns]
+            if use_saved:
+                part = tile.part
+                with launching("linear_dlogits_saved", device):
+                    linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, part))](
+                        stats.saved, stats.shift, order, t, lse, entropy, g, g if ge is None else ge, count,
+                        dz, n0, rows, v0, columns, run.vocab, n, stats.saved.stride(0), dz.stride(0),
+                        head.temperature, head.softcap,
+                        ENTROPY=ge is not None, SOFTCAP=head.softcap > 0, BM=tile.rows, WIDTH=part,
+                        ROWS=min(16, tile.rows),
+                        num_warps=4, **tiles.FUSION,
+                    )  # fmt: skip
+            else:
+                with launching("linear_dlogits", device):
+                    linear_dlogits_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+                        run.operand(hc, [tile.rows, tile.depth]),
+                        run.operand(run.weight, [tile.columns, tile.depth]),
+                        run.bias, t, lse, entropy, g, g if ge is None else ge, count,
+                        run.operand(dz_part, [tile.rows, tile.part]),
+                        n0, rows, v0, columns, run.vocab, width,
+                        hc.stride(0), run.weight.stride(0), dz.stride(0),
+                        head.temperature, head.softcap, ENTROPY=ge is not None,
+                        **run.flags, **block_constants(tile),
+                    )  # fmt: skip
+            if need_bias:
+                with launching("linear_bias", device):
+                    linear_bias_kernel[(triton.cdiv(columns, 128),)](
+                        dz, d_bias[v0:], count, n0, rows, columns, dz.stride(0),
+                        ACCUMULATE=accumulate, BM=32, BN=128, num_warps=4, **tiles.FUSION,
+                    )  # fmt: skip
+            if need_weight:
+                _product(run, product, dz_part, hc, d_weight[v0 : v0 + columns], count, n0, True, accumulate)
+            if need_hidden:
+                _product(run, product, dz_part, w, dh, count, n0, False, True)
+        if need_hidden:
+            d_hidden[order[n0 : n0 + rows]] = dh
+    return LinearGrads(d_hidden, d_weight, d_bias)
+
+
+def _product(run: LinearLaunch, tile: tiles.Tile, a, b, c, count, start, a_is_km, accumulate) -> None:
+    """c (+)= a·b, or aᵀ·b with a_is_km."""
+    m, k = (a.shape[1], a.shape[0]) if a_is_km else a.shape
+    n = b.shape[1]
+    a_block = [tile.depth, tile.rows] if a_is_km else [tile.rows, tile.depth]
+    with launching("linear_product", c.device):
+        linear_product_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
+            run.operand(a, a_block), run.operand(b, [tile.depth, tile.columns]),
+            run.operand(c, [tile.rows, tile.part]), count, start,
+            m, n, k, a.stride(0), b.stride(0), c.stride(0),
+            A_IS_KM=a_is_km, ACCUMULATE=accumulate, GROUP=GROUP,
+            TMA=run.descriptors, PRECISION=run.flags["PRECISION"], **block_constants(tile),
+        )  # fmt: skip

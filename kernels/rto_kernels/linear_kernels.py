@@ -1,0 +1,317 @@
+"""The Triton forward pass of linear_logprob.py and linear_ppo.py, and what the backward pass shares with it.
+
+    A program takes a block of rows through one split of the vocabulary, tile by tile, with the running
+    (max, Σ exp, Σ exp·z, target logit) in registers; the splits are then merged in order.
+
+Logits exist in fp32 registers, in base-2 units (z·log₂e), and never in memory. Nothing is added atomically,
+and the tiles and splits do not depend on the number of rows: a row's bits do not either.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tiles
+from ._chunked import Head, LinearStats
+from ._dispatch import INTERPRET, launching
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+FLOOR = tl.constexpr(-1.0e5)
+# The interpreter keeps bf16 as its bits and would multiply those; there the operands are widened first.
+WIDEN = tl.constexpr(INTERPRET)
+GROUP = 16  # row blocks that walk the same vocabulary splits together, for the L2 cache
+FORWARD_TOKENS = 32768  # per launch, which bounds the partial results
+SAVED_ELEMENTS = 1 << 29  # of exp(z) that fused_linear_ppo_loss keeps at once
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    # Near 0 a polynomial (a fit of (tanh x − x)/x³ in x², below 1 ulp), else (1 − t)/(1 + t) with t =
+    # exp(−2|x|).
+    square = x * x
+    fit = -0.00627639 * square + 0.02111622
+    fit = fit * square - 0.05387514
+    fit = fit * square + 0.13332924
+    fit = fit * square - 0.3333333
+    near = x + x * square * fit
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - t) / (1.0 + t)
+    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tile_product(
+    h, w, row0, col0, rows, vocab, width, stride_h, stride_w,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """hidden·Wᵀ [BM, BN] of the rows from row0 and the vocabulary from col0, fp32."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    if TMA:
+        for k in range(0, width, BK):
+            acc = dot(h.load([row0, k]), w.load([col0, k]).T, acc, PRECISION)
+    else:
+        r = row0 + tl.arange(0, BM)
+        cols = col0 + tl.arange(0, BN)
+        kk = tl.arange(0, BK)
+        h_ptrs = h + r[:, None].to(tl.int64) * stride_h + kk[None, :]
+        w_ptrs = w + cols[:, None].to(tl.int64) * stride_w + kk[None, :]
+        for k in range(0, width, BK):
+            inside = (k + kk < width)[None, :]
+            a = tl.load(h_ptrs + k, mask=(r < rows)[:, None] & inside, other=0.0)
+            b = tl.load(w_ptrs + k, mask=(cols < vocab)[:, None] & inside, other=0.0)
+            acc = dot(a, b.T, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def store_block(c, x, row0, col0, rows, columns, stride, TMA: tl.constexpr):
+    """x to c [rows, columns] at (row0, col0), in c's dtype; what is outside is left out."""
+    if TMA:
+        c.store([row0, col0], x.to(c.dtype))
+    else:
+        r = row0 + tl.arange(0, x.shape[0])
+        cols = col0 + tl.arange(0, x.shape[1])
+        at = c + r[:, None].to(tl.int64) * stride + cols[None, :]
+        tl.store(at, x.to(c.dtype.element_ty), mask=(r < rows)[:, None] & (cols < columns)[None, :])
+
+
+@triton.jit
+def halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and right half of x [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(z·log₂e, −inf past the vocabulary; dz/da: a matrix under the soft-cap, else a number)."""
+    if BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        bent = tanh(acc / softcap)
+        z = bent * (softcap * LOG2E / temperature)
+        slope = (1.0 - bent * bent) / temperature
+    else:
+        z = acc * (LOG2E / temperature)
+        slope = 1.0 / temperature
+    return tl.where((cols < vocab)[None, :], z, NEG_INF), slope
+
+
+@triton.jit
+def _absorb(
+    acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+    rows, vocab, stride_saved, temperature, softcap,
+    ENTROPY: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc."""
+    WIDTH: tl.constexpr = acc.shape[1]
+    cols = col0 + tl.arange(0, WIDTH)
+    z, _ = tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
+    picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+    new = tl.maximum(peak, tl.max(z, 1))
+    base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
+    z -= base[:, None]
+    e = tl.exp2(z)
+    decay = tl.exp2(peak - base)
+    if ENTROPY:
+        weighted = decay * (weighted + total * tl.maximum(peak - base, FLOOR))
+        weighted += tl.sum(e * tl.maximum(z, FLOOR), 1)
+    total = total * decay + tl.sum(e, 1)
+    if SAVE:
+        # A whole power of two as shift: what scales by it later is exact.
+        k = tl.ceil(base)
+        kept = (e * tl.exp2(base - k)[:, None]).to(tl.bfloat16)
+        store_block(saved, kept, row0, col0, rows, vocab, stride_saved, TMA)
+        r = row0 + tl.arange(0, acc.shape[0])
+        tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, k, mask=r < rows)
+    return new, total, weighted, picked
+
+
+@triton.jit
+def linear_stats_kernel(
+    h, w, bias_ptr, targets_ptr, parts_ptr, saved, shift_ptr,
+    rows, vocab, width, stride_h, stride_w, stride_saved, temperature, softcap,
+    SPLITS: tl.constexpr, PER_SPLIT: tl.constexpr, ENTROPY: tl.constexpr, SAVE: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """parts [3 or 4, SPLITS, rows]: max, Σ 2^(z − max), target logit, (ENTROPY) Σ 2^(z − max)·(z − max)."""
+    pid = tl.program_id(0)
+    first_block = pid // (GROUP * SPLITS) * GROUP
+    group = min(tl.cdiv(rows, BM) - first_block, GROUP)
+    local = pid % (GROUP * SPLITS)
+    row0 = (first_block + local % group) * BM
+    split = local // group
+    r = row0 + tl.arange(0, BM)
+    target = tl.load(targets_ptr + r, mask=r < rows, other=-1)
+    target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+    peak = tl.full((BM,), NEG_INF, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    weighted = tl.zeros((BM,), tl.float32)
+    picked = tl.zeros((BM,), tl.float32)
+    tiles_end = min((split + 1) * PER_SPLIT, tl.cdiv(vocab, BN))
+    PART: tl.constexpr = BN // PARTS
+    for tile in range(split * PER_SPLIT, tiles_end):
+        col0 = tile * BN
+        acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
+        if PARTS == 2:
+            acc, right = halves(acc, BM, BN)
+        peak, total, weighted, picked = _absorb(
+            acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+            rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+        )  # fmt: skip
+        if PARTS == 2:
+            peak, total, weighted, picked = _absorb(
+                right, row0, col0 + PART, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+                rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+            )  # fmt: skip
+    out = parts_ptr + tl.cast(split, tl.int64) * rows + r
+    plane = tl.cast(rows, tl.int64) * SPLITS
+    tl.store(out, peak, mask=r < rows)
+    tl.store(out + plane, total, mask=r < rows)
+    tl.store(out + 2 * plane, picked, mask=r < rows)
+    if ENTROPY:
+        tl.store(out + 3 * plane, weighted, mask=r < rows)
+
+
+@triton.jit
+def linear_merge_kernel(
+    parts_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, rows, vocab, ignore_index,
+    SPLITS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The splits' parts, merged in order; logp is 0 at ignored rows, NaN where the target is no column."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < rows
+    plane = tl.cast(rows, tl.int64) * SPLITS
+    peak = tl.full((BLOCK,), NEG_INF, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    picked = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLITS):
+        part = parts_ptr + tl.cast(rows, tl.int64) * split + r
+        their_peak = tl.load(part, mask=inside, other=NEG_INF)
+        their_total = tl.load(part + plane, mask=inside, other=0.0)
+        picked += tl.load(part + 2 * plane, mask=inside, other=0.0)
+        new = tl.maximum(peak, their_peak)
+        base = tl.where(new == NEG_INF, 0.0, new)
+        mine, theirs = tl.exp2(peak - base), tl.exp2(their_peak - base)
+        if ENTROPY:
+            their_weighted = tl.load(part + 3 * plane, mask=inside, other=0.0)
+            weighted = mine * (weighted + total * tl.maximum(peak - base, FLOOR))
+            weighted += theirs * (their_weighted + their_total * tl.maximum(their_peak - base, FLOOR))
+        total = total * mine + their_total * theirs
+        peak = new
+    target = tl.load(targets_ptr + r, mask=inside, other=0)
+    ignored = target == ignore_index
+    logp = (picked - peak - tl.log2(total)) * LN2
+    logp = tl.where((target >= 0) & (target < vocab), logp, float("nan"))
+    tl.store(logp_ptr + r, tl.where(ignored, 0.0, logp), mask=inside)
+    tl.store(lse_ptr + r, (peak + tl.log2(total)) * LN2, mask=inside)
+    if ENTROPY:
+        entropy = (tl.log2(total) - weighted / total) * LN2
+        tl.store(entropy_ptr + r, tl.where(ignored, 0.0, entropy), mask=inside)
+
+
+class LinearLaunch:
+    """How this problem's operands reach the kernels, and with which tiles."""
+
+    def __init__(self, hidden: Tensor, head: Head):
+        self.width, self.vocab = hidden.shape[1], head.weight.shape[0]
+        self.descriptors, self.tiles = tiles_of(hidden, self.vocab)
+        self.weight = self.rows(head.weight)
+        # An absent bias is never read; the weight's pointer stands in.
+        self.bias = self.weight if head.bias is None else head.bias.contiguous()
+        self.flags = {
+            "TMA": self.descriptors,
+            "PRECISION": precision_of(hidden.dtype),
+            "BIAS": head.bias is not None,
+            "SOFTCAP": head.softcap > 0,
+        }
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x, or a copy where its rows are not runs of neighbours, or not aligned for the copy engine."""
+        plain = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+        aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        return x if plain and (aligned or not self.descriptors) else x.clone(memory_format=torch.contiguous_format)
+
+    def operand(self, x: Tensor, block: list[int]):
+        return TensorDescriptor.from_tensor(x, block) if self.descriptors else x
+
+
+def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
+    """(whether operands are read through tensor descriptors, tiles); from shapes, dtype and device alone."""
+    chip, size = tiles.chip_of(hidden.device), hidden.element_size()
+    # The copy engine wants rows of whole 16 bytes; sm_80 has none.
+    descriptors = chip != "sm80" and hidden.shape[1] * size % 16 == 0
+    return descriptors, tiles.choose(hidden.shape[1], vocab, size, chip, descriptors)
+
+
+def saved_shapes_triton(hidden: Tensor, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of `saved` and `shift`: a shift for each row and part of a column tile."""
+    full = tiles_of(hidden, vocab)[1].full
+    # A shift for each part of a tile; rows of whole 16 bytes.
+    return (hidden.shape[0], -(-vocab // 8) * 8), (full.parts * -(-vocab // full.columns), hidden.shape[0])
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    # TF32 alone would keep 10 bits of an fp32 operand; three TF32 products keep what fp32 does.
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def block_constants(tile: tiles.Tile) -> dict:
+    return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PARTS": tile.parts, **tile.launch}
+
+
+def linear_forward_triton(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    ignore_index: int,
+    want_entropy: bool = False,
+    save_dtype: torch.dtype | None = None,
+) -> LinearStats:
+    """hidden [N, H], targets [N] → the rows' statistics, fp32."""
+    n, vocab = hidden.shape[0], head.weight.shape[0]
+    run = LinearLaunch(hidden, head)
+    hidden, targets = run.rows(hidden), targets.contiguous()
+    tile = run.tiles.logits(head.bias is not None, head.softcap > 0, save_dtype is not None)
+    splits, per_split = tiles.splits_of(vocab, tile)
+    logp, lse = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    entropy = torch.empty(n if want_entropy else 0, dtype=torch.float32, device=hidden.device)
+    shape, shifts = saved_shapes_triton(hidden, vocab) if save_dtype else ((0, 8), 0)
+    saved = torch.empty(shape, dtype=torch.bfloat16, device=hidden.device)
+    shift = torch.empty(shifts, dtype=torch.float32, device=hidden.device)
+    step = n if save_dtype else FORWARD_TOKENS
+    for n0 in range(0, n, max(step, 1)):
+        h, t = hidden[n0 : n0 + step], targets[n0 : n0 + step]
+        rows = h.shape[0]
+        kept = saved[:, :vocab]
+        if save_dtype is not None:
+            kept = run.operand(kept, [tile.rows, tile.part])
+        parts = torch.empty((3 + want_entropy, splits, rows), dtype=torch.float32, device=hidden.device)
+        with launching("linear_stats", hidden.device):
+            linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
+                run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
+                run.bias, t, parts, kept, shift,
+                rows, vocab, run.width, h.stride(0), run.weight.stride(0), saved.stride(0),
+                head.temperature, head.softcap,
+                SPLITS=splits, PER_SPLIT=per_split, ENTROPY=want_entropy,
+                SAVE=save_dtype is not None, GROUP=GROUP,
+                **run.flags, **block_constants(tile),
+            )  # fmt: skip
+        with launching("linear_merge", hidden.device):
+            linear_merge_kernel[(triton.cdiv(rows, 128),)](
+                parts, t, logp[n0:], entropy[n0:], lse[n0:], rows, vocab, ignore_index,
+                SPLITS=splits, ENTROPY=want_entropy, BLOCK=128, num_warps=4, **tiles.FUSION,
+            )  # fmt: skip
+    return LinearStats(logp, entropy, lse, saved if save_dtype else shift.to(saved.dtype), shift)

@@ -1,0 +1,280 @@
+"""The clipped PPO policy loss straight from hidden states: log-probs, loss and gradients in one pass over the
+tokens.
+
+    logp  as in linear_logprob.py        policy_loss, c_i  as in ppo_loss.py
+    g_i   = ∂policy_loss/∂logp_i         known as soon as row i's logp is: its weight c_i needs no other row
+    dz_iv = g_i·(onehot_iv − p_iv) + entropy_coef·c_i·p_iv·(log p_iv + H_i)
+
+So a chunk of tokens goes hidden → exp(z) → logp → g → d(hidden), d(weight) before the next one starts, and
+three matrix products are the whole cost: nothing is computed twice and no logits outlive their chunk. Rows
+whose g is exactly 0 (outside the mask, clipped, zero advantage) leave before the two products of the backward
+pass.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._chunked import Head, LinearGrads
+from ._dispatch import FLOATS_TORCH, check_tensor, resolve_backend
+from ._layout import check_layout, compute_dtype
+from .linear_logprob import check_linear, linear_passes
+from .ppo_loss import INF, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
+
+
+class LinearPPOLoss(NamedTuple):
+    policy_loss: Tensor  # scalar, differentiable in hidden, weight and bias
+    logp: Tensor  # shaped as targets, 0 outside the mask, without gradient
+    entropy: Tensor  # likewise; [0] unless asked for
+    stats: PPOStats
+
+
+def token_weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: Tensor | None) -> Tensor:
+    """c, shaped as mask: what a token's loss counts in the mean, 0 outside. The host never waits for it."""
+    inside = mask.double()
+    if aggregation == "token":
+        return inside / (inside.sum().clamp(min=1) if denominator is None else denominator)
+    if cu_seqlens is None:
+        counts = inside.sum(1)
+        per_token = counts[:, None]
+    else:
+        sums = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[cu_seqlens.long()]
+        counts = sums.diff()
+        positions = torch.arange(mask.shape[0], device=mask.device)
+        row = torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
+        per_token = counts[row] if counts.numel() else counts
+    units = (counts > 0).sum().clamp(min=1) if denominator is None else denominator
+    return inside / (per_token.clamp(min=1) * units)
+
+
+def _policy_loss(logp, old_logp, advantages, entropy, sampler_logp, whiten, layout, clip, is_cap, entropy_coef, how):
+    """(loss, statistics, dlogp without its 1/D) of ppo_loss's policy half."""
+    aggregation, backend = how
+    loss, _, _, stats, dlogp, *_ = _ppo_loss_op(
+        logp, old_logp, advantages, None, None, None, entropy, sampler_logp, *whiten, None, *layout,
+        *clip, INF, is_cap, entropy_coef, aggregation, 0, True, backend,
+    )  # fmt: skip
+    return loss, stats, dlogp
+
+
+@torch.library.custom_op("rto_kernels::linear_ppo", mutates_args=())
+def _linear_ppo(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    sampler_logp: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    denominator: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    clip: list[float],
+    is_cap: float,
+    entropy_coef: float,
+    want_entropy: bool,
+    aggregation: str,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """[loss, statistics, logp, entropy, d(hidden), d(weight), d(bias)]; what is not needed is [0]."""
+    shape, dtype = targets.shape, compute_dtype(hidden)
+    head = Head(weight, bias, temperature, softcap)
+    passes = linear_passes(backend)
+    inside = targets != ignore_index
+    if mask is not None:
+        inside &= mask != 0
+    c = token_weights(inside, cu_seqlens, aggregation, denominator).to(dtype).reshape(-1)
+    h, flat = hidden.reshape(-1, hidden.shape[-1]), inside.reshape(-1)
+    t, old, adv = (x.reshape(-1) for x in (targets, old_logp, advantages))
+    sampler = None if sampler_logp is None else sampler_logp.reshape(-1)
+    n = h.shape[0]
+    logp = h.new_zeros(n, dtype=dtype)
+    entropy = h.new_zeros(n if want_entropy else 0, dtype=dtype)
+    need_hidden, need_weight, need_bias = needs
+    chunk = passes.chunk_tokens(weight.shape[0])
+    # One chunk writes d(weight) in its own dtype; several add up in the compute dtype first.
+    several = n > chunk or n == 0
+    total = LinearGrads(
+        torch.empty_like(h, memory_format=torch.contiguous_format) if need_hidden else None,
+        h.new_zeros(weight.shape, dtype=dtype) if need_weight and several else None,
+        h.new_zeros(weight.shape[0], dtype=dtype) if need_bias and several else None,
+    )
+    d_weight, d_bias = total.weight, total.bias
+    one = h.new_ones((), dtype=torch.float32)
+    for start in range(0, n, chunk):
+        rows = slice(start, min(start + chunk, n))
+        keep = passes.chunk_dtype(h) if any(needs) else None
+        stats = passes.forward(h[rows], t[rows], head, ignore_index, want_entropy, keep)
+        logp[rows] = torch.where(flat[rows], stats.logp, 0)
+        if want_entropy:
+            entropy[rows] = torch.where(flat[rows], stats.entropy, 0)
+        if not any(needs):
+            continue
+        _, _, g = _policy_loss(
+            logp[rows][None], old[rows][None], adv[rows][None], None,
+            None if sampler is None else sampler[rows][None],
+            (mean, rstd), (None, None, one), clip, is_cap, 0.0, ("token", backend),
+        )  # fmt: skip
+        # `where`: outside the mask old_logp and advantages may be NaN.
+        g = torch.where(flat[rows], g[0] * c[rows], 0)
+        ge = -entropy_coef * c[rows] if entropy_coef else None
+        grads = passes.backward(h[rows], t[rows], head, stats, g, ge, needs, total if several else None)
+        if need_hidden:
+            total.hidden[rows] = grads.hidden
+        d_weight, d_bias = grads.weight, grads.bias
+    loss, statistics, _ = _policy_loss(
+        logp.view(shape), old_logp, advantages, entropy.view(shape) if want_entropy else None, sampler_logp,
+        (mean, rstd), (cu_seqlens, inside, denominator), clip, is_cap, entropy_coef, (aggregation, backend),
+    )  # fmt: skip
+
+    def out(x: Tensor | None, like: Tensor) -> Tensor:
+        return like.new_empty(0) if x is None else x.to(like.dtype).view(like.shape)
+
+    return [
+        loss, statistics, logp.view(shape), entropy.view(shape) if want_entropy else entropy,
+        out(total.hidden, hidden), out(d_weight, weight), out(d_bias, weight if bias is None else bias),
+    ]  # fmt: skip
+
+
+@_linear_ppo.register_fake
+def _(hidden, weight, bias, targets, *args):
+    want_entropy, _, needs, _ = args[-4:]
+    new = hidden.new_empty
+    dtype = compute_dtype(hidden)
+    grads = (hidden, weight, bias)
+    return [
+        new((), dtype=dtype),
+        new(len(PPOStats._fields), dtype=dtype),
+        new(targets.shape, dtype=dtype),
+        new(targets.shape if want_entropy else 0, dtype=dtype),
+        *(new(x.shape) if need else new(0) for x, need in zip(grads, needs, strict=True)),
+    ]
+
+
+class _Attach(torch.autograd.Function):
+    """Gives the finished loss its finished gradients, scaled in place by the upstream one.
+
+    In place, because a second d(weight) is what this file exists to avoid; autograd sees the write and
+    refuses a second backward pass over the same graph.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, d_hidden, d_weight, d_bias, hidden, weight, bias):
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.mark_dirty(loss)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        # detach: a new handle on the same memory, which the caller's .grad may then keep without a copy.
+        scaled = (
+            x.mul_(grad).detach() if need else None
+            for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
+        )
+        return None, None, None, None, *scaled
+
+
+def fused_linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    clip: float | tuple[float | None, float | None] | None = 0.2,
+    whiten: tuple[Tensor, Tensor] | None = None,
+    entropy_coef: float = 0.0,
+    return_entropy: bool = False,
+    sampler_logp: Tensor | None = None,
+    is_cap: float | None = None,
+    aggregation: str = "sequence",
+    denominator: Tensor | float | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> LinearPPOLoss:
+    """The policy loss of `ppo_loss` over the log-probs of `token_logprobs`, with no logits and no second
+    pass.
+
+    hidden   [B, T, H], or packed [N, H] with cu_seqlens [B + 1]; bf16, fp16 or fp32 (fp64 on the PyTorch
+             path)
+    weight   [V, H] of hidden's dtype, bias [V]
+    targets, old_logp, advantages, sampler_logp, mask   [B, T], or [N]; a target of ignore_index is outside
+                                                        the mask
+    The remaining arguments are those of `ppo_loss` and `token_logprobs`.
+
+    Returns LinearPPOLoss. The gradients are computed with the loss and kept until its backward pass, which
+    can run once; where no input requires a gradient only the loss is computed. d(weight) is one tensor of the
+    weight's size, and an fp32 one beside it for 16-bit weights whose tokens take several chunks.
+
+    Raises ValueError as `token_logprobs` and `ppo_loss` do.
+    """
+    backend = resolve_backend(backend, hidden)
+    check_tensor("hidden", hidden, dtypes=FLOATS_TORCH)
+    packed = cu_seqlens is not None
+    rank = 2 if packed else 3
+    if hidden.ndim != rank:
+        expect = "[N, H], packed, with cu_seqlens" if packed else "[B, T, H], or [N, H] with cu_seqlens="
+        check_tensor("hidden", hidden, shape=(None,) * rank, expect=expect)
+    shape = tuple(hidden.shape[:-1])
+    check_tensor("targets", targets, shape=shape, expect=f"{list(shape)} like hidden without its last dimension")
+    flat_targets = targets.reshape(-1)
+    if mask is not None:
+        check_layout("targets", targets, cu_seqlens, mask)
+        flat_targets = torch.where(mask.reshape(-1) != 0, flat_targets, ignore_index)
+    check_linear(
+        backend,
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        flat_targets,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+    )
+    given = [("old_logp", old_logp, True), ("advantages", advantages, True)]
+    given.append(("sampler_logp", sampler_logp, is_cap is not None))
+    like_logp = old_logp if isinstance(old_logp, Tensor) else advantages
+    check_tensor("old_logp", like_logp, shape=shape, expect=f"{list(shape)} like targets")
+    denominator = _check_inputs(backend, like_logp, given, cu_seqlens, mask, aggregation, denominator)
+    mean, rstd = (None, None) if whiten is None else (_scalar(x, hidden) for x in whiten)
+    inputs = (hidden, weight, bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    loss, stats, logp, entropy, *grads = _linear_ppo(
+        *(None if x is None else x.detach() for x in inputs),
+        targets,
+        old_logp.detach(),
+        advantages.detach(),
+        None if sampler_logp is None else sampler_logp.detach(),
+        mean,
+        rstd,
+        cu_seqlens,
+        mask,
+        denominator,
+        float(temperature),
+        float(softcap or 0.0),
+        ignore_index,
+        list(_bounds("clip", clip)),
+        float(is_cap or INF),
+        float(entropy_coef),
+        return_entropy or entropy_coef != 0,
+        aggregation,
+        needs,
+        backend,
+    )
+    if any(needs):
+        loss = _Attach.apply(loss, *grads, *inputs)
+    return LinearPPOLoss(loss, logp, entropy if return_entropy else entropy.new_empty(0), PPOStats(*stats.unbind()))

@@ -1,0 +1,155 @@
+"""Every tile choice of the vocabulary-sized kernels, in one place.
+
+A choice depends on (H, V, dtype, chip), never on the number of tokens: that keeps a row's bits the same
+whatever its batch. Measured choices live in a JSON file that outlives the process ($RTO_KERNELS_TILES, else
+~/.cache/rto_kernels/tiles.json); `remember` writes it, and what it lacks is answered by the defaults below.
+"""
+
+import functools
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ._dispatch import INTERPRET
+
+# At most this many vocabulary splits, so that the partial results of a launch stay small.
+MAX_SPLITS = 64
+# At least this many column tiles in a split (but under the interpreter), so that a program has work to do.
+MIN_PER_SPLIT = 2 if INTERPRET else 8
+# FMA contraction is Triton's default up to 3.9 and not from 3.10 on; results shall not depend on the release.
+FUSION = {"enable_fp_fusion": True}
+
+
+class Tile(NamedTuple):
+    """A block of `rows` × `columns` of the result, `depth` of the inner dimension at a time.
+
+    What follows the product works on `parts` (1 or 2) column parts of the block: registers hold no more.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    parts: int = 2
+    # Left to itself (0) the assembler spills a few, for an occupancy that shared memory rules out.
+    registers: int = 255
+
+    @property
+    def part(self) -> int:
+        return self.columns // self.parts
+
+    @property
+    def launch(self) -> dict:
+        bound = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **bound, **FUSION}
+
+
+class Tiles(NamedTuple):
+    """The tiles of one problem. The logits' epilogue decides what fits in registers."""
+
+    plain: Tile  # logits without bias, soft-cap and kept probabilities
+    full: Tile  # logits with any of them, and d(logits)
+    product: Tile  # d(hidden) and d(weight) from d(logits); its `depth` divides the others' `rows`
+
+    def logits(self, bias: bool, softcap: bool, save: bool) -> Tile:
+        return self.full if bias or softcap or save else self.plain
+
+
+# (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. Each was compiled for its chip: none
+# spills.
+_POINTERS_2 = Tiles(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3))
+_POINTERS_4 = Tiles(Tile(64, 64, 32, 8, 3), Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3))
+_DESCRIPTORS_2 = Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
+_DESCRIPTORS_4 = Tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3))
+_DEFAULTS = {
+    ("sm80", 2, False): _POINTERS_2,
+    ("sm80", 4, False): _POINTERS_4,
+    ("sm90", 2, True): _DESCRIPTORS_2,
+    ("sm90", 2, False): _POINTERS_2,
+    ("sm90", 4, True): _DESCRIPTORS_4,
+    ("sm90", 4, False): _POINTERS_4,
+    # Triton 3.9 fails to lower a block split in two that is stored through a descriptor there.
+    ("sm100", 2, True): _DESCRIPTORS_2._replace(
+        plain=Tile(128, 256, 64, 8, 3, registers=0), full=Tile(128, 64, 64, 8, 3, parts=1)
+    ),
+    ("sm100", 2, False): _POINTERS_2,
+    ("sm100", 4, True): _DESCRIPTORS_4,
+    ("sm100", 4, False): _POINTERS_4,
+}
+# Under the interpreter small sizes must still cross tile and split borders.
+_INTERPRETED = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
+
+
+def selectable(chip: str, itemsize: int) -> list[tuple[bool, Tiles]]:
+    """Every (descriptors, tiles) that a launch on `chip` can be given."""
+    return [(tma, t) for (c, size, tma), t in _DEFAULTS.items() if c == chip and size == itemsize]
+
+
+@functools.cache
+def chip_of(device: torch.device) -> str:
+    """sm80, sm90 or sm100: the newest supported generation not above the device's; "cpu" off a GPU."""
+    if device.type != "cuda":
+        return "cpu"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm100" if major >= 10 else "sm90" if major == 9 else "sm80"
+
+
+def cache_path() -> Path:
+    given = os.environ.get("RTO_KERNELS_TILES")
+    return Path(given) if given else Path.home() / ".cache" / "rto_kernels" / "tiles.json"
+
+
+@functools.cache
+def _measured(path: Path) -> dict[str, list]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _key(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) -> str:
+    return f"{chip} H{width} V{vocab} {8 * itemsize}bit {'tma' if descriptors else 'pointers'}"
+
+
+def choose(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) -> Tiles:
+    """The tiles for hidden [·, width] and weight [vocab, width] of `itemsize` bytes."""
+    if chip == "cpu":
+        return _INTERPRETED
+    measured = _measured(cache_path()).get(_key(width, vocab, itemsize, chip, descriptors))
+    if measured:
+        return Tiles(*(Tile(*t) for t in measured))
+    return _DEFAULTS[chip, itemsize, descriptors]
+
+
+def remember(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool, tiles: Tiles) -> None:
+    """Write a measured choice for later processes; this one keeps what it has, and so its results."""
+    path = cache_path()
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    known[_key(width, vocab, itemsize, chip, descriptors)] = [list(t) for t in tiles]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved, so that a reader never meets half a file.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:
+        json.dump(known, out, indent=1)
+    os.replace(out.name, path)
+
+
+def row_block(vocab: int) -> dict:
+    """Elements of a row of logits that a program holds at once, and its warps."""
+    width = 1 << max(vocab - 1, 15).bit_length()
+    block, warps = min(width, 64 if INTERPRET else 8192), 8 if width >= 4096 else 4
+    return {"BLOCK": block, "num_warps": warps, "maxnreg": 128, **FUSION}
+
+
+def splits_of(vocab: int, tile: Tile) -> tuple[int, int]:
+    """(splits, column tiles in each) of the vocabulary in the forward pass."""
+    tiles = -(-vocab // tile.columns)
+    per_split = max(MIN_PER_SPLIT, -(-tiles // MAX_SPLITS))
+    return -(-tiles // per_split), per_split

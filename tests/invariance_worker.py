@@ -1,0 +1,123 @@
+"""Losses and gradients of every objective on this number of ranks, for several ZeRO stages and micro-batch sizes.
+
+python invariance_worker.py MODELS OUT        # MODELS: a JSON dict of paths; OUT: a file that rank 0 writes
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from loop_helpers import watched_gradients
+
+from rto_fast import algo, build, distributed, models, scoring
+from rto_fast.attention import PACKED
+from rto_fast.batch import Request, Rollout
+from rto_fast.config import DPOConfig, RTOConfig
+from rto_fast.engine import TrainEngine
+from rto_fast.metrics import RunLogger
+from rto_fast.packing import Placement
+from rto_fast.ppo_update import TrainBatch
+from rto_fast.stages import DPO, SFT, RewardModel, reference_logps
+from rto_fast.supervised import Row, train_step
+
+BUDGETS = (1, 512, 4096)
+"""Tokens of a micro-batch: every sequence alone, some together, all together."""
+STAGES = (2, 3)
+SEQUENCES = 23
+"""An odd number, of very unequal lengths, so that ranks hold unequal numbers of micro-batches."""
+
+
+def rollout() -> Rollout:
+    rng = random.Random(5)
+    lens = [rng.choice((1, 3, 20, 60, 100)) for _ in range(SEQUENCES)]
+    prompts = [tuple(rng.randrange(4, 80) for _ in range(rng.randint(1, 9))) for _ in lens]
+    requests = [Request(p, row=0, sample_index=i, response_index=0, seed=i) for i, p in enumerate(prompts)]
+    responses = [[rng.randrange(4, 80) for _ in range(n)] for n in lens]
+    return Rollout.from_lists(requests, responses, [[-1.0] * n for n in lens], [n == 100 for n in lens], version=0)
+
+
+def rl(paths: dict[str, str], stage: int, budget: int, folder: Path) -> dict[str, tuple]:
+    """Policy and critic updates of one train batch."""
+    config = RTOConfig(
+        policy=paths["policy"], dpo_model=paths["dpo"], reward_model=(paths["reward"],), data=paths["prompts"],
+        output_dir=str(folder), dtype="fp32", rollout_batch=SEQUENCES, train_batch=SEQUENCES, iterations=1,
+        max_prompt_length=16, max_response_length=100, gradient_checkpointing=False, data_cache=False,
+        zero_stage=stage, micro_tokens=budget, score_tokens=max(budget, 64), max_grad_norm=0.0, entropy_coef=0.01,
+        truncation="bootstrap",
+    )  # fmt: skip
+    run = build.build(config)
+    drawn = rollout()
+    scores, _ = scoring.score(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
+    targets = algo.targets(drawn, scores, config, config.beta2)
+    batch = TrainBatch(run, drawn, scores, targets, list(range(len(drawn))))
+    out = {}
+    for name, engine, update in (
+        ("policy", run.policy, batch.update_policy),
+        ("critic", run.critic, batch.update_critic),
+    ):
+        with watched_gradients(engine) as gradients:
+            stats = update(0)
+        out[name] = (stats.loss, dict(gradients), len(batch.micro))
+    run.logger.close()
+    return out
+
+
+def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> dict[str, tuple]:
+    """One step of SFT, reward model and DPO on the same rows."""
+    rng = random.Random(6)
+    rows = [
+        Row(
+            [rng.randrange(4, 80) for _ in range(rng.randint(1, 9))],
+            tuple([rng.randrange(4, 80) for _ in range(rng.choice((1, 4, 30, 80)))] for _ in range(2)),
+        )
+        for _ in range(15)
+    ]
+    single = [Row(row.prompt, row.responses[:1]) for row in rows]
+    config = DPOConfig(
+        model=paths["policy"], data="none", output_dir=str(folder), dtype="fp32", batch=len(rows), zero_stage=stage,
+        micro_tokens=budget, gradient_checkpointing=False, max_grad_norm=0.0,
+    )  # fmt: skip
+    placement = Placement(distributed.device(), "sdpa", lockstep=stage == 3, micro_tokens=budget)
+    loading = {"dtype": torch.float32, "attention": PACKED, "argument": "model"}
+    reference = models.load_policy(paths["dpo_ref"], **loading)
+    table = reference_logps(reference, rows, placement)
+    makes = {
+        "sft": lambda: SFT(models.load_policy(paths["policy"], **loading), single, []),
+        "rm": lambda: RewardModel(models.load_scalar(paths["reward"], **loading), rows, []),
+        "dpo": lambda: DPO(models.load_policy(paths["policy"], **loading), rows, [], (table, table[:0]), 0.1),
+    }
+    logger = RunLogger(folder, stage="test", total_steps=1, rank=distributed.rank(), config={})
+    out = {}
+    for name, make in makes.items():
+        engine = TrainEngine((objective := make()).model, config, peak_lr=1e-3, total_steps=1)
+        with watched_gradients(engine) as gradients, logger.phase("train"):
+            metrics, applied = train_step(config, objective, engine, placement, logger, 0)
+        assert applied
+        out[name] = (metrics["train/loss"], dict(gradients), 0)
+    logger.close()
+    return out
+
+
+def main() -> None:
+    paths, target = json.loads(sys.argv[1]), Path(sys.argv[2])
+    distributed.init()
+    torch.set_num_threads(1)
+    found = {}
+    for stage in STAGES:
+        for budget in BUDGETS:
+            with tempfile.TemporaryDirectory() as folder:
+                root = Path(distributed.broadcast_object(folder))
+                found[stage, budget] = rl(paths, stage, budget, root / "rl")
+                found[stage, budget] |= supervised(paths, stage, budget, root / "supervised")
+                distributed.barrier()
+    if distributed.rank() == 0:
+        torch.save(found, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Which backend runs, launch counting, and what a wrong argument is told."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import rto_kernels as rk
+import torch
+from kernel_checks import DEVICE, TRITON, sample
+from rto_kernels._dispatch import INTERPRET, check_local, count_launch, count_launches, resolve_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def test_public_names_are_all_there():
+    for name in rk.__all__:
+        assert callable(getattr(rk, name))
+
+
+def test_backend_follows_the_device():
+    here = torch.zeros(1, device=DEVICE)
+    assert resolve_backend(None, here) == ("triton" if TRITON else "torch")
+    assert resolve_backend("torch", here) == "torch"
+    with pytest.raises(ValueError, match="backend must be None, 'triton' or 'torch', got 'cuda'"):
+        resolve_backend("cuda", here)
+    if not TRITON:
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            rk.gae(torch.zeros(1, 1), torch.zeros(1, 1), backend="triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_tensor_always_takes_triton():
+    assert resolve_backend(None, torch.zeros(1, device="cuda")) == "triton"
+
+
+def test_launches_are_counted_by_block():
+    with count_launches() as outer:
+        count_launch("a")
+        with count_launches() as inner:
+            count_launch("a")
+            count_launch("b")
+    assert inner == {"a": 1, "b": 1}
+    assert outer == {"a": 2, "b": 1}
+
+
+def call(name: str, **changes):
+    layout = sample("packed")
+    scores = layout.sequences()
+    args = {
+        "token_rewards": {
+            "policy_logp": layout.tokens(), "ref_logp": layout.tokens(), "dpo_logp": layout.tokens(),
+            "scores": scores, "beta1": 0.1, "beta2": 0.1, "cu_seqlens": layout.cu_seqlens,
+        },
+        "gae": {"rewards": layout.tokens(), "values": layout.tokens(), "cu_seqlens": layout.cu_seqlens},
+        "ppo_loss": {
+            "logp": layout.tokens(), "old_logp": layout.tokens(), "advantages": layout.tokens(),
+            "values": layout.tokens(), "old_values": layout.tokens(), "returns": layout.tokens(),
+            "cu_seqlens": layout.cu_seqlens,
+        },
+    }[name]  # fmt: skip
+    return getattr(rk, name)(**{**args, **changes})
+
+
+WRONG = [
+    (
+        "token_rewards",
+        {"ref_logp": torch.zeros(3)},
+        r"ref_logp must have shape \[56\] like policy_logp, got \[3\]",
+    ),
+    ("token_rewards", {"scores": torch.zeros(4)}, r"scores must have shape \[B\] = \[5\], got \[4\]"),
+    ("token_rewards", {"dpo_logp": torch.zeros(56, dtype=torch.int64)}, "dpo_logp must have dtype float32"),
+    ("token_rewards", {"dpo_logp": None}, "dpo_logp must be a tensor .*, got NoneType"),
+    ("token_rewards", {"policy_logp": torch.zeros(2, 28)}, r"policy_logp must have shape \[N\], packed"),
+    (
+        "token_rewards",
+        {"cu_seqlens": None},
+        r"policy_logp must have shape \[B, T\] \(or \[N\] with cu_seqlens=\)",
+    ),
+    ("token_rewards", {"cu_seqlens": torch.tensor([0.0, 56.0])}, "cu_seqlens must have dtype int32, int64"),
+    (
+        "token_rewards",
+        {"cu_seqlens": torch.tensor([0, 30, 20, 56])},
+        "cu_seqlens must start at 0, never fall",
+    ),
+    ("token_rewards", {"cu_seqlens": torch.tensor([0, 17, 17, 18, 51, 55])}, "end at the 56 packed tokens"),
+    ("token_rewards", {"cu_seqlens": torch.tensor([], dtype=torch.int32)}, "at least its leading 0"),
+    ("gae", {"values": torch.zeros(55)}, r"values must have shape \[56\], a value a token, got \[55\]"),
+    ("gae", {"bootstrap": torch.zeros(56)}, r"bootstrap must have shape \[B\] = \[5\], got \[56\]"),
+    ("gae", {"gaps": "skip"}, "gaps must be 'zero' or 'carry', got 'skip'"),
+    ("gae", {"mask": torch.ones(5)}, r"mask must have shape \[56\] like rewards, got \[5\]"),
+    ("ppo_loss", {"returns": None}, "returns must be a tensor .*, got NoneType"),
+    ("ppo_loss", {"old_values": None}, "old_values must be a tensor .*, got NoneType"),
+    ("ppo_loss", {"aggregation": "batch"}, "aggregation must be 'sequence' or 'token', got 'batch'"),
+    ("ppo_loss", {"denominator": 0}, "denominator must be a positive count, got 0"),
+    ("ppo_loss", {"denominator": torch.ones(2)}, r"denominator must be one number, got \[2\]"),
+    ("ppo_loss", {"whiten": (torch.ones(3), torch.ones(3))}, r"whiten must be two numbers .* shape \[3\]"),
+    ("ppo_loss", {"clip": (-0.1, 0.2)}, "clip must not be negative"),
+    ("ppo_loss", {"entropy_coef": 0.1}, "entropy must be a tensor .*, got NoneType"),
+    ("ppo_loss", {"is_cap": 2.0}, "sampler_logp must be a tensor .*, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), WRONG)
+def test_a_wrong_argument_is_named(name, changes, message):
+    on_device = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), changes)
+    with pytest.raises(ValueError, match=message):
+        call(name, **on_device)
+
+
+@pytest.mark.parametrize("moments", [torch.zeros(4, dtype=torch.float64), torch.zeros(3)])
+def test_wrong_moments_are_named(moments):
+    with pytest.raises(ValueError, match="moments must have"):
+        rk.whiten_moments(moments)
+
+
+def test_what_may_be_left_out():
+    call("ppo_loss", old_values=None, value_clip=None)
+    call("ppo_loss", values=None, old_values=None, returns=None)
+    call("ppo_loss", clip=None, value_clip=0.0)
+    call("token_rewards", dpo_clip=None, score_clip=None)
+
+
+@pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1 or a CUDA GPU")
+def test_kernels_refuse_fp64():
+    with pytest.raises(ValueError, match="rewards must have dtype float32, bfloat16, float16, got"):
+        rk.gae(*(torch.zeros(1, 2, dtype=torch.float64, device=DEVICE) for _ in range(2)), backend="triton")
+
+
+def test_a_tensor_on_another_device_is_named():
+    with pytest.raises(ValueError, match=r"values must be on .* like the other arguments"):
+        rk.gae(torch.zeros(2, 2), torch.zeros(2, 2, device="meta"), backend="torch")
+
+
+def test_shards_are_refused_with_the_remedy():
+    class Partitioned(torch.nn.Parameter):
+        pass
+
+    shard = Partitioned(torch.empty(0))
+    shard.ds_id, shard.ds_numel, shard.ds_shape = 0, 6, (2, 3)
+    with pytest.raises(ValueError, match=r"weight is a ZeRO-3 partition .*GatheredParameters\(\[weight\]\)"):
+        check_local("weight", shard)
+
+
+@pytest.mark.skipif(INTERPRET, reason="starts processes of its own")
+def test_importing_needs_torch_and_triton_alone():
+    code = (
+        "import sys, rto_kernels; "
+        "bad = {'transformers', 'deepspeed', 'trl', 'verl', 'openrlhf', 'rto_fast'} & set(sys.modules); "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.skipif(INTERPRET, reason="fake tensors run no kernel")
+def test_fake_tensors_pass_through():
+    with FakeTensorMode():
+        token = torch.zeros(6)
+        cu_seqlens = torch.tensor([0, 2, 2, 6])
+        tokens, estimate = rk.rewards_gae(
+            token, token, token, torch.zeros(3), token, beta1=0.1, beta2=0.1, cu_seqlens=cu_seqlens
+        )
+        logp = torch.zeros(6, dtype=torch.bfloat16, requires_grad=True)
+        loss = rk.ppo_loss(logp, token, estimate.advantages, cu_seqlens=cu_seqlens).policy_loss
+        (grad,) = torch.autograd.grad(loss, logp)
+    assert (tokens.rewards.shape, estimate.moments.dtype, loss.shape) == ((6,), torch.float64, ())
+    assert (grad.shape, grad.dtype) == ((6,), torch.bfloat16)

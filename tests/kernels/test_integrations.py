@@ -1,0 +1,317 @@
+"""TRL, OpenRLHF and verl, patched, against themselves, unpatched; skipped where they do not import."""
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+from kernel_checks import DEVICE, INTERPRET, sample
+from rto_kernels import token_logprobs
+from rto_kernels._dispatch import count_launches
+from rto_kernels.integrations import openrlhf as on_openrlhf
+from rto_kernels.integrations import trl as on_trl
+from rto_kernels.integrations import verl as on_verl
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="what is patched does not depend on the backend")
+
+
+@pytest.fixture(autouse=True)
+def ordinary_memory(nan_filled_memory):
+    """The libraries under test were not written for NaN-filled memory."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def trl():
+    utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed", exc_type=ImportError)
+    if not hasattr(utils, "_ChunkedLogProbFunction"):
+        pytest.skip("this TRL has no fused LM head; the integration is for 1.16")
+    yield utils
+    on_trl.unpatch()
+
+
+# What OpenRLHF imports from packages whose wheels are for GPUs; nothing of it is called here.
+STAND_INS = {
+    "flash_attn": {
+        "flash_attn": [],
+        "flash_attn.utils": [],
+        "flash_attn.utils.distributed": ["all_gather"],
+        "flash_attn.bert_padding": ["index_first_axis", "pad_input", "rearrange", "unpad_input"],
+    },
+    "vllm": {"vllm": ["SamplingParams"], "vllm.inputs": ["TokensPrompt"], "vllm.utils": ["random_uuid"]},
+}
+
+
+@pytest.fixture
+def openrlhf(monkeypatch):
+    for package, modules in STAND_INS.items():
+        if importlib.util.find_spec(package) is None:
+            for name, attributes in modules.items():
+                module = types.ModuleType(name)
+                module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+                vars(module).update(dict.fromkeys(attributes))
+                monkeypatch.setitem(sys.modules, name, module)
+    pytest.importorskip("openrlhf.models.loss", reason="OpenRLHF is not installed", exc_type=ImportError)
+    try:
+        maker = importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+    except ImportError:
+        maker = None
+    yield types.SimpleNamespace(
+        loss=importlib.import_module("openrlhf.models.loss"),
+        utils=importlib.import_module("openrlhf.models.utils"),
+        actor=importlib.import_module("openrlhf.models.actor"),
+        maker=maker,
+    )
+    on_openrlhf.unpatch()
+
+
+@pytest.fixture
+def verl():
+    core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed", exc_type=ImportError)
+    yield types.SimpleNamespace(core=core, functional=importlib.import_module("verl.utils.torch_functional"))
+    on_verl.unpatch()
+
+
+def random(*shape, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE)
+
+
+def graded(function, *inputs):
+    """(outputs, gradients) under a random upstream gradient, the same at every call."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outs = function(*leaves)
+    outs = [out for out in (outs if isinstance(outs, tuple) else (outs,)) if isinstance(out, torch.Tensor)]
+    ups = [random(*out.shape, seed=30 + i) for i, out in enumerate(outs)]
+    total = sum((out.float() * up).sum() for out, up in zip(outs, ups, strict=True) if out.requires_grad)
+    return outs, torch.autograd.grad(total, leaves)
+
+
+def tiny_grpo(folder, tokens: int = 24):
+    """A GRPO trainer on a two-layer Llama and a word tokenizer, both made on the spot."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    datasets = pytest.importorskip("datasets")
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = {f"w{i}": i for i in range(tokens - 2)} | {"<pad>": tokens - 2, "<eos>": tokens - 1}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokens, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=tokens - 2, eos_token_id=tokens - 1, bos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")  # TRL loads its reference from there
+    seen = {}
+
+    class Recorder(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen["grads"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.setdefault("logs", dict(logs))
+
+    def many_even_words(completion_ids, **kwargs):
+        return [float(sum(i % 2 == 0 for i in ids)) for ids in completion_ids]
+
+    trainer = GRPOTrainer(
+        model=str(folder / "model"),
+        args=GRPOConfig(
+            output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, num_generations=4, seed=3,
+            logging_steps=1, max_completion_length=6, report_to=[], use_cpu=DEVICE == "cpu", beta=0.1,
+            learning_rate=1e-3, temperature=0.8, bf16=False, save_strategy="no", gradient_checkpointing=False,
+        ),
+        reward_funcs=many_even_words,
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5"]}),
+        processing_class=tokenizer,
+        callbacks=[Recorder()],
+    )  # fmt: skip
+    trainer.train()
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_grpo_takes_the_same_step(trl, tmp_path, monkeypatch):
+    expected = tiny_grpo(tmp_path / "theirs")
+    calls = []
+    monkeypatch.setattr(on_trl, "token_logprobs", lambda *a, **k: calls.append(k) or token_logprobs(*a, **k))
+    on_trl.patch()
+    got = tiny_grpo(tmp_path / "ours")
+    assert calls, "the patched trainer never called token_logprobs"
+    assert got["grads"].keys() == expected["grads"].keys()
+    assert max(g.abs().max() for g in expected["grads"].values()) > 1e-4
+    for name, grad in expected["grads"].items():
+        torch.testing.assert_close(got["grads"][name], grad, rtol=1e-4, atol=1e-6)
+    for name in ("loss", "entropy", "kl", "grad_norm", "reward"):
+        assert got["logs"][name] == pytest.approx(expected["logs"][name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap", "scaled", "bias", "entropy"])
+def test_trl_fused_head(trl, kind):
+    hidden, weight, bias = random(7, 6), random(11, 6, seed=1), random(11, seed=2)
+    targets = torch.arange(7, device=DEVICE)
+    softcap, scale = (2.0 if kind == "softcap" else None), (0.3 if kind in ("scaled", "softcap") else 1.0)
+    outputs = ("log_probs", "entropy") if kind == "entropy" else ("log_probs",)
+
+    def run(h, w, b):
+        return trl._ChunkedLogProbFunction.apply(
+            h, w, b if kind == "bias" else None, targets, 0.7, 4, softcap, scale, outputs
+        )
+
+    free = (hidden, weight, bias) if kind == "bias" else (hidden, weight)
+    call = run if kind == "bias" else lambda h, w: run(h, w, None)
+    expected = graded(call, *free)
+    original = trl._ChunkedLogProbFunction
+    on_trl.patch()
+    assert trl._ChunkedLogProbFunction is not original
+    torch.testing.assert_close(graded(call, *free), expected, rtol=1e-4, atol=1e-5)
+    on_trl.unpatch()
+    assert trl._ChunkedLogProbFunction is original
+
+
+def test_trl_other_outputs_fall_through(trl):
+    hidden, weight, targets = random(5, 6), random(9, 6, seed=1), torch.arange(5, device=DEVICE)
+    args = (hidden, weight, None, targets, 1.0, 4, None, 1.0, ("log_probs", "is_top1"))
+    expected = trl._ChunkedLogProbFunction.apply(*args)
+    on_trl.patch()
+    got = trl._ChunkedLogProbFunction.apply(*args)
+    assert (got[4] == expected[4]).all()
+
+
+def test_trl_selective_log_softmax(trl):
+    logits, index = random(2, 5, 9), torch.arange(10, device=DEVICE).reshape(2, 5) % 9
+    row_mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]], device=DEVICE)
+    several = torch.stack([index, index], -1)
+    runs = {
+        "logp": lambda x: trl.selective_log_softmax(x, index, 0.7, row_mask),
+        "both": lambda x: trl.selective_log_softmax_and_entropy(x, index, True, 0.7, row_mask),
+        "detached": lambda x: trl.selective_log_softmax_and_entropy(x, index, entropy_requires_grad=False),
+        "several": lambda x: trl.selective_log_softmax(x, several),
+    }
+    expected = {name: graded(run, logits) for name, run in runs.items()}
+    on_trl.patch()
+    for name, run in runs.items():
+        torch.testing.assert_close(graded(run, logits), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def rollout(seed=0):
+    """[4, 9] tokens with right padding and a gap, and a 0/1 mask."""
+    layout = sample("gaps", seed)
+    mask = (layout.mask[:4, :9]).float()
+    mask[:, 0] = 1
+    return mask, [random(4, 9, scale=0.6, seed=s) for s in range(10, 16)]
+
+
+def test_openrlhf_log_probs(openrlhf):
+    logits, labels = random(2, 5, 9), torch.arange(10, device=DEVICE).reshape(2, 5) % 9
+    expected = graded(lambda x: openrlhf.actor.log_probs_from_logits(x * 1, labels, 0.7), logits)
+    original = openrlhf.actor.log_probs_from_logits
+    on_openrlhf.patch()
+    assert openrlhf.actor.log_probs_from_logits is openrlhf.utils.log_probs_from_logits is not original
+    got = graded(lambda x: openrlhf.actor.log_probs_from_logits(x * 1, labels, 0.7), logits)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    on_openrlhf.unpatch()
+    assert openrlhf.actor.log_probs_from_logits is original
+
+
+def test_openrlhf_gae(openrlhf):
+    if openrlhf.maker is None:
+        pytest.skip("OpenRLHF's experience maker does not import here")
+    mask, (rewards, values, *_) = rollout()
+    for action_mask in (mask, mask.bool(), None):
+        args = (None, values, rewards, action_mask, 0.99, 0.95)
+        inside = torch.ones_like(mask) if action_mask is None else mask
+        expected = [x * inside for x in openrlhf.maker.get_advantages_and_returns(*args)]
+        on_openrlhf.patch()
+        got = openrlhf.maker.get_advantages_and_returns(*args)
+        on_openrlhf.unpatch()
+        torch.testing.assert_close(list(got), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("batch", [{}, {"dp_size": 2, "batch_num_tokens": 50, "global_batch_size": 8}])
+def test_openrlhf_losses(openrlhf, token_level, dual_clip, batch):
+    mask, (logp, old_logp, advantages, values, old_values, returns) = rollout()
+    policy = openrlhf.loss.PolicyLoss(0.1, 0.3, dual_clip=dual_clip, token_level_loss=token_level)
+    value = openrlhf.loss.ValueLoss(0.2, token_level_loss=token_level)
+
+    def run(logp, values):
+        loss, clip_ratio, kl, _, _ = policy(logp, old_logp, advantages, mask, **batch)
+        return loss, value(values, old_values, returns, mask, **batch), clip_ratio.detach(), kl.detach()
+
+    expected = graded(run, logp, values)
+    on_openrlhf.patch()
+    torch.testing.assert_close(graded(run, logp, values), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_openrlhf_other_losses_fall_through(openrlhf):
+    mask, (logp, old_logp, advantages, rollout_logp, *_) = rollout()
+    losses = [
+        openrlhf.loss.PolicyLoss(policy_loss_type="gspo"),
+        openrlhf.loss.PolicyLoss(is_correction_level="token", is_correction_mode="clip"),
+    ]
+    expected = [loss(logp, old_logp, advantages, mask, rollout_logp)[0] for loss in losses]
+    on_openrlhf.patch()
+    with count_launches() as launches:
+        got = [loss(logp, old_logp, advantages, mask, rollout_logp)[0] for loss in losses]
+    assert not launches
+    assert [float(x) for x in got] == [float(x) for x in expected]
+
+
+def test_verl_log_probs(verl):
+    logits, labels = random(2, 5, 9), torch.arange(10, device=DEVICE).reshape(2, 5) % 9
+    expected = graded(lambda x: verl.functional.logprobs_from_logits(x * 1, labels), logits)
+    on_verl.patch()
+    got = graded(lambda x: verl.functional.logprobs_from_logits(x * 1, labels), logits)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_verl_gae(verl):
+    mask, (rewards, values, *_) = rollout()
+    original = verl.core.get_adv_estimator_fn("gae")
+    expected = [x * mask for x in original(rewards, values, mask, 0.99, 0.95)]
+    on_verl.patch()
+    patched = verl.core.get_adv_estimator_fn("gae")
+    assert patched is verl.core.compute_gae_advantage_return is not original
+    torch.testing.assert_close(list(patched(rewards, values, mask, 0.99, 0.95)), expected, rtol=1e-5, atol=1e-5)
+    on_verl.unpatch()
+    assert verl.core.get_adv_estimator_fn("gae") is verl.core.compute_gae_advantage_return is original
+
+
+class VerlConfig(dict):
+    """As much of verl's ActorConfig as its vanilla loss reads."""
+
+    clip_ratio, clip_ratio_low, clip_ratio_high = 0.2, 0.1, None
+
+    def __init__(self, **batch):
+        super().__init__(clip_ratio_c=1.4)
+        self.global_batch_info = batch
+
+
+BATCHES = [{}, {"dp_size": 2, "batch_num_tokens": 50, "global_batch_size": 8, "loss_scale_factor": 7}]
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_verl_losses(verl, mode, batch, weighted):
+    mask, (logp, old_logp, advantages, values, old_values, returns) = rollout()
+    mask[3] = 0  # a sequence without response tokens
+    weights = random(4, 9, seed=20).exp() if weighted else None
+
+    def run(logp, values):
+        policy = verl.core.get_policy_loss_fn("vanilla")
+        loss, metrics = policy(old_logp, logp, advantages, mask, mode, VerlConfig(**batch), weights)
+        value, fraction = verl.core.compute_value_loss(values, returns, old_values, mask, 0.3, mode, **batch)
+        return loss, value, fraction, torch.tensor(list(metrics.values()))
+
+    expected = graded(run, logp, values)
+    on_verl.patch()
+    torch.testing.assert_close(graded(run, logp, values), expected, rtol=1e-5, atol=1e-6)
