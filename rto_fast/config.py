@@ -263,6 +263,11 @@ class RTOConfig(RunConfig):
     kl_horizon: int = 10000
     """Adaptive KL: responses over which beta2 can change by about its own size."""
 
+    credit: Literal["token", "sentence", "response", "shaped"] = "token"
+    """Where the clipped token rewards are paid: RTO, Semi-RTO, DDPO, RS-PPO."""
+    delimiters: tuple[str, ...] = (".", "!", "?")
+    """credit sentence: what ends a sentence; the rest behind the last one is paid at the last token."""
+
     # Rollout
     iterations: int = 0
     """Rollouts to do; 0 = what `epochs` passes over the prompts need."""
@@ -293,7 +298,13 @@ class RTOConfig(RunConfig):
     prompt_key: str = "auto"
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
 
-    # PPO
+    # Policy and critic
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo"] = "gae"
+    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses."""
+    policy_update: Literal["ppo", "p3o", "rebel"] = "ppo"
+    """p3o (joint clip of the pair's ratio) and rebel compare two responses to each prompt, without a critic."""
+    rebel_eta: float = 1.0
+    """rebel: scale of the log-ratio's difference; smaller moves less for the same rewards."""
     train_batch: int = 128
     """Responses a policy update, over all ranks."""
     ppo_epochs: int = 1
@@ -329,6 +340,15 @@ class RTOConfig(RunConfig):
     def responses(self) -> int:
         """Responses a rollout, over all ranks."""
         return self.rollout_batch * self.responses_per_prompt
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.policy_update == "ppo" and self.advantage == "gae"
+
+    @property
+    def compared_responses(self) -> int:
+        """Responses that a policy update must see together."""
+        return 1 if self.policy_update == "ppo" else 2
 
     @property
     def reward_sources(self) -> tuple[str, ...]:
@@ -371,8 +391,27 @@ class RTOConfig(RunConfig):
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
         require(0 <= self.ema_decay < 1, f"ema_decay: must lie in [0, 1), got {self.ema_decay}")
+        self._check_variants()
         require(
             self.responses % self.train_batch == 0,
             f"train_batch: {self.train_batch} does not divide the {self.responses} responses of a rollout "
             f"(rollout_batch {self.rollout_batch} x responses_per_prompt {self.responses_per_prompt})",
         )
+
+    def _check_variants(self) -> None:
+        grouped, pairs = self.advantage in ("grpo", "rloo"), self.policy_update in ("p3o", "rebel")
+        for wrong, message in (
+            (self.credit != "token" and not self.beta1, f"credit: beta1 = 0 has no token rewards for {self.credit!r}"),
+            (self.credit == "sentence" and not all(self.delimiters), "delimiters: an empty string ends no sentence"),
+            (self.credit == "sentence" and not self.delimiters, "delimiters: credit 'sentence' needs at least one"),
+            (grouped and self.responses_per_prompt < 2, f"responses_per_prompt: {self.advantage} needs at least 2"),
+            (pairs and self.responses_per_prompt != 2, f"responses_per_prompt: {self.policy_update} needs exactly 2"),
+            (pairs and self.train_batch % 2, f"train_batch: must be even, {self.policy_update} takes pairs"),
+            (pairs and self.advantage != "gae", f"advantage: {self.policy_update} compares responses and uses none"),
+            (pairs and self.entropy_coef, f"entropy_coef: {self.policy_update} has no entropy bonus; set it to 0"),
+            (not self.rebel_eta > 0, f"rebel_eta: must be positive, got {self.rebel_eta}"),
+        ):
+            require(not wrong, message)
+        for name, off in (("critic", "auto"), ("critic_warmup", 0), ("truncation", "zero")):
+            value, method = getattr(self, name), self.policy_update if pairs else self.advantage
+            require(self.uses_critic or value == off, f"{name}: {value!r} needs a critic, and {method} has none")
