@@ -1,6 +1,6 @@
-"""Figure of the paper's claims on token MDPs that can be enumerated; writes results/theory.svg and results/theory.json.
+"""Figure of the paper's claims on token MDPs that can be enumerated; writes results/theory/theory.svg and theory.json.
 
-PYTHONPATH=.:kernels python bench/theory.py
+    python bench/theory.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rto_fast.tabular import Coefficients, TokenMDP
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "theory"
 SIZES = (500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
 
 
