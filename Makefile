@@ -30,8 +30,8 @@ test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests
-	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile
+	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

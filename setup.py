@@ -40,6 +40,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.8",
             "selenium>=4.30",  # opens the report in Chromium
             "trl>=1.16,<1.17",  # the objectives and integrations are tested against it
