@@ -1,0 +1,227 @@
+"""bench/gpu.py at toy sizes: its sections run and report, and the paths it compares compute the same numbers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The bench folder's modules, by name."""
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def paths(bench, one_rank, tmp_path_factory):
+    """(iteration module, parts, rollout): the toy shape, sampled by the transformers engine."""
+    iteration = bench("iteration")
+    shape = iteration.SHAPES["toy"]
+    parts = iteration.build(shape, tmp_path_factory.mktemp("policy"))
+    requests, lengths = iteration.draw(shape)
+    engine = iteration.transformers_engine(parts, lengths)
+    rollout = iteration.rollouts(parts, engine, iteration.Clock(), requests, lengths)
+    return iteration, parts, rollout, engine
+
+
+def test_sections_run_and_report_on_a_cpu(tmp_path):
+    sections = ["tests", "ceilings", "determinism", "kernels", "sanitizer"]
+    argv = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--minutes", "5", "--out", tmp_path]
+    run = subprocess.run([*argv, "--sections", *sections], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = tmp_path.glob("cpu-*.json")
+    results = json.loads(path.read_text())
+    assert results["run"]["toy"] is True
+    assert list(results["sections"]) == sections
+    for name in ("tests", "ceilings", "determinism", "kernels"):
+        assert results["sections"][name]["status"] == "passed", results["sections"][name]
+    assert results["sections"]["tests"]["passed"] == results["sections"]["tests"]["tests"] > 0
+    assert results["sections"]["sanitizer"]["status"] == "not run"
+    assert not any(results["run"]["determinism"]["differing"].values())
+    # Every time stands beside its floor, once the ceilings are there.
+    ceilings, record = results["run"]["ceilings"], results["gae"]["64 × 512"]
+    assert record["floor_ms"] == pytest.approx(64 * 512 * 17 / ceilings["copy_gb_per_s"] / 1e6)
+    assert record["contenders"]["ours"]["of_floor"] == pytest.approx(
+        record["floor_ms"] / record["contenders"]["ours"]["ms"]
+    )
+    before = (BENCH / "results").rglob(path.name)
+    assert path.read_text() not in [p.read_text() for p in before]
+
+
+def test_a_section_is_stopped_at_its_box_and_leaves_no_process(bench, tmp_path, monkeypatch):
+    gpu = bench("gpu")
+    mark = tmp_path / "pid"
+    sleeper = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    box = gpu.Section(1, 0, lambda *_: [gpu.Command([sys.executable, "-c", sleeper], {})], lambda *_: {})
+    monkeypatch.setitem(gpu.SECTIONS, "sleeper", box)
+    assert gpu.run_section("sleeper", 1 / 60, tmp_path, toy=False)["status"] == "stopped"
+    if mark.exists():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(mark.read_text()), 0)
+
+
+def test_a_section_without_minutes_is_not_started(bench, tmp_path):
+    record = bench("gpu").run_section("iteration", 0.5, tmp_path, toy=False)
+    assert record["status"] == "not run"
+    assert "0.5 minutes are left" in record["reason"]
+
+
+def test_a_missing_trainer_is_not_run_and_says_why(bench, tmp_path):
+    gpu = bench("gpu")
+    (tmp_path / "deepspeed.py").write_text("raise ImportError('none here', name='deepspeed')")
+    command = gpu.iteration(1.0, tmp_path, toy=True)[0]
+    places = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
+    status, text = gpu.run(gpu.Command(command.argv, {"PYTHONPATH": places}), 120, tmp_path / "log")
+    assert status
+    assert gpu.last_lines(tmp_path, [text]) == {"reason": "deepspeed is not importable"}
+
+
+def test_cases_past_the_deadline_are_not_run(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    monkeypatch.delenv("RTO_BENCH_DEADLINE", raising=False)
+    hooks.pytest_runtest_setup(None)
+    monkeypatch.setenv("RTO_BENCH_DEADLINE", str(time.time() + 60))
+    hooks.pytest_runtest_setup(None)
+    monkeypatch.setenv("RTO_BENCH_DEADLINE", str(time.time() - 1))
+    with pytest.raises(pytest.skip.Exception, match="no minutes left"):
+        hooks.pytest_runtest_setup(None)
+
+
+def test_the_released_data_path_and_ours_agree_token_by_token(paths):
+    iteration, parts, rollout, _ = paths
+    scores, targets = iteration.score_and_targets(parts, rollout, iteration.Clock())
+    with iteration.released_forwards(parts):
+        experiences = iteration.released_experience(parts, rollout, iteration.Clock())
+    whitening = iteration.released.whiten(experiences)
+
+    def inside(name: str) -> torch.Tensor:
+        return torch.cat([getattr(e, name)[e.batch.action_mask] for e in experiences])
+
+    close = {"atol": 2e-5, "rtol": 1e-4}
+    torch.testing.assert_close(inside("logp"), scores.policy_logp, **close)
+    torch.testing.assert_close(inside("values"), scores.values, **close)
+    torch.testing.assert_close(inside("rewards"), targets.rewards, **close)
+    torch.testing.assert_close(inside("advantages"), targets.advantages, **close)
+    torch.testing.assert_close(inside("returns"), targets.returns, **close)
+    torch.testing.assert_close(torch.stack(whitening), torch.stack(targets.whiten).float(), **close)
+    # Something to compare: the DPO term is there, and clipped for some tokens but not for all.
+    assert 0 < (targets.dpo_reward.abs() >= 0.0499).float().mean() < 1
+
+
+def test_losses_and_gradients_agree_on_every_path(paths):
+    iteration, parts, rollout, _ = paths
+    expected = iteration.our_losses(parts, rollout)
+    with iteration.released_forwards(parts):
+        experiences = iteration.released_experience(parts, rollout, iteration.Clock())
+        got = iteration.released_updates(parts, experiences, len(rollout.tokens), iteration.Clock())
+    assert iteration.apart(got, expected) < 1e-4
+    for name, switched_off in iteration.ABLATION.items():
+        with switched_off():
+            assert iteration.apart(iteration.our_losses(parts, rollout), expected) < 1e-4, name
+
+
+def test_a_path_that_computes_something_else_has_no_figure(paths, monkeypatch):
+    iteration, parts, rollout, _ = paths
+    record = {"paths": {}, "not_run": {}}
+    iteration.ours(parts, rollout, iteration.Clock(), record, "ours", 1)
+    monkeypatch.setattr(iteration.models, "token_logprobs", lambda *a, **kw: wrong(iteration, *a, **kw))
+    iteration.attempt(record, "wrong", lambda: iteration.ours(parts, rollout, iteration.Clock(), record, "wrong", 1))
+    assert "wrong" not in record["paths"]
+    assert "from ours" in record["not_run"]["wrong"]
+
+
+def wrong(iteration, hidden, weight, targets, **kw):
+    """Log-probs of a soft distribution: not what is asked for."""
+    return iteration._eager_token_logprobs(hidden / 2, weight, targets, **kw)
+
+
+def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
+    iteration, parts, rollout, _ = paths
+    rows, tokens = [], []
+    original = iteration.models.token_logprobs
+
+    def watched(hidden, *args, **kw):
+        rows.append(len(hidden))
+        return original(hidden, *args, **kw)
+
+    def cost(switched_off) -> tuple[int, int]:
+        rows.clear()
+        tokens.clear()
+        with switched_off(), monkeypatch.context() as patch:
+            if switched_off is not iteration.without_kernels:
+                patch.setattr(iteration.models, "token_logprobs", watched)
+            hook = parts.reference.lm.model.register_forward_pre_hook(
+                lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+            )
+            iteration.score_and_targets(parts, rollout, iteration.Clock())
+            hook.remove()
+        return sum(rows), sum(tokens)
+
+    response, every = int(rollout.response_lens.sum()), len(rollout.tokens)
+    assert cost(iteration.nullcontext) == (3 * response, every)
+    assert cost(iteration.without_response_only_head) == (3 * every, every)
+    assert cost(iteration.without_kernels) == (0, every)
+    padded = cost(iteration.without_packing)
+    assert padded[0] == 3 * response
+    assert padded[1] > every
+
+
+def test_lengths_are_those_drawn_whatever_the_engine(paths):
+    iteration, parts, rollout, engine = paths
+    requests, lengths = iteration.draw(parts.shape)
+    assert rollout.response_lens.tolist() == lengths
+    assert len(set(lengths)) > 1
+    assert not rollout.truncated.any()
+    before = engine.model.config._attn_implementation
+    engine.wake()
+    engine.model.set_attn_implementation("sdpa")
+    sampled = iteration.released.generate(engine.model, requests, lengths, iteration.STOP, iteration.PAD)
+    engine.model.set_attn_implementation(before)
+    assert sampled == sum(lengths)
+
+
+def test_padded_micro_batches_stay_in_order_and_within_the_budget(bench, one_rank):
+    iteration = bench("iteration")
+    lens = [5, 9, 3, 7, 20, 2]
+    batches = iteration._padded_micro_batches(range(6), lens, 20)
+    assert batches == [[0, 1], [2, 3], [4], [5]]
+    assert [i for b in batches for i in b] == list(range(6))
+
+
+def test_the_ratio_scales_phases_by_tokens_and_the_step_once(bench, one_rank):
+    def phases(tokens: int, seconds: float, step: float, rollout: int) -> dict:
+        each = {"seconds": seconds, "tokens": tokens}
+        return {
+            "rollout": {"seconds": seconds, "tokens": rollout}, "score": each, "train policy": each,
+            "train critic": each, "optimiser (inside train)": {"seconds": step, "tokens": tokens},
+            "sync": {"seconds": 1.0, "tokens": 0},
+        }  # fmt: skip
+
+    record = {
+        "tokens": 800,
+        "paths": {
+            "ours": {"phases": phases(800, 4.0, 2.0, 400)},
+            "released": {"phases": {k: v for k, v in phases(100, 6.0, 2.0, 50).items() if k != "sync"}},
+        },
+    }
+    rates = bench("iteration").comparison(record)
+    assert rates["ours"] == pytest.approx(800 / (4 * 4 + 1))
+    # 8 times the phases, less 7 of the 8 optimiser steps in them, and ours' sync.
+    assert rates["released"] == pytest.approx(800 / (8 * 4 * 6 - 7 * 2 + 1))
+    assert rates["ratio to released"] == pytest.approx(rates["ours"] / rates["released"])
