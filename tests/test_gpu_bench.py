@@ -225,3 +225,79 @@ def test_the_ratio_scales_phases_by_tokens_and_the_step_once(bench, one_rank):
     # 8 times the phases, less 7 of the 8 optimiser steps in them, and ours' sync.
     assert rates["released"] == pytest.approx(800 / (8 * 4 * 6 - 7 * 2 + 1))
     assert rates["ratio to released"] == pytest.approx(rates["ours"] / rates["released"])
+
+
+def gpu_results() -> dict:
+    """A device's file as gpu.py leaves it when the minutes ended before the iteration."""
+
+    def case(shape: dict, flops: float | None, moved: float | None, **rows: dict) -> dict:
+        each = {"error": 1e-3, "errors": {"logp": 1e-3}, "spread_ms": 0.1, "peak_mb": 10.0, "ratio": 1.0}
+        contenders = {name.replace("_", " "): each | row for name, row in rows.items()}
+        return {"shape": shape, "flops": flops, "moved": moved, "floor_ms": 10.0, "contenders": contenders}
+
+    product = {"N": 8192, "H": 4096, "V": 128256, "dtype": "torch.bfloat16"}
+    gathered = {"N": 8192, "V": 128256, "dtype": "torch.bfloat16"}
+    return {
+        "run": {
+            "commit": "abc", "versions": {"torch": "2.11.0"}, "clocks as found": {"clocks.sm": "1980 MHz"},
+            "ceilings": {"matmul_tflops": 800.0, "copy_gb_per_s": 4000.0},
+        },
+        "sections": {
+            "tests": {"status": "failed", "seconds": 12.0, "passed": 8, "failed": ["tests.kernels.test_gae.test_x"]},
+            "iteration": {"status": "not run", "reason": "deepspeed is not importable"},
+        },
+        "token_logprobs_forward": {
+            "a": case(product, 8.6e12, None, ours={"ms": 12.5, "of_floor": 0.8}, one_product={"ms": 10.0}),
+        },
+        "logprobs_from_logits": {
+            "b": case(gathered, None, 6.3e9, ours={"ms": 1.6, "gb_per_s": 3900.0, "of_floor": 0.98}),
+        },
+        "gae": {"c": case({"B": 128, "T": 1024}, None, 2.2e6, ours={"failed": "relative error 1"})},
+    }  # fmt: skip
+
+
+def test_readme_takes_a_gpus_tables_from_its_file_alone(bench, tmp_path, monkeypatch):
+    tables = bench("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    before = (
+        "a\n<!-- gpu:begin -->\nno figures\n<!-- gpu:end -->\nb\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nc\n"
+    )
+    tables.README.write_text(before)
+    tables.main()
+    assert tables.README.read_text() == before  # no results, no change
+
+    (tmp_path / "nvidia-x.json").write_text(json.dumps(gpu_results()))
+    tables.main()
+    text = tables.README.read_text()
+    assert "no figures" not in text
+    assert "old" in text  # the CPU's part
+    assert "| ≥ 0.9 | 0.8 | **missed** |" in text
+    assert "| ≥ 0.9 | 0.975 | met |" in text
+    assert "not measured" in text
+    assert "iteration | not run | " in text
+    assert "deepspeed is not importable" in text
+    assert "no figure: relative error 1" in text
+    assert "800 TFLOP/s" in text
+    assert (tmp_path / "nvidia-x-roofline.svg").stat().st_size > 0
+    tables.main()
+    assert tables.README.read_text() == text
+
+
+def test_the_end_to_end_table_has_every_path(bench, paths):
+    iteration, parts, rollout, _ = paths
+    shape = iteration.asdict(parts.shape)
+    record = {"shape": shape, "tokens": 10, "lengths": "", "paths": {}, "not_run": {"ours, vLLM": "not installed"}}
+    clock = iteration.Clock()
+    with clock.phase("rollout", 5), clock.phase("sync", 0):
+        pass
+    iteration.ours(parts, rollout, clock, record, "ours", 1)
+    iteration.ours(parts, rollout, iteration.Clock(), record, "without packing", 1)
+    record["comparison"] = iteration.comparison(record)
+    lines = bench("tables").end_to_end({"run": {"iteration": record}})
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")] == [
+        "|", "| ours", "| without packing", "| ours, vLLM",
+    ]  # fmt: skip
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert set(record["comparison"]) == {"ours", "without packing"}
