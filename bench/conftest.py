@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from harness import ROUNDS
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def once(benchmark):
     def run(contender, record: dict):
         row = record["contenders"]["ours"]
         benchmark.extra_info.update({k: v for k, v in row.items() if k != "failed"})
-        benchmark.pedantic(contender, rounds=3, iterations=1, warmup_rounds=1)
+        benchmark.pedantic(contender, rounds=min(3, ROUNDS), iterations=1, warmup_rounds=ROUNDS > 1)
 
     return run
 

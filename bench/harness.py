@@ -33,6 +33,8 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # "quick" runs anywhere in minutes; "full" has the shapes that the goals are stated for.
 FULL = os.environ.get("RTO_BENCH", "quick") == "full"
 ROUNDS = int(os.environ.get("RTO_BENCH_ROUNDS", "30" if ON_GPU else "5"))
+# Names of peers, comma-separated, to be measured beside ours; empty: all.
+ONLY = tuple(filter(None, os.environ.get("RTO_BENCH_ONLY", "").split(",")))
 
 RUN = "run"  # in the results: what is no kernel's, such as the ceilings and the end-to-end times
 
@@ -189,6 +191,8 @@ def compare(
     d(weight)), taken off its peak. floors: contenders that do only the unavoidable part of the job, and so
     have nothing to check.
     """
+    if ONLY:
+        contenders = {n: c for n, c in contenders.items() if n.startswith("ours") or n in ONLY}
     expected = {name: x.clone() for name, x in reference().items()}
     rows: dict[str, dict] = {}
     for name, contender in contenders.items():

@@ -1,6 +1,6 @@
-"""README's benchmark tables and plots, made from bench/results/<device>.json.
+"""README's benchmark tables and plots, made from bench/results/<device>.json and bench/results/aot/*.md.
 
-    python bench/tables.py            rewrites README.md between its bench marks (CPUs) and its gpu marks
+    python bench/tables.py            rewrites README.md between its marks bench (CPUs), gpu and aot
     python bench/tables.py --print    prints the tables instead
 
 A ratio is ours over theirs, the median over interleaved rounds: below 1 is faster. Memory is the peak above
@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-CPU_MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
-GPU_MARKS = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 CURVE = "cost_against_tokens"
 NO_KERNELS = ("run", "sections")
 
@@ -323,32 +321,37 @@ def section(path: Path) -> list[str]:
     return [*lines, "<details><summary>Every kernel and its peers</summary>", "", *kernels, "</details>", ""]
 
 
-def sections() -> dict[tuple[str, str], str]:
-    """What belongs between which marks; nothing for devices without results."""
-    paths = sorted(RESULTS.glob("*.json"))
-    made = {}
-    for marks, chosen in (
-        (GPU_MARKS, [p for p in paths if not p.stem.startswith("cpu")]),
-        (CPU_MARKS, [p for p in paths if p.stem.startswith("cpu")]),
-    ):
-        if chosen:
-            made[marks] = "\n".join(line for path in chosen for line in section(path))
-    return made
+def devices(gpu: bool) -> str:
+    """The sections of all GPUs or all CPUs with results; '' where there are none."""
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if path.stem.startswith("cpu") != gpu]
+    return "\n".join(line for path in paths for line in section(path))
+
+
+def compiled() -> str:
+    """What `python -m rto_kernels.aot --markdown` printed, a file for each Triton, newest first."""
+    return "\n".join(path.read_text() for path in sorted((RESULTS / "aot").glob("*.md"), reverse=True))
+
+
+def between(text: str, name: str, made: str) -> str:
+    """The text with what stands between the marks of `name` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md lacks {begin} and {end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="print the tables, leave README.md alone")
-    made = sections()
+    # What there are no results for stays as it is.
+    made = {k: v for k, v in (("bench", devices(False)), ("gpu", devices(True)), ("aot", compiled())) if v}
     if parser.parse_args().print:
         print("\n".join(made.values()))
         return
     text = README.read_text()
-    for (begin, end), lines in made.items():
-        if begin not in text or end not in text:
-            raise SystemExit(f"README.md lacks {begin} and {end}")
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n{lines}\n{end}{rest.partition(end)[2]}"
+    for name, lines in made.items():
+        text = between(text, name, lines)
     README.write_text(text)
 
 

@@ -90,7 +90,7 @@ def test_a_missing_trainer_is_not_run_and_says_why(bench, tmp_path):
     assert gpu.last_lines(tmp_path, [text]) == {"reason": "deepspeed is not importable"}
 
 
-def test_cases_past_the_deadline_are_not_run(monkeypatch):
+def test_cases_past_the_deadline_are_not_run(bench, monkeypatch):
     spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)

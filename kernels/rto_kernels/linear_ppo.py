@@ -130,6 +130,7 @@ def _linear_ppo(
         if need_hidden:
             total.hidden[rows] = grads.hidden
         d_weight, d_bias = grads.weight, grads.bias
+        del stats, grads  # else the next chunk's exp(z) stands beside this one's
     loss, statistics, _ = _policy_loss(
         logp.view(shape), old_logp, advantages, entropy.view(shape) if want_entropy else None, sampler_logp,
         (mean, rstd), (cu_seqlens, inside, denominator), clip, is_cap, entropy_coef, (aggregation, backend),
