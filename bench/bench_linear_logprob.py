@@ -31,7 +31,7 @@ elif FULL:
     SHAPES = [(1024, 512, 64000), (4096, 1024, 128256)]
 else:
     SHAPES = [(256, 128, 8192)]
-BIG_ROUNDS = ROUNDS if ON_GPU else min(ROUNDS, 3)
+BIG_ROUNDS = min(ROUNDS, 15 if ON_GPU else 3)
 
 
 def problem(tokens: int, hidden: int, vocab: int):

@@ -100,7 +100,8 @@ def on_device(contender: Contender, calls: int = 5) -> dict[str, float]:
         for _ in range(calls):
             contender()
         torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in on_gpu if not getattr(e, "is_user_annotation", False)]
     total = sum(e.self_device_time_total for e in kernels)
     return {"device_ms": total / 1e3 / calls, "launches": len(kernels) / calls} if kernels else {}
 

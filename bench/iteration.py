@@ -477,15 +477,15 @@ def freed() -> None:
         torch.cuda.empty_cache()
 
 
-def rollouts(parts: Parts, engine: Any, clock: Clock, requests: list, lengths: list, name: str = "rollout") -> Rollout:
-    """Push, generate and put to sleep, as an iteration does; the phase counts response tokens."""
+def rollouts(parts: Parts, engine: Any, clock: Clock, requests: list, lengths: list) -> Rollout:
+    """Push, wake, generate and put to sleep, as an iteration does; the phase counts response tokens."""
     sampling = Sampling(parts.shape.response, 1.0, (STOP,))
     with clock.phase("sync", 0):
         engine.push(parts.policy.weights(), version=1)
-    engine.wake()
-    with clock.phase(name, sum(lengths)):
+    with clock.phase("rollout", sum(lengths)):
+        engine.wake()
         rollout = engine.generate(requests, sampling, lambda *_: None)
-    engine.sleep()
+        engine.sleep()
     return rollout
 
 

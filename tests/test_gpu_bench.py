@@ -64,14 +64,29 @@ def test_sections_run_and_report_on_a_cpu(tmp_path):
 
 def test_a_section_is_stopped_at_its_box_and_leaves_no_process(bench, tmp_path, monkeypatch):
     gpu = bench("gpu")
-    mark = tmp_path / "pid"
-    sleeper = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
-    box = gpu.Section(1, 0, lambda *_: [gpu.Command([sys.executable, "-c", sleeper], {})], lambda *_: {})
+    mark, script = tmp_path / "pid", tmp_path / "sleeper.py"
+    script.write_text(
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    box = gpu.Section(1, 0, lambda *_: [gpu.Command([sys.executable, str(script)], {})], lambda *_: {})
     monkeypatch.setitem(gpu.SECTIONS, "sleeper", box)
-    assert gpu.run_section("sleeper", 1 / 60, tmp_path, toy=False)["status"] == "stopped"
-    if mark.exists():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(mark.read_text()), 0)
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    assert gpu.run_section("sleeper", 3 / 60, tmp_path, toy=False)["status"] == "stopped"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_tests_that_are_stopped_still_report_what_they_found(bench, tmp_path):
+    gpu = bench("gpu")
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    command = gpu.Command([*argv, str(tmp_path), f"--junitxml={tmp_path / 'tests.xml'}"], {})
+    status, _ = gpu.run(command, 6, tmp_path / "log")
+    assert status is None
+    assert gpu.counts(tmp_path, [])["passed"] >= 1
 
 
 def test_a_section_without_minutes_is_not_started(bench, tmp_path):
