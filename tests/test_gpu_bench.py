@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,19 @@ def test_lengths_are_those_drawn_whatever_the_engine(paths):
     sampled = iteration.released.generate(engine.model, requests, lengths, iteration.STOP, iteration.PAD)
     engine.model.set_attn_implementation(before)
     assert sampled == sum(lengths)
+
+
+def test_vllm_is_given_each_requests_own_length(bench, one_rank, monkeypatch):
+    iteration = bench("iteration")
+    fake = types.ModuleType("vllm")
+    fake.SamplingParams = lambda **settings: settings
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    requests, lengths = iteration.draw(iteration.SHAPES["toy"])
+    with iteration.vllm_lengths(requests, lengths):
+        asked = [fake.SamplingParams(seed=q.seed, max_tokens=40, stop_token_ids=[1], logprobs=0) for q in requests]
+    assert [a["max_tokens"] for a in asked] == lengths
+    assert all(a["stop_token_ids"] == [] and a["logprobs"] == 0 for a in asked)
+    assert fake.SamplingParams(max_tokens=40) == {"max_tokens": 40}
 
 
 def test_padded_micro_batches_stay_in_order_and_within_the_budget(bench, one_rank):
