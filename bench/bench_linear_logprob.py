@@ -63,6 +63,7 @@ def test_token_logprobs(once, tokens, hidden, vocab):
     functions = {
         "ours": rk.token_logprobs,
         "ours, bf16 kept": lambda h, w, t: rk.token_logprobs(h, w, t, save_probs=torch.bfloat16),
+        "products, fused epilogue": chunked_products(tokens),
         "chunked products": chunked_products(max(1, tokens // 4)),
         "log_softmax": through_logits(log_softmax_logp),
         "eager": through_logits(eager_logp),
@@ -93,6 +94,7 @@ def test_forward(once, tokens, hidden, vocab):
     _, (h, w, targets) = problem(tokens, hidden, vocab)
     functions = {
         "ours": rk.token_logprobs,
+        "products, fused epilogue": chunked_products(tokens),
         "chunked products": chunked_products(max(1, tokens // 4)),
         "eager": through_logits(eager_logp),
         "TRL fused head": trl_chunked(),
@@ -136,6 +138,7 @@ def test_cross_entropy(once, tokens, hidden, vocab):
     functions = {
         "ours": policy_loss,
         "ours, any gradient": mean_loss(rk.token_logprobs),
+        "products, fused epilogue": mean_loss(chunked_products(tokens)),
         "chunked products": mean_loss(chunked_products(max(1, tokens // 4))),
         "eager": mean_loss(through_logits(eager_logp)),
         "quack": quack_cross_entropy(),

@@ -79,6 +79,7 @@ def test_fused_linear_ppo_loss(once, tokens, hidden, vocab, moved):
         "OpenRLHF's formula": through(openrlhf_logp),
     }
     heads = {
+        "products, fused epilogue": chunked_products(tokens),
         "chunked products": chunked_products(max(1, tokens // 4)),
         "TRL fused head": trl_chunked(),
         "verl": verl_logp(),

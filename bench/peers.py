@@ -157,7 +157,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, last: bool) -> Tens
         return a @ b
     if a.is_cuda and a.dtype != torch.float32:
         wide = torch.float32
-        return torch.mm(a, b, out_dtype=wide) if total is None else torch.addmm(total, a, b, out_dtype=wide)
+        return torch.mm(a, b, out_dtype=wide) if total is None else torch.addmm(total, a, b, out_dtype=wide, out=total)
     return (a @ b).float() if total is None else total.add_(a @ b)
 
 

@@ -119,6 +119,41 @@ def test_cases_past_the_deadline_are_not_run(bench, monkeypatch):
         hooks.pytest_runtest_setup(None)
 
 
+def test_clocks_are_read_never_set(bench, monkeypatch):
+    harness, asked = bench("harness"), []
+    line = "345 MHz, 3201 MHz, 1980 MHz, 31, 76.12 W, 700.00 W, 580.159.03\n"
+
+    def smi(argv, **kw):
+        asked.extend(argv)
+        return subprocess.CompletedProcess(argv, 0, line, "")
+
+    monkeypatch.setattr(harness, "ON_GPU", True)
+    monkeypatch.setattr(harness.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(harness.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(harness.subprocess, "run", smi)
+    found = harness.clocks()
+    assert found["clocks.sm"] == "345 MHz"
+    assert found["power.limit"] == "700.00 W"
+    assert found["driver"] == "580.159.03"
+    assert [a for a in asked if a.startswith("-")] == [
+        a for a in asked if a.startswith(("--query", "--format", "--id"))
+    ]
+    line = "no devices were found\n"
+    assert harness.clocks() == {}
+
+
+def test_what_the_sanitizer_found_is_read_from_its_summary(bench, tmp_path):
+    gpu = bench("gpu")
+    clean = "========= COMPUTE-SANITIZER\n...\n========= ERROR SUMMARY: 0 errors\n"
+    raced = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    assert gpu.hazards(tmp_path, ["compiled", clean, raced]) == {
+        "memcheck": "ERROR SUMMARY: 0 errors",
+        "racecheck": "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)",
+    }
+    assert "did not finish" in gpu.hazards(tmp_path, ["compiled", "========= COMPUTE-SANITIZER\n"])["memcheck"]
+    assert gpu.hazards(tmp_path, []) == {"reason": "compute-sanitizer is not installed"}
+
+
 def test_the_released_data_path_and_ours_agree_token_by_token(paths):
     iteration, parts, rollout, _ = paths
     scores, targets = iteration.score_and_targets(parts, rollout, iteration.Clock())
