@@ -139,7 +139,7 @@ def iteration(minutes: float, folder: Path, toy: bool) -> list[Command]:
 
 def largest(minutes: float, folder: Path, toy: bool) -> list[Command]:
     shape = "toy" if toy else "llama-8b"
-    return [script("iteration.py", "--job", "largest_batch", "--shape", shape, "--minutes", str(minutes))]
+    return [script("largest.py", "--shape", shape, "--minutes", str(minutes))]
 
 
 def determinism(minutes: float, folder: Path, toy: bool) -> list[Command]:

@@ -1,7 +1,6 @@
 """One RTO iteration on one device, phase by phase: ours, ours with one thing switched off, the released data path.
 
-    python bench/iteration.py --shape llama-1b --minutes 10     writes run/iteration of bench/results/<device>.json
-    python bench/iteration.py --shape llama-8b --minutes 5      writes run/largest_batch
+    python bench/iteration.py --minutes 10      writes run/iteration of bench/results/<device>.json
 
 Weights are random: time and memory do not depend on them, what is sampled means nothing. Response lengths are
 drawn beforehand (`LENGTHS`) and forced on every engine, so that all of them sample the same number of tokens.
@@ -20,17 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import rto_kernels
 import torch
 from harness import ON_GPU, RUN, clocks, commit, save, versions
-from peers import eager_logp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
@@ -42,15 +38,16 @@ ROUNDING = {"fp32": 1e-3, "bf16": 0.2}
 
 try:
     import released
+    from ablation import ABLATION
 
-    from rto_fast import algo, distributed, models, packing, scoring
+    from rto_fast import algo, distributed, models, scoring
     from rto_fast.assembly import FrozenModel
     from rto_fast.attention import resolve_attention
-    from rto_fast.batch import Request, Rollout, Scores, Targets, offsets, ragged_arange
+    from rto_fast.batch import Request, Rollout, Scores, Targets
     from rto_fast.config import RTOConfig
     from rto_fast.engine import DTYPES, TrainEngine
     from rto_fast.models import PolicyModel, ScalarModel
-    from rto_fast.packing import PackedBatch, Placement
+    from rto_fast.packing import Placement
     from rto_fast.ppo_update import TrainBatch
     from rto_fast.rewards import ResponseTexts
     from rto_fast.rollout import Sampling, make_engine, sample_seed
@@ -374,90 +371,7 @@ def released_forwards(parts: Parts):
     )
 
 
-# The ablation: ours with one thing switched off
-
-
-def _padded_batch(make: Callable[..., PackedBatch]) -> Callable[..., PackedBatch]:
-    """PackedBatch.make with every sequence filled up to the longest; only the real response tokens count."""
-
-    def padded(sequences, prompt_lens, device, kernel):
-        width = max(s.numel() for s in sequences)
-        full = [torch.cat([s, s.new_full((width - s.numel(),), PAD)]) for s in sequences]
-        batch = make(full, prompt_lens, device, kernel)
-        starts = torch.arange(len(sequences)) * width
-        lens, prompts = torch.tensor([s.numel() for s in sequences]), torch.tensor(list(prompt_lens))
-        states = ragged_arange(starts + prompts - 1, lens - prompts)
-        return replace(
-            batch, state_positions=states.to(device), response_tokens=torch.cat(full)[states + 1].to(device),
-            cu_responses=offsets(lens - prompts).to(device), last_positions=(starts + lens - 1).to(device),
-        )  # fmt: skip
-
-    return padded
-
-
-def _padded_micro_batches(index: Sequence[int], lens: Sequence[int], budget: int) -> list[list[int]]:
-    """In the order they come, each batch at most `budget` tokens once filled up."""
-    batches: list[list[int]] = []
-    for i in index:
-        longest = max(lens[j] for j in (*batches[-1], i)) if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-@contextmanager
-def without_packing() -> Iterator[None]:
-    with (
-        mock.patch.object(PackedBatch, "make", staticmethod(_padded_batch(PackedBatch.make))),
-        mock.patch.object(packing, "micro_batches", _padded_micro_batches),
-    ):
-        yield
-
-
-def _head_on_every_position(self, batch, *, temperatures=(1.0,), entropy=False):
-    hidden = models._hidden(self.lm.base_model, batch)
-    following = torch.cat([batch.tokens[1:], batch.tokens[:1]])
-    logps, surprise = self.lm.get_output_embeddings()(hidden, following, temperatures, entropy)
-    return logps[:, batch.state_positions], surprise[batch.state_positions]
-
-
-def without_response_only_head():
-    return mock.patch.object(PolicyModel, "forward", _head_on_every_position)
-
-
-def _eager_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, return_entropy=False):
-    assert bias is None
-    assert not softcap
-    logits = hidden @ weight.T
-    logits = logits if temperature == 1 else logits / temperature
-    logp = eager_logp(logits, targets)
-    if not return_entropy:
-        return logp
-    log_p = torch.log_softmax(logits.float(), -1)
-    return logp, -(log_p.exp() * log_p).sum(-1)
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(models, "token_logprobs", _eager_token_logprobs))
-        for name in ("token_rewards", "gae", "ppo_loss"):
-            plain = partial(getattr(rto_kernels, name), backend="torch")
-            stack.enter_context(mock.patch.object(rto_kernels, name, plain))
-        yield
-
-
-ABLATION = {
-    "ours": nullcontext,
-    "without packing": without_packing,
-    "without response-only head": without_response_only_head,
-    "without fused kernels": without_kernels,
-}
-
-
-# The sections
+# The measurement
 
 
 class Minutes:
@@ -489,7 +403,7 @@ def rollouts(parts: Parts, engine: Any, clock: Clock, requests: list, lengths: l
     return rollout
 
 
-def iteration(shape: Shape, minutes: float, name: str) -> dict[str, Any]:
+def iteration(shape: Shape, minutes: float) -> dict[str, Any]:
     """Ours with each rollout engine, the released path, the ablation; saved after each of them."""
     budget, (requests, lengths) = Minutes(minutes), draw(shape)
     record: dict[str, Any] = {
@@ -499,7 +413,7 @@ def iteration(shape: Shape, minutes: float, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
     def keep() -> None:
-        save(RUN, name, record)
+        save(RUN, "iteration", record)
 
     with tempfile.TemporaryDirectory() as folder:
         parts = build(shape, Path(folder))
@@ -653,103 +567,14 @@ def comparison(record: dict) -> dict[str, float]:
     return out
 
 
-def largest_batch(shape: Shape, minutes: float, name: str) -> dict[str, Any]:
-    """Forward and backward of the policy with ever more tokens until memory ends; then a step with offload."""
-    budget = Minutes(minutes)
-    record: dict[str, Any] = {
-        "shape": asdict(shape), "weights": "random", "commit": commit(), "versions": versions(), "clocks": clocks(),
-        "forward and backward": {}, "not_run": {},
-    }  # fmt: skip
-    device = distributed.init()
-    attention, kernel = resolve_attention("auto", device, DTYPES[shape.dtype])
-    policy = random_model(AutoModelForCausalLM, shape, 1, attention, device)
-    policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.train()
-    record["parameters"] = sum(p.numel() for p in policy.parameters())
-    length = shape.prompt[1] + shape.response
-    count = 1
-    while count <= 256:
-        if budget.left < 20:
-            record["not_run"][f"{count * length} tokens"] = "no minutes left"
-            break
-        clock = Clock()
-        try:
-            for _ in range(2):
-                forward_and_backward(policy, shape, count, kernel, clock)
-        except torch.OutOfMemoryError:
-            record["not_run"][f"{count * length} tokens"] = "out of memory"
-            break
-        record["forward and backward"][str(count * length)] = clock.record()["step"]
-        save(RUN, name, record)
-        count *= 2
-        if not ON_GPU and count > 4:
-            break
-    parameters = record["parameters"]
-    del policy
-    freed()
-    needed, there = 18 * parameters, host_memory()
-    if needed > there:
-        record["not_run"]["step with offload"] = (
-            f"needs {needed / 1e9:.0f} GB of host memory, {there / 1e9:.0f} are free"
-        )
-    elif budget.left < 60 * (parameters > 1e9):
-        record["not_run"]["step with offload"] = "no minutes left"
-    else:
-        attempt(record, "step with offload", lambda: offloaded_step(shape, record))
-    save(RUN, name, record)
-    return record
-
-
-def forward_and_backward(policy: Callable, shape: Shape, count: int, kernel: str, clock: Clock, backward=None) -> None:
-    """`count` sequences of the longest prompt and response through ours, to a loss a token."""
-    generator, device = torch.Generator().manual_seed(count), distributed.device()
-    length = shape.prompt[1] + shape.response
-    rows = torch.randint(2, shape.model["vocab_size"], (count, length), generator=generator)
-    batch = PackedBatch.make(list(rows), [shape.prompt[1]] * count, device, kernel)
-    with clock.phase("step", count * length):
-        loss = policy(batch)[0][0].mean()
-        backward(loss) if backward else loss.backward()
-    if backward is None:
-        for p in policy.parameters():
-            p.grad = None
-
-
-def offloaded_step(shape: Shape, record: dict) -> None:
-    device = distributed.device()
-    attention, kernel = resolve_attention("auto", device, DTYPES[shape.dtype])
-    model = random_model(AutoModelForCausalLM, shape, 1, attention, device)
-    config = config_of(shape, offload=True)
-    engine = TrainEngine(model, config, peak_lr=1e-9, total_steps=10)
-    largest = max(map(int, record["forward and backward"]), default=0) // (shape.prompt[1] + shape.response)
-    clock = Clock()
-    generator = torch.Generator().manual_seed(0)
-    length = shape.prompt[1] + shape.response
-    rows = torch.randint(2, shape.model["vocab_size"], (largest, length), generator=generator)
-    batch = PackedBatch.make(list(rows), [shape.prompt[1]] * largest, device, kernel)
-    for _ in range(2):
-        with clock.phase("step", largest * length):
-            engine.update([batch], lambda b: engine(b)[0][0].mean(), step=0)
-    record["step with offload"] = clock.record()["step"]
-
-
-def host_memory() -> int:
-    """Bytes of host memory that are free for use."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--job", choices=("iteration", "largest_batch"), default="iteration")
     args = parser.parse_args()
     if MISSING:
         sys.exit(f"not run: {MISSING}")
-    job = iteration if args.job == "iteration" else largest_batch
-    print(json.dumps(job(SHAPES[args.shape], args.minutes, args.job), indent=1))
+    print(json.dumps(iteration(SHAPES[args.shape], args.minutes), indent=1))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def paths(bench, one_rank, tmp_path_factory):
 
 def test_sections_run_and_report_on_a_cpu(tmp_path):
     sections = ["tests", "ceilings", "determinism", "kernels", "sanitizer"]
-    argv = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--minutes", "5", "--out", tmp_path]
-    run = subprocess.run([*argv, "--sections", *sections], capture_output=True, text=True, timeout=240)
+    argv = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--minutes", "8", "--out", tmp_path]
+    run = subprocess.run([*argv, "--sections", *sections], capture_output=True, text=True, timeout=540)
     assert run.returncode == 0, run.stdout + run.stderr
     (path,) = tmp_path.glob("cpu-*.json")
     results = json.loads(path.read_text())
@@ -85,9 +85,12 @@ def test_tests_that_are_stopped_still_report_what_they_found(bench, tmp_path):
     (tmp_path / "test_slow.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     command = gpu.Command([*argv, str(tmp_path), f"--junitxml={tmp_path / 'tests.xml'}"], {})
-    status, _ = gpu.run(command, 6, tmp_path / "log")
-    assert status is None
-    assert gpu.counts(tmp_path, [])["passed"] >= 1
+    for seconds in (6, 20, 50):  # a busy machine takes its time to start
+        status, _ = gpu.run(command, seconds, tmp_path / "log")
+        assert status is None
+        if found := gpu.counts(tmp_path, []).get("passed"):
+            break
+    assert found
 
 
 def test_a_section_without_minutes_is_not_started(bench, tmp_path):
@@ -199,7 +202,7 @@ def test_a_path_that_computes_something_else_has_no_figure(paths, monkeypatch):
 
 def wrong(iteration, hidden, weight, targets, **kw):
     """Log-probs of a soft distribution: not what is asked for."""
-    return iteration._eager_token_logprobs(hidden / 2, weight, targets, **kw)
+    return sys.modules["ablation"]._eager_token_logprobs(hidden / 2, weight, targets, **kw)
 
 
 def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
@@ -215,7 +218,7 @@ def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
         rows.clear()
         tokens.clear()
         with switched_off(), monkeypatch.context() as patch:
-            if switched_off is not iteration.without_kernels:
+            if switched_off is not iteration.ABLATION["without fused kernels"]:
                 patch.setattr(iteration.models, "token_logprobs", watched)
             hook = parts.reference.lm.model.register_forward_pre_hook(
                 lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -225,10 +228,10 @@ def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
         return sum(rows), sum(tokens)
 
     response, every = int(rollout.response_lens.sum()), len(rollout.tokens)
-    assert cost(iteration.nullcontext) == (3 * response, every)
-    assert cost(iteration.without_response_only_head) == (3 * every, every)
-    assert cost(iteration.without_kernels) == (0, every)
-    padded = cost(iteration.without_packing)
+    assert cost(iteration.ABLATION["ours"]) == (3 * response, every)
+    assert cost(iteration.ABLATION["without response-only head"]) == (3 * every, every)
+    assert cost(iteration.ABLATION["without fused kernels"]) == (0, every)
+    padded = cost(iteration.ABLATION["without packing"])
     assert padded[0] == 3 * response
     assert padded[1] > every
 
@@ -261,9 +264,8 @@ def test_vllm_is_given_each_requests_own_length(bench, one_rank, monkeypatch):
 
 
 def test_padded_micro_batches_stay_in_order_and_within_the_budget(bench, one_rank):
-    iteration = bench("iteration")
     lens = [5, 9, 3, 7, 20, 2]
-    batches = iteration._padded_micro_batches(range(6), lens, 20)
+    batches = bench("ablation")._padded_micro_batches(range(6), lens, 20)
     assert batches == [[0, 1], [2, 3], [4], [5]]
     assert [i for b in batches for i in b] == list(range(6))
 
