@@ -6,7 +6,7 @@ gradient.
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, ON_GPU, compare
+from harness import DEVICE, FULL, ON_GPU, compare, source
 from peers import eager_logp
 
 BETAS = {"beta1": 0.05, "beta2": 0.01, "dpo_clip": 0.05}
@@ -17,9 +17,9 @@ BATCH = 8
 
 
 def common():
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(VOCAB, (BATCH, TOKENS // BATCH), generator=generator).to(DEVICE)
-    return generator, targets, torch.randn(BATCH, generator=generator).to(DEVICE)
+    random = source()
+    targets = torch.randint(VOCAB, (BATCH, TOKENS // BATCH), **random)
+    return random, targets, torch.randn(BATCH, **random)
 
 
 def eager(logps, scores):
@@ -31,8 +31,8 @@ def eager(logps, scores):
 
 @torch.no_grad()
 def test_logits_token_rewards(once):
-    generator, targets, scores = common()
-    logits = [(torch.randn(*targets.shape, VOCAB, generator=generator) * 3).to(DEVICE, DTYPE) for _ in range(3)]
+    random, targets, scores = common()
+    logits = [(torch.randn(*targets.shape, VOCAB, **random) * 3).to(DTYPE) for _ in range(3)]
 
     def ours():
         out = rk.logits_token_rewards(*logits, targets, scores, **BETAS)
@@ -50,9 +50,9 @@ def test_logits_token_rewards(once):
 
 @torch.no_grad()
 def test_fused_token_rewards(once):
-    generator, targets, scores = common()
-    hiddens = [torch.randn(*targets.shape, HIDDEN, generator=generator).to(DEVICE, DTYPE) for _ in range(3)]
-    weights = [(torch.randn(VOCAB, HIDDEN, generator=generator) * 2 / HIDDEN**0.5).to(DEVICE, DTYPE) for _ in range(3)]
+    random, targets, scores = common()
+    hiddens = [torch.randn(*targets.shape, HIDDEN, **random).to(DTYPE) for _ in range(3)]
+    weights = [(torch.randn(VOCAB, HIDDEN, **random) * 2 / HIDDEN**0.5).to(DTYPE) for _ in range(3)]
     cu_seqlens = torch.arange(0, TOKENS + 1, TOKENS // BATCH, device=DEVICE)
     flat = [h.reshape(-1, HIDDEN) for h in hiddens]
 
@@ -63,10 +63,14 @@ def test_fused_token_rewards(once):
     def through_logits():
         return eager([eager_logp(h @ w.T, targets) for h, w in zip(hiddens, weights, strict=True)], scores)
 
+    def truth():
+        wide = zip(hiddens, weights, strict=True)
+        return eager([eager_logp(h.float() @ w.float().T, targets) for h, w in wide], scores)
+
     record = compare(
         "fused_token_rewards", f"N {TOKENS}, H {HIDDEN}, V {VOCAB}",
-        {"ours": ours, "three heads": through_logits}, reference=through_logits,
-        tolerance=TOLERANCE, flops=6 * TOKENS * HIDDEN * VOCAB,
+        {"ours": ours, "three heads": through_logits, "one product": lambda: {"logits": flat[0] @ weights[0].T}},
+        reference=truth, floors=("one product",), tolerance=TOLERANCE, flops=6 * TOKENS * HIDDEN * VOCAB,
         shape={"N": TOKENS, "H": HIDDEN, "V": VOCAB, "dtype": str(DTYPE)},
     )  # fmt: skip
     once(ours, record)

@@ -5,7 +5,7 @@ Fewest bytes: every logit read once forward; read and its gradient written backw
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, ON_GPU, compare, gradients
+from harness import FULL, ON_GPU, compare, gradients, source
 from peers import compiled, eager_logp, log_softmax_logp, openrlhf_logp, trl_selective
 
 TOKENS, VOCAB = ((8192, 128256) if ON_GPU else (1024, 64000)) if FULL else (256, 8192)
@@ -14,10 +14,10 @@ TOLERANCE = 2e-2 if ON_GPU else 1e-4
 
 
 def test_logprobs_from_logits(once):
-    generator = torch.Generator().manual_seed(0)
-    logits = (torch.randn(1, TOKENS, VOCAB, generator=generator) * 3).to(DEVICE, DTYPE).requires_grad_()
-    targets = torch.randint(VOCAB, (1, TOKENS), generator=generator).to(DEVICE)
-    up = torch.randn(1, TOKENS, generator=generator).to(DEVICE)
+    random = source()
+    logits = (torch.randn(1, TOKENS, VOCAB, **random) * 3).to(DTYPE).requires_grad_()
+    targets = torch.randint(VOCAB, (1, TOKENS), **random)
+    up = torch.randn(1, TOKENS, **random)
 
     def run(function, x=logits):
         logp = function(x, targets)

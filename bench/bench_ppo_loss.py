@@ -5,19 +5,19 @@ Fewest bytes a token: six inputs and a mask byte read, two gradients written: 33
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, compare, gradients
+from harness import DEVICE, FULL, compare, gradients, source
 from peers import compiled, eager_ppo
 
 BATCH, WIDTH = (128, 1024) if FULL else (64, 512)
 
 
 def test_ppo_loss(once):
-    generator = torch.Generator().manual_seed(0)
+    random = source()
     logp, old_logp, advantages, values, old_values, returns = (
-        (torch.randn(BATCH, WIDTH, generator=generator) * 0.3).to(DEVICE) for _ in range(6)
+        (torch.randn(BATCH, WIDTH, **random) * 0.3) for _ in range(6)
     )
-    lengths = torch.randint(1, WIDTH + 1, (BATCH, 1), generator=generator)
-    mask = (torch.arange(WIDTH) < lengths).to(DEVICE)
+    lengths = torch.randint(1, WIDTH + 1, (BATCH, 1), **random)
+    mask = torch.arange(WIDTH, device=DEVICE) < lengths
     ups = {"policy": torch.tensor(0.7, device=DEVICE), "value": torch.tensor(1.3, device=DEVICE)}
 
     def run(losses, dtype=torch.float32):

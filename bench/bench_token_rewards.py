@@ -6,7 +6,7 @@ results written (25 bytes for GAE's own share; the token rewards come with their
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, compare
+from harness import DEVICE, FULL, compare, source
 from peers import loop_gae
 
 BATCH, WIDTH = (128, 1024) if FULL else (64, 512)
@@ -14,11 +14,11 @@ BETAS = {"beta1": 0.05, "beta2": 0.01, "dpo_clip": 0.05}
 
 
 def inputs():
-    generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randn(BATCH, WIDTH, generator=generator).to(DEVICE) for _ in range(4)]
-    scores = torch.randn(BATCH, generator=generator).to(DEVICE)
-    lengths = torch.randint(1, WIDTH + 1, (BATCH, 1), generator=generator)
-    return tokens, scores, (torch.arange(WIDTH) < lengths).to(DEVICE)
+    random = source()
+    tokens = [torch.randn(BATCH, WIDTH, **random) for _ in range(4)]
+    scores = torch.randn(BATCH, **random)
+    lengths = torch.randint(1, WIDTH + 1, (BATCH, 1), **random)
+    return tokens, scores, torch.arange(WIDTH, device=DEVICE) < lengths
 
 
 def eager_rewards(policy, ref, dpo, scores, mask):

@@ -5,9 +5,10 @@
 A contender is a function without arguments that returns {name: tensor}: its results and gradients. Each is
 checked against `reference` before anything is timed, and one that fails has no figure. Rounds are
 interleaved (A B C A B C), so that a busy machine is busy for all of them. Time: device events on a GPU,
-else seconds of this process on one thread (`OMP_NUM_THREADS=1`), else the wall clock. Memory: the peak
-above what was held before the call, from CUDA's allocator, or from the kernel's high-water mark of resident
-pages.
+else seconds of this process on one thread (`OMP_NUM_THREADS=1`), else the wall clock; on a GPU also what the
+profiler counts on the device alone, and the launches. Memory: the peak above what was held before the call, from
+CUDA's allocator, or from the kernel's high-water mark of resident pages. Once gpu.py has measured the ceilings,
+each time stands beside its floor.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RTO_BENCH_RESULTS", Path(__file__).parent / "results"))
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # "quick" runs anywhere in minutes; "full" has the shapes that the goals are stated for.
@@ -34,7 +36,14 @@ ROUNDS = int(os.environ.get("RTO_BENCH_ROUNDS", "30" if ON_GPU else "5"))
 # Names of peers, comma-separated, to be measured beside ours; empty: all.
 ONLY = tuple(filter(None, os.environ.get("RTO_BENCH_ONLY", "").split(",")))
 
+RUN = "run"  # in the results: what is no kernel's, such as the ceilings and the end-to-end times
+
 Contender = Callable[[], dict[str, Tensor]]
+
+
+def source(seed: int = 0) -> dict:
+    """Keyword arguments of torch.randn and the like: drawn where they are used, not on the host a GPU waits for."""
+    return {"generator": torch.Generator(DEVICE).manual_seed(seed), "device": DEVICE}
 
 
 def device_name() -> str:
@@ -54,6 +63,9 @@ def versions() -> dict[str, str]:
         "verl",
         "quack-kernels",
         "cut-cross-entropy",
+        "transformers",
+        "deepspeed",
+        "vllm",
     ):
         try:
             found[package] = importlib.metadata.version(package)
@@ -67,6 +79,43 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return run.stdout.strip() or "unknown"
+
+
+def clocks() -> dict[str, str]:
+    """Clocks, temperature and power as found; nothing is ever set."""
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit")
+    if not ON_GPU or shutil.which("nvidia-smi") is None:
+        return {}
+    asked = ["nvidia-smi", f"--query-gpu={','.join((*fields, 'driver_version'))}", "--format=csv,noheader"]
+    run = subprocess.run([*asked, f"--id={torch.cuda.current_device()}"], capture_output=True, text=True)
+    values = run.stdout.strip().split(", ")
+    return dict(zip((*fields, "driver"), values, strict=True)) if len(values) == len(fields) + 1 else {}
+
+
+def on_device(contender: Contender, calls: int = 5) -> dict[str, float]:
+    """{"device_ms", "launches"} of one call as the profiler sees the GPU alone; {} where there is none."""
+    if not ON_GPU:
+        return {}
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(calls):
+                contender()
+            torch.cuda.synchronize()
+    except RuntimeError:  # a machine may forbid profiling; the other times stand without it
+        return {}
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in on_gpu if not getattr(e, "is_user_annotation", False)]
+    total = sum(e.self_device_time_total for e in kernels)
+    return {"device_ms": total / 1e3 / calls, "launches": len(kernels) / calls} if kernels else {}
+
+
+def floor_ms(flops: float | None, moved: float | None) -> float | None:
+    """The least time at the measured ceilings (matrix product, copy bandwidth); None before they are measured."""
+    ceilings = read_results().get(RUN, {}).get("ceilings")
+    if not ceilings or not (flops or moved):
+        return None
+    work = (flops or 0) / (ceilings["matmul_tflops"] * 1e12)
+    return 1e3 * max(work, (moved or 0) / (ceilings["copy_gb_per_s"] * 1e9))
 
 
 def _resident(field: str) -> int:
@@ -157,11 +206,12 @@ def compare(
         limit = tolerance[name] if isinstance(tolerance, dict) else tolerance
         try:
             error = errors(contender(), expected)
-        except (RuntimeError, ValueError, ImportError, TypeError) as problem:
+        except Exception as problem:  # a peer may fail in any way; ours is asserted on below
             rows[name] = {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
             continue
         worst = max(error.values())
-        rows[name] = {"error": worst} if worst <= limit else {"failed": f"relative error {worst:.2g} > {limit:.2g}"}
+        failed = {} if worst <= limit else {"failed": f"relative error {worst:.2g} > {limit:.2g}"}
+        rows[name] = {"error": worst, "errors": error} | failed
     del expected
     right = [name for name, row in rows.items() if "failed" not in row]
     for name in right:
@@ -171,9 +221,13 @@ def compare(
     for _ in range(rounds):
         for name in right:
             times[name].append(seconds(contenders[name]))
+    floor = floor_ms(flops, moved)
     for name in right:
         median = statistics.median(times[name])
         rows[name] |= {"ms": median * 1e3, "spread_ms": (max(times[name]) - min(times[name])) * 1e3}
+        rows[name] |= on_device(contenders[name])
+        if floor:
+            rows[name]["of_floor"] = floor / rows[name]["ms"]
         if "ours" in times:
             rows[name]["ratio"] = statistics.median(a / b for a, b in zip(times["ours"], times[name], strict=True))
         if flops:
@@ -183,6 +237,10 @@ def compare(
     record = {
         "shape": shape or {},
         "rounds": rounds,
+        "flops": flops,
+        "moved": moved,
+        "floor_ms": floor,
+        "clocks": clocks(),
         "commit": commit(),
         "versions": versions(),
         "contenders": rows,
@@ -193,24 +251,36 @@ def compare(
     return record
 
 
-def save(kernel: str, case: str, record: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{device_name()}.json"
-    everything = json.loads(path.read_text()) if path.exists() else {}
+def results_path() -> Path:
+    return RESULTS / f"{device_name()}.json"
+
+
+def read_results() -> dict:
+    path = results_path()
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(kernel: str, case: str, record: object) -> None:
+    """Put one record into the device's results; a kill at any moment leaves the old file or the new one."""
+    everything = read_results()
     everything.setdefault(kernel, {})[case] = record
-    path.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    aside = results_path().with_suffix(".tmp")
+    aside.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+    os.replace(aside, results_path())
 
 
 def show(kernel: str, case: str, record: dict) -> None:
     print(f"\n{kernel}: {case}")
-    print(f"  {'contender':28} {'ms':>10} {'ours/it':>8} {'peak MB':>9} {'error':>9}")
+    print(f"  {'contender':28} {'ms':>10} {'of floor':>8} {'ours/it':>8} {'peak MB':>9} {'error':>9}", flush=True)
     for name, row in record["contenders"].items():
         if "failed" in row:
             print(f"  {name:28} {row['failed']}")
             continue
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:9.1f}"
         error = "" if row["error"] is None else f"{row['error']:9.1e}"
-        print(f"  {name:28} {row['ms']:10.3f} {row['ratio']:8.2f} {peak:>9} {error:>9}")
+        floor, ratio = (f"{row[k]:8.2f}" if k in row else "" for k in ("of_floor", "ratio"))
+        print(f"  {name:28} {row['ms']:10.3f} {floor:>8} {ratio:>8} {peak:>9} {error:>9}", flush=True)
 
 
 def gradients(outputs: dict[str, Tensor], ups: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,13 @@
 """What others do for the same job: the plain formulas, and peers; a peer that is not installed is None."""
 
 import importlib
+import importlib.util
+import os
 import shutil
+import sys
+import types
 
+import rto_kernels as rk
 import torch
 from torch import Tensor
 
@@ -32,7 +37,9 @@ def openrlhf_logp(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def compiled(function):
-    """torch.compile, where a C++ compiler is there for the CPU."""
+    """torch.compile, where a C++ compiler is there for the CPU; never at toy sizes, which it would only slow down."""
+    if os.environ.get("RTO_BENCH") == "toy":
+        return None
     return torch.compile(function) if torch.cuda.is_available() or shutil.which("g++") else None
 
 
@@ -85,14 +92,78 @@ def liger_ppo():
     return run
 
 
-def quack_logp():
+def quack_cross_entropy():
+    """quack's chunked linear cross-entropy: (hidden, weight, targets) → mean loss; it has no loss a token."""
     if not torch.cuda.is_available():
         return None
     try:
-        linear = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+        return importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
     except (ImportError, AttributeError):
         return None
-    return lambda h, w, t: -linear(h, w, t, reduction="none")
+
+
+def verl_logp():
+    """verl's Triton linear cross-entropy: (hidden, weight, targets) → log-probs.
+
+    verl's own `__init__` wants ray and more; only the folder with the kernels is imported.
+    """
+    if not torch.cuda.is_available():
+        return None
+    spec = None if "verl" in sys.modules else importlib.util.find_spec("verl")
+    for name in ("verl", "verl.utils") if spec else ():
+        package = types.ModuleType(name)
+        package.__path__ = [f"{folder}{name[4:].replace('.', '/')}" for folder in spec.submodule_search_locations]
+        sys.modules[name] = package
+    try:
+        linear = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    except (ImportError, AttributeError):
+        return None
+    return lambda h, w, t: linear(h, w, t, 1.0, "none")[0]
+
+
+class _ChunkedProducts(torch.autograd.Function):
+    """Log-probs from vendor matrix products of `rows` tokens at a time, with the rest in one fused pass each.
+
+    Forward: logits of a chunk, read once. Backward: the logits again, their gradient written over them in one
+    pass, then d(hidden), and d(weight) into an fp32 sum. The buffer is one chunk's logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, rows):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.rows = rows
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.cat([rk.logprobs_from_logits(h @ weight.T, t) for h, t in chunks])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), None
+        for start in range(0, len(targets), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits = (hidden[part] @ weight.T).requires_grad_()
+            with torch.enable_grad():
+                logp = rk.logprobs_from_logits(logits, targets[part], inplace_backward=True)
+            (d_logits,) = torch.autograd.grad(logp, logits, grad[part].float())
+            torch.mm(d_logits, weight, out=d_hidden[part])
+            d_weight = _add_product(d_weight, d_logits.T, hidden[part], last=part.stop >= len(targets))
+        return d_hidden, d_weight.to(weight.dtype), None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, last: bool) -> Tensor:
+    """total + a·b, summed in fp32; a product alone stays in its own dtype."""
+    if total is None and last:
+        return a @ b
+    if a.is_cuda and a.dtype != torch.float32:
+        wide = torch.float32
+        return torch.mm(a, b, out_dtype=wide) if total is None else torch.addmm(total, a, b, out_dtype=wide, out=total)
+    return (a @ b).float() if total is None else total.add_(a @ b)
+
+
+def chunked_products(rows: int):
+    """The strong baseline on a GPU, cuBLAS with fused epilogues: (hidden, weight, targets) → log-probs."""
+    return lambda h, w, t: _ChunkedProducts.apply(h, w, t, rows)
 
 
 def cut_cross_entropy_logp():

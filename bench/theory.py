@@ -1,6 +1,6 @@
 """Figure of the paper's claims on token MDPs that can be enumerated; writes results/theory/theory.svg and theory.json.
 
-    python bench/theory.py
+python bench/theory.py
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ The last two are one function, registered with transformers under the name `rto_
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -116,9 +117,15 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float 
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    grouped = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped = {"enable_gqa": True}
+        else:  # PyTorch 2.11 has no such argument
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return varlen_attn(
         q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped,
     )[None]  # fmt: skip
 
 

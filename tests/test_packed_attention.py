@@ -1,12 +1,14 @@
 """Packed sequences: each has the log-probs, values and gradients that it has alone, without packing."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
 from loop_helpers import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rto_fast.attention import PACKED, PackedLayout, resolve_attention
+from rto_fast.attention import PACKED, PackedLayout, packed_attention, resolve_attention
 from rto_fast.batch import Request, Rollout
 from rto_fast.models import load_policy, load_scalar
 from rto_fast.packing import PackedBatch, Placement, balance, micro_batches, plan
@@ -247,6 +249,47 @@ def test_attention_that_cannot_run_is_refused():
     for choice in ("flash_attention_2", "varlen"):
         with pytest.raises(ValueError, match="CUDA"):
             resolve_attention(choice, cpu, torch.bfloat16)
+
+
+def _plain_varlen(q, k, v, cu, window_size, scale):
+    """Attention of each packed sequence [N, heads, d] by the formula."""
+    out = torch.empty_like(q)
+    for start, end in itertools.pairwise(cu.tolist()):
+        i = torch.arange(end - start)
+        seen = i[:, None] >= i
+        if window_size[0] >= 0:
+            seen &= i[:, None] - i <= window_size[0]
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * (scale or q.shape[-1] ** -0.5)
+        out[start:end] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[start:end])
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("release", ["2.11", "2.12"])
+def test_varlen_is_called_as_each_pytorch_release_takes_it(monkeypatch, release, window):
+    """PyTorch 2.11's varlen_attn knows no grouped queries; later ones want to be told of them."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        assert query.shape == key.shape == value.shape
+        assert window_size[1] == 0
+        return _plain_varlen(query, key, value, cu_seq_q, window_size, scale)
+
+    def new(*args, enable_gqa=False, **kw):
+        assert enable_gqa
+        query, key, value, *rest = args
+        return old(query, *(x.repeat_interleave(2, 1) for x in (key, value)), *rest, **kw)
+
+    monkeypatch.setattr(varlen, "varlen_attn", old if release == "2.11" else new)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 12, 8, generator=generator) for heads in (4, 2, 2))
+    outs = [
+        packed_attention(
+            None, q, k, v, None, packed_layout=PackedLayout.make([5, 1, 6], "cpu", kernel), sliding_window=window
+        )[0]
+        for kernel in ("varlen", "sdpa")
+    ]
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
 
 
 def test_soft_caps_and_calls_without_a_layout_are_refused():

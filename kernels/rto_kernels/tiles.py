@@ -92,11 +92,15 @@ def selectable(chip: str, itemsize: int) -> list[tuple[bool, Tiles]]:
 
 @functools.cache
 def chip_of(device: torch.device) -> str:
-    """sm80, sm90 or sm100: the newest supported generation not above the device's; "cpu" off a GPU."""
+    """sm80, sm90 or sm100, whose tiles run on the device; "cpu" off a GPU.
+
+    sm80's need the least and serve every other chip: consumer Blackwell (sm_120) has sm100's instructions for
+    copies but 99 KiB of shared memory, where sm90's and sm100's tiles take up to 227.
+    """
     if device.type != "cuda":
         return "cpu"
     major = torch.cuda.get_device_capability(device)[0]
-    return "sm100" if major >= 10 else "sm90" if major == 9 else "sm80"
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
 
 
 def cache_path() -> Path:
