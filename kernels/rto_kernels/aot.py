@@ -8,7 +8,7 @@ tensor descriptors, flags, and the specialisation on alignment. For each one the
 spill instructions, shared memory and whether the tensor cores and the copy engine are used; the exit status
 is 1 where a promise is broken:
 
-- no stack and no local loads or stores, for any launch
+- no stack, no local loads or stores, and no more shared memory than the chip has, for any launch
 - a matrix product of 16-bit inputs on sm90 whose rows are whole 16 bytes uses wgmma and the copy engine
 """
 
@@ -38,6 +38,8 @@ import rto_kernels as rk
 from . import _dispatch, fused_rewards, linear_logprob, linear_ppo, logprob, tiles  # noqa: F401
 
 CHIPS = {"sm80": 80, "sm90": 90, "sm100": 100}
+# Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
+SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -111,6 +113,8 @@ class Proof(NamedTuple):
         if self.stack or self.spills:
             return f"STACK {self.stack}, {self.spills} local loads and stores"
         launch = self.launch
+        if self.shared > SHARED[launch.chip]:
+            return f"{self.shared} bytes of shared memory, {SHARED[launch.chip]} are there"
         if launch.chip == "sm90" and launch.descriptors and launch.is_product:
             if not self.copy_engine:
                 return "no TMA"

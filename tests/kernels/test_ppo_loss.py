@@ -185,7 +185,7 @@ def test_micro_batches_sum_to_the_batch(backend, aggregation):
         part = {k: t.detach()[a:b].requires_grad_(t.requires_grad) for k, t in inputs.items()}
         cu_seqlens = whole.cu_seqlens[rows[0] : rows[1] + 1] - a
         micro, micro_grads = run(
-            rk.ppo_loss, part, (1.0, 1.0), **kw, denominator=torch.tensor(units), cu_seqlens=cu_seqlens
+            rk.ppo_loss, part, (1.0, 1.0), **kw, denominator=torch.tensor(units, device=DEVICE), cu_seqlens=cu_seqlens
         )
         losses.append(micro)
         parts.append(micro_grads)
