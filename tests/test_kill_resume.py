@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import time
+import signal
 from pathlib import Path
 
 import pytest
-from loop_helpers import small_run
-from recipe_helpers import flags_of
+import torch
+from loop_helpers import ROOT, small_run
 from safetensors.torch import load_file
 
-KILLS = 5
-ITERATIONS = 8
+ITERATIONS = 12
 SETTINGS = {
     "iterations": ITERATIONS, "save_every": 1, "keep_last": 2, "resume": "auto", "ppo_epochs": 2, "ema_decay": 0.9,
     "kl_target": 0.02, "kl_horizon": 50, "policy_lr": 1e-3, "critic_lr": 1e-3, "report_samples": 4,
 }  # fmt: skip
+SAVING_STEPS = 44
+"""Steps of writing a checkpoint of policy and critic at which `kill_worker.die_at` can strike."""
 MEASURED = ("time/", "rate/", "memory/", "run/")
 """Metrics that two equal runs do not share."""
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    """`kill_worker.Lives`, whose server finds the packages as this process does."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = [ROOT / "tests", ROOT / "kernels", ROOT, os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(p) for p in path if str(p)))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        from kill_worker import Lives
+
+        yield Lives(tmp_path_factory.mktemp("lives") / "log")
 
 
 def rows(path: Path) -> list[dict]:
@@ -33,76 +47,110 @@ def figures(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows(path)]
 
 
-def kill_when(running, ready, delay_s: float) -> bool:
-    """SIGKILLs the launch `delay_s` after `ready()`; False when it ended before."""
-    while not ready():
-        if all(p.poll() is not None for p in running.processes):
-            return False
-        time.sleep(0.01)
-    time.sleep(delay_s)
-    alive = any(p.poll() is None for p in running.processes)
-    running.kill()
-    return alive
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").glob("*"))
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
+    """Bit for bit, NaN included."""
     ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert ours.keys() == theirs.keys()
-    different = [name for name in ours if not (ours[name] == theirs[name]).all()]
+    different = [n for n in ours if not torch.equal(ours[n].view(torch.uint8), theirs[n].view(torch.uint8))]
     assert not different, f"{a.name}: {len(different)} of {len(ours)} tensors differ, {different[:3]}"
 
 
-def test_rto_killed_five_times(tiny, launch, tmp_path):
-    """Policy, critic and average, metrics and samples, with adaptive KL and two PPO epochs."""
-
-    def command(folder: Path) -> list[str]:
-        settings = small_run(tiny, folder, **SETTINGS)
-        settings = {k: str(v) if isinstance(v, bool) else v for k, v in settings.items()}
-        return ["recipes/rto_llama3.py", "--prompt-key", "prompt", *flags_of(settings)]
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = launch(command(whole))
-    assert done.returncode == 0, done.output
-
-    rng, killed_at = random.Random(20), []
-    for k in range(1, KILLS + 1):
-        running = launch.start(command(killed))
-        # A moment after the k-th row: in the middle of a rollout, an update, a checkpoint or a log line.
-        if kill_when(running, lambda k=k: len(rows(killed / "metrics.jsonl")) >= k, rng.uniform(0, 0.5)):
-            killed_at.append(len(rows(killed / "metrics.jsonl")))
-    assert len(killed_at) == KILLS, f"only {len(killed_at)} of {KILLS} kills hit a running process"
-    done = launch(command(killed))
-    assert done.returncode == 0, done.output
-    assert "from step" in done.output, "the last launch did not resume"
-
+def assert_same_run(killed: Path, whole: Path) -> None:
+    """Policy, critic and average, metrics and samples; and the newest checkpoints, no more."""
     for name in ("policy", "critic", "ema"):
         assert_same_weights(killed / name, whole / name)
     assert figures(killed / "metrics.jsonl") == figures(whole / "metrics.jsonl")
-    assert [r["step"] for r in rows(killed / "metrics.jsonl")] == list(range(1, ITERATIONS + 1))
+    steps = [r["step"] for r in rows(whole / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
     assert rows(killed / "samples.jsonl") == rows(whole / "samples.jsonl")
-    kept = sorted(p.name for p in (killed / "checkpoints").iterdir())
-    assert kept == [f"step-{s:08d}" for s in (ITERATIONS - 1, ITERATIONS)], "keep_last, and no partial folder left"
+    assert len(rows(whole / "samples.jsonl")) > 0
+    assert checkpoints(killed) == checkpoints(whole) == [f"step-{s:08d}" for s in steps[-2:]]
 
 
-def test_dpo_killed_in_the_middle(tiny, launch, tmp_path):
-    def command(folder: Path) -> list[str]:
-        settings = {
-            "model": tiny.policy, "data": tiny.pairs, "output_dir": folder, "dtype": "fp32", "batch": 8, "epochs": 2.0,
-            "lr": 1e-3, "max_length": 128, "save_every": 2, "resume": "auto", "data_cache": "False",
-            "data_split": "train", "eval_split": "", "gradient_checkpointing": "False",
-        }  # fmt: skip
-        return ["recipes/dpo_llama3.py", *flags_of(settings)]
+def killed_at_random(lives, kind: str, settings: dict, rng: random.Random, row: int, s_a_row: float, ranks: int = 1):
+    """A life that ends by SIGKILL up to two rows' time after metrics.jsonl has `row` rows."""
+    path = Path(settings["output_dir"]) / "metrics.jsonl"
+    processes = lives.start(kind, settings, ranks=ranks)
+    lives.kill(processes, lambda: len(rows(path)) >= row, rng.uniform(0, 2 * s_a_row))
 
+
+def test_rto_killed_five_times(tiny, lives, tmp_path):
+    """Three kills at random moments and two inside a checkpoint's writing; adaptive KL, an average, two PPO epochs."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = launch(command(whole))
-    assert done.returncode == 0, done.output
-    running = launch.start(command(killed))
-    assert kill_when(running, lambda: len(rows(killed / "metrics.jsonl")) >= 5, 0.05)
-    done = launch(command(killed))
-    assert done.returncode == 0, done.output
-    assert "from step" in done.output
+    assert lives.run("rto", small_run(tiny, whole, **SETTINGS)) == 0, lives.log.read_text()
+    s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / ITERATIONS
+
+    rng, settings, left = random.Random(20), small_run(tiny, killed, **SETTINGS), []
+    for kill in range(5):
+        if kill % 2:
+            event = rng.randint(1, SAVING_STEPS)
+            assert lives.run("rto", settings, die_at=event) == -signal.SIGKILL, lives.log.read_text()
+            left.append([name for name in checkpoints(killed) if name.startswith("partial-")])
+        else:
+            killed_at_random(lives, "rto", settings, rng, 1 + 2 * kill, s_a_row)
+    assert any(left), "no kill has left a partial checkpoint"
+    assert lives.run("rto", settings) == 0, lives.log.read_text()
+    assert lives.log.read_text().count("killed before") + lives.log.read_text().count("killed after") == 2
+    assert_same_run(killed, whole)
+
+
+def test_rto_on_two_ranks_killed(tiny, lives, tmp_path):
+    """ZeRO-3 in bf16: each rank's partitions come back to it."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    changes = SETTINGS | {"zero_stage": 3, "dtype": "bf16", "iterations": 6}
+    assert lives.run("rto", small_run(tiny, whole, **changes), ranks=2) == 0, lives.log.read_text()
+    s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / 6
+    settings = small_run(tiny, killed, **changes)
+    for row in (1, 2):
+        killed_at_random(lives, "rto", settings, random.Random(row), row, s_a_row, ranks=2)
+    assert lives.run("rto", settings, ranks=2) == 0, lives.log.read_text()
+    assert_same_run(killed, whole)
+
+
+def test_killed_while_a_checkpoint_is_written(tiny, lives, tmp_path):
+    """Wherever in its writing: what can be resumed afterwards is the old checkpoint or the new one, whole."""
+    changes = SETTINGS | {"iterations": 2, "keep_last": 1, "report_samples": 0}
+    assert lives.run("rto", small_run(tiny, tmp_path / "whole", **changes), die_at=10**6) == 0, lives.log.read_text()
+    first, both = (int(line.split()[-2]) for line in lives.log.read_text().splitlines()[-40:] if "took" in line)
+    last = both - first
+    for step in (1, last // 2, last - 5, last - 3, last):
+        folder = tmp_path / f"killed{step}"
+        settings = small_run(tiny, folder, **changes)
+        assert lives.run("rto", settings, die_at=first + step) == -signal.SIGKILL, lives.log.read_text()
+        whole = [name for name in checkpoints(folder) if name.startswith("step-")]
+        assert whole in (["step-00000001"], ["step-00000002"], ["step-00000001", "step-00000002"])
+        for name in whole:
+            files = {p.name for p in (folder / "checkpoints" / name).rglob("*.*")}
+            assert {"state.json", "tensors.pt", "mp_rank_00_model_states.pt"} <= files, f"step {step}: {name}"
+        assert lives.run("rto", settings) == 0, lives.log.read_text()
+        assert_same_weights(folder / "policy", tmp_path / "whole" / "policy")
+
+
+@pytest.mark.parametrize("kind", ["sft", "rm", "dpo"])
+def test_stage_killed_twice(tiny, lives, tmp_path, kind):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {
+        "model": tiny.policy, "data": tiny.texts if kind == "sft" else tiny.pairs, "dtype": "fp32", "batch": 8,
+        "epochs": 3.0, "lr": 1e-3, "max_length": 64, "save_every": 2, "resume": "auto", "data_cache": False,
+        "data_workers": 1, "gradient_checkpointing": False,
+    }  # fmt: skip
+    assert lives.run(kind, settings | {"output_dir": str(whole)}) == 0, lives.log.read_text()
+    done = rows(whole / "metrics.jsonl")
+    settings["output_dir"] = str(killed)
+    rng = random.Random(kind)
+    killed_at_random(lives, kind, settings, rng, 5, done[-1]["run/elapsed_s"] / len(done))
+    assert lives.run(kind, settings, die_at=rng.randint(1, 24)) == -signal.SIGKILL, lives.log.read_text()
+    assert lives.run(kind, settings) == 0, lives.log.read_text()
     assert_same_weights(killed / "model", whole / "model")
     assert figures(killed / "metrics.jsonl") == figures(whole / "metrics.jsonl")
+    assert json.loads((killed / "model" / "config.json").read_text()) == json.loads(
+        (whole / "model" / "config.json").read_text()
+    )
+    assert checkpoints(killed) == checkpoints(whole)
 
 
 def test_a_partial_checkpoint_is_no_checkpoint(tiny, tmp_path):

@@ -1,0 +1,132 @@
+"""Runs that are killed: a forkserver's child trains and, where asked to, dies inside a checkpoint's writing.
+
+The server has imported everything, what a run would import late included, so that a life costs its training and no
+start-up. Nobody looks at the report of these runs, so none is drawn.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rto_fast import engine, report, stages, trainer
+from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
+
+RUNS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "rto": (RTOConfig, trainer.train),
+    "sft": (SFTConfig, stages.train_sft),
+    "rm": (RMConfig, stages.train_rm),
+    "dpo": (DPOConfig, stages.train_dpo),
+}
+IMPORTED_LATE = [
+    "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3", "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+]  # fmt: skip
+
+
+def die_at(event: int, log: Path) -> None:
+    """SIGKILL to this process at the event-th step of writing checkpoints, counted from 1.
+
+    A step is the beginning or the end of a call that writes, flushes, moves or deletes.
+    """
+    seen, saving = 0, False
+
+    def mortal(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            reach(f"before {name}")
+            out = call(*args, **kwargs)
+            reach(f"after {name}")
+            return out
+
+        return step
+
+    def reach(place: str) -> None:
+        nonlocal seen
+        seen += saving
+        if saving and seen == event:
+            with log.open("a") as f:
+                f.write(f"killed {place}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(*args: Any) -> None:
+        nonlocal saving
+        saving = True
+        whole(*args)
+        saving = False
+        print(f"a checkpoint took {seen} steps", flush=True)
+
+    whole, engine.Checkpoints.save = engine.Checkpoints.save, save
+    engine.TrainEngine.save = mortal("an engine's state", engine.TrainEngine.save)
+    engine._fsync = mortal("a flush", engine._fsync)
+    torch.save = mortal("a file of tensors", torch.save)
+    os.rename = mortal("a rename", os.rename)
+    shutil.rmtree = mortal("a deletion", shutil.rmtree)
+
+
+def live(kind: str, settings: dict[str, Any], env: dict[str, str], log: Path, event: int) -> None:
+    """One life of a rank: exit code 0 where the run ended."""
+    os.environ.update(env, DS_ACCELERATOR="cpu")
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
+    torch.set_num_threads(1)
+    report.report_run = lambda folder, **_: folder
+    if event:
+        die_at(event, log)
+    make, run = RUNS[kind]
+    run(make(**settings))
+
+
+class Lives:
+    """Starts runs, on one or more ranks; each is a fork of one warm process."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([__name__, *IMPORTED_LATE])
+
+    def start(self, kind: str, settings: dict[str, Any], *, ranks: int = 1, die_at: int = 0) -> list[Any]:
+        """The processes of a run; die_at: see the function of this name (on every rank)."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        processes = []
+        for rank in range(ranks):
+            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
+                   "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+            processes.append(self.context.Process(target=live, args=(kind, settings, env, self.log, die_at)))
+            processes[-1].start()
+        return processes
+
+    def run(self, kind: str, settings: dict[str, Any], *, ranks: int = 1, die_at: int = 0) -> int:
+        """A whole life; the first rank's exit code (negative: killed by that signal)."""
+        processes = self.start(kind, settings, ranks=ranks, die_at=die_at)
+        for process in processes:
+            process.join(240)
+        return processes[0].exitcode
+
+    def kill(self, processes: list[Any], ready: Callable[[], bool], delay_s: float) -> None:
+        """SIGKILL to all ranks, delay_s after `ready`; AssertionError where the run ended before that."""
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert all(p.is_alive() for p in processes), self.log.read_text()
+            time.sleep(0.002)
+        time.sleep(delay_s)
+        alive = all(p.is_alive() for p in processes)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        assert alive, f"the run had ended before the kill:\n{self.log.read_text()}"
