@@ -110,7 +110,9 @@ class VLLMEngine:
         if self.device.type == "cpu":
             settings = {"kv_cache_memory_bytes": _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)}
         from vllm import LLM
+        from vllm.v1.engine import core
 
+        core.cleanup_dist_env_and_memory = lambda: None  # it would end the trainer's own process group
         with _trainers_own():
             self.llm = LLM(
                 model=str(model_path), dtype=str(dtype).removeprefix("torch."), seed=seed, skip_tokenizer_init=True,
