@@ -315,7 +315,7 @@ def linear_backward_triton(
                 with launching("linear_bias", device):
                     linear_bias_kernel[(triton.cdiv(columns, 128),)](
                         dz, d_bias[v0:], count, n0, rows, columns, dz.stride(0),
-                        ACCUMULATE=accumulate, BM=32, BN=128, num_warps=4, **tiles.FUSION,
+                        ACCUMULATE=accumulate, BM=16, BN=128, num_warps=4, **tiles.FUSION,
                     )  # fmt: skip
             if need_weight:
                 _product(run, product, dz_part, hc, d_weight[v0 : v0 + columns], count, n0, True, accumulate)

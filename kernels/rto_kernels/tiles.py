@@ -78,7 +78,7 @@ _DEFAULTS = {
         plain=Tile(128, 256, 64, 8, 3, registers=0), full=Tile(128, 64, 64, 8, 3, parts=1)
     ),
     ("sm100", 2, False): _POINTERS_2,
-    ("sm100", 4, True): _DESCRIPTORS_4,
+    ("sm100", 4, True): _DESCRIPTORS_4._replace(plain=Tile(128, 64, 32, 8, 3), full=Tile(64, 64, 32, 8, 3)),
     ("sm100", 4, False): _POINTERS_4,
 }
 # Under the interpreter small sizes must still cross tile and split borders.
