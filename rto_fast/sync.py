@@ -173,9 +173,9 @@ def move(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         parts = [parameter.data] if parameter.data.numel() else []
-        if hasattr(parameter, "ds_tensor"):  # small parameters are kept whole beside their partition
+        if hasattr(parameter, "ds_tensor"):  # small ones are kept whole beside their partition; on one rank as a view
             parts.append(parameter.ds_tensor.data)
-        for part in parts:
+        for part in {part.data_ptr(): part for part in parts}.values():
             view, bit, one = MOVED_BIT[part.dtype]
             x = part.view(view)
             y = torch.where(x == 0, one, torch.where(x == one, 0, torch.where(x == one ^ bit, x, x ^ bit)))
