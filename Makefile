@@ -40,6 +40,7 @@ install-vllm: $(VLLM_VENV)/installed
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed recipes/rto_tiny.py $(ARGS)
 
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -123,6 +123,8 @@ class FunctionReward:
 
     def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
         """[B] fp32. Raises RewardError when the function raises, or answers anything but B numbers."""
+        if not texts.responses:  # a rank without a share; users' functions need not know of it
+            return torch.zeros(0)
         try:
             answer = self.fn(prompts=list(texts.prompts), responses=list(texts.responses))
         except Exception as error:

@@ -69,12 +69,13 @@ def score(
     with scorers.on_device():
         named = _source_scores(local, local_texts, scorers.rewards)
         pieces = _token_scores(local, scorers, config, placement, progress)
-    gathered = [distributed.gather_ragged(p, owners) for p in zip(*pieces, strict=True)]
     names = [f.name for f in fields(Scores) if f.name != "score"]
-    tensors = {n: torch.cat(p).to(placement.device) for n, p in zip(names, gathered, strict=True)}
+    # Column by column, so that a rank without any sequence takes part too.
+    columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
+    tensors = {n: torch.cat(c).to(placement.device) for n, c in zip(names, columns, strict=True)}
 
     sources = {
-        n: torch.cat(distributed.gather_ragged(list(t.float().cpu().split(1)), owners)) for n, t in named.items()
+        n: torch.cat(distributed.gather_ragged(list(t.float().cpu()[:, None]), owners)) for n, t in named.items()
     }
     total = torch.zeros(len(rollout))
     for weight, source in zip(scorers.reward_weights, sources.values(), strict=True):

@@ -118,16 +118,18 @@ def fit(
     """
     total = steps_of(config, len(stage.train))
     engine = TrainEngine(stage.model, config, peak_lr=config.lr, total_steps=total)
-    bad_in_a_row, start = 0, 0
+    bad_steps, bad_in_a_row, start = 0, 0, 0
     if found:
         start, state = found
         checkpoints.load(start, {"model": engine})
-        bad_in_a_row = state["bad_in_a_row"]
+        bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
     with logger:
         for step in range(start, total):
             with logger.phase("train"):
                 metrics, applied = train_step(config, stage, engine, placement, logger, step)
+            bad_steps += not applied
             bad_in_a_row = 0 if applied else bad_in_a_row + 1
+            metrics["bad_steps"] = float(bad_steps)
             if step + 1 == total:
                 metrics |= conclude(stage, engine, placement, logger)
             logger.log(step + 1, metrics)
@@ -139,7 +141,8 @@ def fit(
                                    "before them. Look at the learning rate and at bf16 against fp32.")  # fmt: skip
             if config.save_every and (step + 1) % config.save_every == 0:
                 with logger.phase("checkpoint"):
-                    checkpoints.save(step + 1, {"model": engine}, {"bad_in_a_row": bad_in_a_row}, {})
+                    state = {"bad_steps": bad_steps, "bad_in_a_row": bad_in_a_row}
+                    checkpoints.save(step + 1, {"model": engine}, state, {})
         if start == total:  # killed between its last checkpoint and the export
             conclude(stage, engine, placement, logger)
         folder = Path(config.output_dir) / "model"

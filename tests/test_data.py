@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import torch.distributed as dist
 from test_template import CHATML, REFUSING, STORIES, byte_tokenizer
 
@@ -638,6 +639,7 @@ def test_worker_processes_change_nothing(tmp_path, tokenizer, template):
 
 
 def _rank(rank: int, port: int, good: str, bad: str, out: multiprocessing.Queue) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads, and would wait for them
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     tokenizer = byte_tokenizer()
     template = load_template("plain", tokenizer)

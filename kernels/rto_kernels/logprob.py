@@ -36,9 +36,10 @@ BLOCK_ELEMENTS = 1 << 21
 
 @triton.jit
 def row_logprob(row_ptr, target, vocab, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """(logp, lse, entropy) of one row of logits, read once; scale = log₂e / temperature.
+    """(logp, log₂ Σ 2^(logit·scale), entropy) of one row of logits, read once; scale = log₂e / temperature.
 
-    logp is NaN where the target is no column: nothing outside the row is ever read.
+    The log-sum stays in base 2: the gradient subtracts it from logit·scale, and changing the base twice would cost
+    it two roundings. logp is NaN where the target is no column: nothing outside the row is ever read.
     """
     total = tl.full((), 0.0, tl.float32)
     weighted = tl.full((), 0.0, tl.float32)
@@ -59,7 +60,7 @@ def row_logprob(row_ptr, target, vocab, scale, ENTROPY: tl.constexpr, BLOCK: tl.
     inside = (target >= 0) & (target < vocab)
     picked = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32) * scale
     logp = tl.where(inside, (picked - peak - tl.log2(total)) * LN2, float("nan"))
-    return logp, (peak + tl.log2(total)) * LN2, (tl.log2(total) - weighted / total) * LN2
+    return logp, peak + tl.log2(total), (tl.log2(total) - weighted / total) * LN2
 
 
 @triton.jit
@@ -84,14 +85,14 @@ def logits_logprob_kernel(
 @triton.jit
 def logits_gradient_kernel(
     logits_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, out_ptr,
-    vocab, stride, stride_out, temperature, ignore_index,
+    vocab, stride, stride_out, temperature, scale, ignore_index,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d(logits), one program a row; out may be the logits. A row without a gradient is zeroed unread."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row)
-    lse = tl.load(lse_ptr + row) * LOG2E
+    lse = tl.load(lse_ptr + row)
     g = tl.load(grad_logp_ptr + row)
     ge = tl.full((), 0.0, tl.float32)
     entropy = ge
@@ -107,7 +108,7 @@ def logits_gradient_kernel(
         for start in range(0, vocab, BLOCK):
             inside = start + offs < vocab
             z = tl.load(logits_ptr + row * stride + start + offs, mask=inside, other=NEG_INF).to(tl.float32)
-            log_p = z * (LOG2E / temperature) - lse
+            log_p = z * scale - lse
             coefficient = -g
             if ENTROPY:
                 coefficient = -g - ge * (tl.maximum(log_p, _FLOOR) * LN2 + entropy)
@@ -121,6 +122,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def _forward_triton(logits, targets, temperature, ignore_index, entropy) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse); the lse in base 2, as `_backward_triton` takes it (the PyTorch path's is natural)."""
     (n, vocab), device = logits.shape, logits.device
     logp, lse = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
     row_entropy = torch.empty(n if entropy else 0, dtype=torch.float32, device=device)
@@ -142,7 +144,7 @@ def _backward_triton(logits, targets, temperature, ignore_index, lse, entropy, g
         with launching("logits_gradient", logits.device):
             logits_gradient_kernel[(n,)](
                 logits, targets.contiguous(), lse, entropy, g, g if ge is None else ge.contiguous(), out,
-                vocab, logits.stride(0), out.stride(0), temperature, ignore_index,
+                vocab, logits.stride(0), out.stride(0), temperature, LOG2E.value / temperature, ignore_index,
                 ENTROPY=ge is not None, **tiles.row_block(vocab),
             )  # fmt: skip
     return out

@@ -175,7 +175,10 @@ def test_strided_inputs_and_expanded_gradients(backend):
     weight = torch.cat([problem.weight, problem.weight], 1)[:, :12].requires_grad_()
     targets = torch.stack([problem.targets] * 2, 1)[:, 0].int()
     logp = rk.token_logprobs(hidden, weight, targets, backend=backend)
-    assert bits(logp) == bits(expected)
+    if backend == "triton":
+        assert bits(logp) == bits(expected)
+    else:  # a vendor's product may add up in another order where the strides are others
+        torch.testing.assert_close(logp, expected, rtol=2e-6, atol=2e-6)
     logp.sum().backward()  # its gradient is one number, expanded
     problem.upstream = [torch.ones(10, device=DEVICE)]
     grads = problem.run(reference.token_logprobs, lambda x: x.double(), entropy=False)[1:]
