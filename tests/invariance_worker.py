@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from loop_helpers import watched_gradients
+from loop_helpers import TinyModels, small_run, watched_gradients
 
-from rto_fast import algo, build, distributed, models, scoring
+from rto_fast import algo, build, distributed, models, scoring, trainer
 from rto_fast.attention import PACKED
 from rto_fast.batch import Request, Rollout
 from rto_fast.config import DPOConfig, RTOConfig
@@ -28,6 +28,8 @@ from rto_fast.supervised import Row, train_step
 BUDGETS = (1, 512, 4096)
 """Tokens of a micro-batch: every sequence alone, some together, all together."""
 STAGES = (2, 3)
+RESPONSES = (1, 7)
+"""Responses of a whole iteration: fewer than ranks, and an odd number."""
 SEQUENCES = 23
 """An odd number, of very unequal lengths, so that ranks hold unequal numbers of micro-batches."""
 
@@ -103,6 +105,25 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
     return out
 
 
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward function that, as users' may, fails on an empty batch."""
+    assert responses
+    return [len(r) / 50 for r in responses]
+
+
+def whole_iteration(paths: dict[str, str], responses: int, folder: Path) -> tuple:
+    """One turn of the loop from sampling on, with an odd number of responses or fewer of them than ranks."""
+    settings = small_run(
+        TinyModels(**paths), folder, rollout_batch=responses, train_batch=responses, iterations=1, zero_stage=3,
+        reward_fn=("invariance_worker:length",), micro_tokens=40, score_tokens=40,
+    )  # fmt: skip
+    run = build.build(RTOConfig(**settings))
+    seen = []
+    metrics = trainer.rto_iteration(run, 0, lambda rollout, texts: seen.append(rollout) or {})
+    run.logger.close()
+    return seen[0], metrics
+
+
 def main() -> None:
     paths, target = json.loads(sys.argv[1]), Path(sys.argv[2])
     distributed.init()
@@ -115,6 +136,11 @@ def main() -> None:
                 found[stage, budget] = rl(paths, stage, budget, root / "rl")
                 found[stage, budget] |= supervised(paths, stage, budget, root / "supervised")
                 distributed.barrier()
+    for responses in RESPONSES:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(distributed.broadcast_object(folder))
+            found[responses] = whole_iteration(paths, responses, root / "loop")
+            distributed.barrier()
     if distributed.rank() == 0:
         torch.save(found, target)
 

@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from invariance_worker import BUDGETS, STAGES
+from invariance_worker import BUDGETS, RESPONSES, STAGES
 from loop_helpers import ROOT
 
 OBJECTIVES = ("policy", "critic", "sft", "rm", "dpo")
@@ -18,7 +18,7 @@ OBJECTIVES = ("policy", "critic", "sft", "rm", "dpo")
 
 @pytest.fixture(scope="module")
 def measured(tiny, tmp_path_factory):
-    """{ranks: {(stage, budget): {objective: (loss, gradients, micro-batches of rank 0)}}}."""
+    """{ranks: {(stage, budget): {objective: (loss, gradients, micro-batches of rank 0)}, responses: iteration}}."""
     from loop_helpers import Launch
 
     folder, paths = tmp_path_factory.mktemp("invariance"), json.dumps(dataclasses.asdict(tiny))
@@ -57,3 +57,16 @@ def test_the_micro_batches_did_differ(measured):
     counts = [measured[1][2, budget]["policy"][2] for budget in (4096, 512, 1)]
     assert counts[0] == 1 < counts[1] < counts[2]
     assert measured[2][2, 1]["policy"][2] < counts[2]
+
+
+@pytest.mark.parametrize("responses", RESPONSES)
+def test_a_whole_iteration(measured, responses):
+    """The same tokens sampled and the same figures, even where a rank has no response of its own."""
+    (alone, figures), (shared, others) = (measured[ranks][responses] for ranks in (1, 2))
+    assert len(alone) == responses
+    for name in ("tokens", "prompt_lens", "response_lens", "truncated", "rows", "sample_index"):
+        assert torch.equal(getattr(shared, name), getattr(alone, name)), name
+    assert figures.keys() == others.keys()
+    for name, value in figures.items():
+        if not name.startswith("sampler/"):  # differences of rounding
+            assert others[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name

@@ -9,6 +9,8 @@ import torch
 from loop_helpers import small_run
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 
 def figures(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -132,20 +134,114 @@ def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(tiny, tmp_path
     assert checkpoint_steps(tmp_path / "run" / "checkpoints")[-1] == 2
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_gradient_that_is_not_finite_moves_nothing(tiny, tmp_path, stage, monkeypatch):
-    """An infinite advantage makes the policy's loss and gradient NaN; the critic's are untouched."""
-    from rto_fast import algo
-
-    honest = algo.policy_loss
+def with_infinite_loss(honest):
+    """A policy loss whose value and gradient are not finite: an advantage is infinite."""
 
     def broken(logp, entropy, old_logp, advantages, *rest):
         return honest(logp, entropy, old_logp, advantages + float("inf"), *rest)
 
-    monkeypatch.setattr(algo, "policy_loss", broken)
-    run_rto(tiny, tmp_path / "run", iterations=1, zero_stage=stage, policy_lr=1e-2, max_bad_steps=0)
+    return broken
+
+
+def with_nan_gradient(honest):
+    """A policy loss with its own finite value and a gradient of NaN."""
+
+    def broken(logp, *rest):
+        out = honest(logp, *rest)
+        return out._replace(policy_loss=out.policy_loss + (0 * logp.sum()).sqrt())
+
+    return broken
+
+
+@pytest.mark.parametrize("break_loss", [with_infinite_loss, with_nan_gradient])
+@pytest.mark.parametrize(
+    ("stage", "dtype", "max_grad_norm"), [(0, "fp32", 1.0), (2, "fp32", 0.0), (3, "fp32", 0.0), (2, "bf16", 1.0)]
+)
+def test_a_gradient_that_is_not_finite_moves_nothing(
+    tiny, tmp_path, stage, dtype, max_grad_norm, break_loss, monkeypatch
+):
+    """The policy stays as it was, whatever checks its gradients; the critic's updates are untouched."""
+    from rto_fast import algo
+
+    monkeypatch.setattr(algo, "policy_loss", break_loss(algo.policy_loss))
+    run_rto(
+        tiny, tmp_path / "run", iterations=1, zero_stage=stage, dtype=dtype, max_grad_norm=max_grad_norm,
+        policy_lr=1e-2, critic_lr=1e-2, max_bad_steps=0,
+    )  # fmt: skip
     policy, start = (load_file(f"{f}/model.safetensors") for f in (tmp_path / "run" / "policy", tiny.policy))
-    assert all((policy[n] == start[n]).all() for n in policy)
+    assert all(torch.equal(policy[n], start[n].to(policy[n].dtype)) for n in policy)
     critic, reward = (load_file(f"{f}/model.safetensors") for f in (tmp_path / "run" / "critic", tiny.reward))
-    assert any((critic[n] != reward[n]).any() for n in critic)
+    assert any((critic[n] != reward[n].to(critic[n].dtype)).any() for n in critic)
+    assert all(torch.isfinite(t).all() for t in critic.values())
     assert figures(tmp_path / "run")[0]["bad_steps"] == 1
+
+
+def test_bad_gradients_in_a_row_stop_the_run_and_the_checkpoint_goes_on(tiny, tmp_path, monkeypatch):
+    """Iterations 2 and 3 are bad; the checkpoint of 2 has the weights and the count, and honest iterations end it."""
+    from rto_fast import algo, trainer
+    from rto_fast.engine import Diverged
+
+    settings = {"iterations": 4, "max_bad_steps": 2, "save_every": 1, "policy_lr": 1e-3}
+    honest, turn = trainer.ppo_updates, algo.policy_loss
+
+    def updates(run, iteration, *rest):
+        monkeypatch.setattr(algo, "policy_loss", with_nan_gradient(turn) if iteration else turn)
+        return honest(run, iteration, *rest)
+
+    monkeypatch.setattr(trainer, "ppo_updates", updates)
+    with pytest.raises(Diverged, match=r"2 bad steps in a row.*iteration 3.*non-finite gradients"):
+        run_rto(tiny, tmp_path / "run", **settings)
+    monkeypatch.undo()
+    run_rto(tiny, tmp_path / "run", **settings, resume="auto")
+    rows = figures(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["bad_steps"] for row in rows] == [0, 1, 1, 1]
+    policy, start = (load_file(f"{f}/model.safetensors") for f in (tmp_path / "run" / "policy", tiny.policy))
+    assert any((policy[n] != start[n]).any() for n in policy)
+
+
+def run_rm(tiny, folder, **settings):
+    from rto_fast import stages
+    from rto_fast.config import RMConfig
+
+    return stages.train_rm(
+        RMConfig(
+            model=tiny.policy, data=tiny.pairs, output_dir=str(folder), dtype="fp32", batch=16, max_length=64, lr=1e-2,
+            eval_fraction=0.0, data_cache=False, data_workers=1, gradient_checkpointing=False, **settings,
+        )
+    )  # fmt: skip
+
+
+def nan_in(honest, calls):
+    """A loss that is NaN in those calls (from 1)."""
+    made = 0
+
+    def broken(*args, **kwargs):
+        nonlocal made
+        made += 1
+        return honest(*args, **kwargs) * (float("nan") if made in calls else 1.0)
+
+    return broken
+
+
+def test_supervised_steps_that_are_not_finite_are_skipped_and_counted(tiny, tmp_path, monkeypatch):
+    from rto_fast import preference
+
+    monkeypatch.setattr(preference, "bradley_terry_loss", nan_in(preference.bradley_terry_loss, {2}))
+    folder = run_rm(tiny, tmp_path / "run")
+    rows = figures(tmp_path / "run")
+    assert len(rows) >= 3
+    assert [row["bad_steps"] for row in rows[:3]] == [0, 1, 1]
+    assert [row["train/loss"] is None for row in rows[:3]] == [False, True, False]
+    assert all(torch.isfinite(t).all() for t in load_file(folder / "model.safetensors").values())
+
+
+def test_supervised_steps_bad_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
+    from rto_fast import preference
+    from rto_fast.engine import Diverged, checkpoint_steps
+
+    monkeypatch.setattr(preference, "bradley_terry_loss", nan_in(preference.bradley_terry_loss, {2, 3}))
+    with pytest.raises(Diverged, match="2 non-finite steps in a row at step 3"):
+        run_rm(tiny, tmp_path / "run", max_bad_steps=2, save_every=1)
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints")[-1] == 2
+    assert not (tmp_path / "run" / "model").exists()

@@ -11,7 +11,7 @@ from test_kill_resume import figures
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(one_rank, tiny, tmp_path_factory):
     """Output folders of the PPO recipe's settings and of RTO's with beta1 = 0 and a DPO model that is not there."""
     import dataclasses
     import sys
