@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import rto_kernels
 import torch
 from rto_kernels import PPOLoss
 from torch import Tensor
 
+from rto_fast.advantages import ESTIMATORS, pair
 from rto_fast.batch import Rollout, Scores, Targets
 from rto_fast.config import RTOConfig
+from rto_fast.credit import CREDIT
+
+NO_DELIMITERS = torch.empty(0, dtype=torch.int64)
 
 
-def targets(rollout: Rollout, scores: Scores, config: RTOConfig, beta2: float) -> Targets:
-    """Token rewards (Eq. 4.7), then GAE and its whitening over the whole rollout.
+def targets(
+    rollout: Rollout, scores: Scores, config: RTOConfig, beta2: float, delimiters: Tensor = NO_DELIMITERS
+) -> Targets:
+    """Token rewards (Eq. 4.7), where they are paid, then advantages (by default GAE) over the whole rollout.
 
     The rollout is the global one, so the whitening covers all ranks without another collective. beta2 is passed
-    beside the config because the adaptive controller moves it. All of it runs where `scores` are.
+    beside the config because the adaptive controller moves it. delimiters: [K] int64, tokens that end a sentence.
+    All of it runs where `scores` are.
     """
     cu = rollout.cu_responses.to(scores.values.device)
     reward = rto_kernels.token_rewards(
@@ -25,16 +33,18 @@ def targets(rollout: Rollout, scores: Scores, config: RTOConfig, beta2: float) -
         beta1=config.beta1, beta2=beta2, beta3=config.beta3, dpo_clip=config.dpo_clip,
         score_clip=config.score_clip, dpo_ref_logp=scores.dpo_ref_logp, cu_seqlens=cu,
     )  # fmt: skip
-    estimate = rto_kernels.gae(
-        reward.rewards, scores.values, gamma=config.gamma, lam=config.lam, cu_seqlens=cu, bootstrap=scores.bootstrap
-    )
+    ends_sentence = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
+    dense = CREDIT[config.credit](reward.dpo_reward, cu, ends_sentence)
+    rewards = reward.rewards + (dense - reward.dpo_reward)  # the same bits where nothing moves
+    estimator = ESTIMATORS[config.advantage] if config.policy_update == "ppo" else pair
+    estimate = estimator(rewards, scores, cu, config)
     return Targets(
-        rewards=reward.rewards,
+        rewards=rewards,
         dpo_reward=reward.dpo_reward,
         kl=reward.kl,
         advantages=estimate.advantages,
         returns=estimate.returns,
-        whiten=rto_kernels.whiten_moments(estimate.moments),
+        whiten=estimate.whiten,
     )
 
 
@@ -56,6 +66,49 @@ def policy_loss(
         entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation, denominator=denominator,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
+
+
+class PairStats(NamedTuple):
+    """Statistics of a pair loss, summed over the micro-batch and divided by the batch's pairs; `ratio_max` is a max."""
+
+    ratio_mean: Tensor
+    """Of exp(log-ratio of the first less that of the second)."""
+    ratio_max: Tensor
+    clip_fraction: Tensor
+    """Share of pairs whose gradient the clip has cut off."""
+    reward_gap: Tensor
+    """Absolute difference of the two rewards."""
+
+
+def p3o_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, clip: float) -> tuple[Tensor, PairStats]:
+    """Pairwise PPO with the pair's *joint* ratio clipped (arXiv 2310.00212): one ratio a pair, not one a token.
+
+        ratio = exp(log(pi / pi_old)(y1) - log(pi / pi_old)(y2)),   w = (r1 - r2) / 2
+        loss  = -min(w * ratio, w * clip(ratio, 1 - clip, 1 + clip))
+
+    At pi = pi_old its gradient is P3O's, -w * grad(log pi(y1) - log pi(y2)). log_ratios [P, 2]; reward_gap [P].
+    """
+    ratio = (log_ratios[:, 0] - log_ratios[:, 1]).exp()
+    weight = reward_gap / 2
+    plain, clipped = weight * ratio, weight * ratio.clamp(1 - clip, 1 + clip)
+    loss = -torch.minimum(plain, clipped).sum() / denominator
+    return loss, _pair_stats(ratio, clipped < plain, reward_gap, denominator)
+
+
+def rebel_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, eta: float) -> tuple[Tensor, PairStats]:
+    """Regression to relative rewards (arXiv 2404.16767, Eq. 9): (log-ratio difference / eta - (r1 - r2))^2.
+
+    log_ratios [P, 2]; reward_gap [P].
+    """
+    difference = log_ratios[:, 0] - log_ratios[:, 1]
+    loss = (difference / eta - reward_gap).square().sum() / denominator
+    return loss, _pair_stats(difference.exp(), torch.zeros_like(difference), reward_gap, denominator)
+
+
+def _pair_stats(ratio: Tensor, cut: Tensor, reward_gap: Tensor, denominator: Tensor) -> PairStats:
+    ratio = ratio.detach()
+    means = [x.float().sum() / denominator for x in (ratio, cut, reward_gap.abs())]
+    return PairStats(means[0], ratio.max(), means[1], means[2])
 
 
 def value_loss(

@@ -166,7 +166,7 @@ class Scores:
     dpo_ref_logp: Tensor
     """[R] the DPO model's own reference; equal to ref_logp unless another model is given."""
     values: Tensor
-    """[R] critic."""
+    """[R] critic; 0 in a run without one."""
     bootstrap: Tensor
     """[B] value after the last token: the critic's where a truncated response is bootstrapped, else 0."""
     score: Tensor
@@ -178,14 +178,14 @@ class Targets:
     """What PPO optimises against; fp32, no gradient."""
 
     rewards: Tensor
-    """[R] token rewards (Eq. 4.7)."""
+    """[R] token rewards (Eq. 4.7), the dense part paid where `credit` says."""
     dpo_reward: Tensor
-    """[R] clip(beta1 * log(pi_dpo / pi_ref)), the dense part of `rewards`."""
+    """[R] clip(beta1 * log(pi_dpo / pi_ref)) of each token."""
     kl: Tensor
     """[R] log(pi / pi_ref), unscaled."""
     advantages: Tensor
-    """[R] GAE, not whitened."""
+    """[R] GAE or another estimate, not whitened."""
     returns: Tensor
-    """[R] GAE + values."""
+    """[R] GAE + values; the reward still to come where there is no critic."""
     whiten: tuple[Tensor, Tensor]
-    """(mean, rstd) of the advantages over the whole rollout."""
+    """(mean, rstd) of the advantages over the whole rollout; (0, 1) where the estimate is not whitened."""

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import data, distributed, models, report, runfiles
+from rto_fast import algo, data, distributed, models, report, runfiles
 from rto_fast.algo import KLController
 from rto_fast.assembly import FrozenModel, choose_attention, frozen, open_output, save_model, save_tokenizer
 from rto_fast.batch import Request, Rollout, Scores, Targets
 from rto_fast.config import RTOConfig, require
+from rto_fast.credit import delimiter_ids
 from rto_fast.data import PromptData
 from rto_fast.ema import WeightAverage
 from rto_fast.engine import DTYPES, Checkpoints, TrainEngine
@@ -63,10 +65,13 @@ class Run:
     iterations: int
     placement: Placement
     policy: TrainEngine
-    critic: TrainEngine
+    critic: TrainEngine | None
+    """None where the advantages need none."""
     scorers: Scorers
     sync: WeightSync
     sampling: Sampling
+    delimiters: Tensor
+    """[K] int64: tokens that end a sentence; empty unless credit goes by sentences."""
     average: WeightAverage
     checkpoints: Checkpoints
     logger: RunLogger
@@ -93,10 +98,11 @@ class Run:
         )
 
     def train_batches(self, iteration: int, epoch: int, responses: int) -> list[list[int]]:
-        """The rollout's responses in a new order each PPO epoch, cut into train batches."""
-        order = _permutation(responses, f"train/{self.config.seed}/{iteration}/{epoch}")
-        size = self.config.train_batch
-        return [list(order[i : i + size]) for i in range(0, responses, size)]
+        """The rollout's responses in a new order each PPO epoch, cut into train batches; pairs stay together."""
+        together, size = self.config.compared_responses, self.config.train_batch
+        units = _permutation(responses // together, f"train/{self.config.seed}/{iteration}/{epoch}")
+        order = [unit * together + i for unit in units for i in range(together)]
+        return [order[i : i + size] for i in range(0, responses, size)]
 
     def optimiser_step(self, iteration: int, epoch: int, number: int) -> int:
         """Index of a train batch's update in the whole run."""
@@ -133,14 +139,15 @@ class Run:
         if config.save_every and done % config.save_every == 0:
             with self.logger.phase("checkpoint"):
                 state = {"kl": dataclasses.asdict(self.state.kl), "bad_steps": self.state.bad_steps,
-                         "bad_in_a_row": self.state.bad_in_a_row,
-                         "critic_normalisation": (self.critic.model.mean, self.critic.model.std)}  # fmt: skip
+                         "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
+                if self.critic:
+                    state["critic_normalisation"] = (self.critic.model.mean, self.critic.model.std)
                 tensors = {"average": self.average.weights, "rng": torch.get_rng_state()}
                 self.checkpoints.save(done, self.engines, state, tensors)
 
     @property
     def engines(self) -> dict[str, TrainEngine]:
-        return {"policy": self.policy, "critic": self.critic}
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Continues from checkpoint `step`."""
@@ -183,6 +190,7 @@ def build(config: RTOConfig) -> Run:
     template = load_template(config.chat_template, tokenizer)
     _check_models(config, tokenizer, template)
     sampling = Sampling(config.max_response_length, config.temperature, stop_token_ids(config.policy, tokenizer))
+    delimiters = _delimiters(config, tokenizer)
     prompts = data.load_prompts(config, tokenizer, template)
     iterations = config.iterations or -(-round(config.epochs * len(prompts.prompt_ids)) // config.rollout_batch)
 
@@ -196,8 +204,10 @@ def build(config: RTOConfig) -> Run:
         models.load_policy(config.policy, argument="policy", **loading), config,
         peak_lr=config.policy_lr, total_steps=max(1, (iterations - config.critic_warmup) * updates),
     )  # fmt: skip
-    critic_model, origin = _critic(config, tokenizer, loading)
-    critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
+    critic, origin = None, "none, the advantages need none"
+    if config.uses_critic:
+        critic_model, origin = _critic(config, tokenizer, loading)
+        critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
 
     kept: list[FrozenModel] = []
 
@@ -217,7 +227,7 @@ def build(config: RTOConfig) -> Run:
         for path, name in zip(config.reward_model, names, strict=True)
     ]
     scorers = Scorers(
-        policy=policy.evaluate, critic=critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
+        policy=policy.evaluate, critic=critic and critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
         rewards=[*sources, *remote_and_functions], reward_weights=config.reward_weights,
         frozen=kept,
     )  # fmt: skip
@@ -228,11 +238,11 @@ def build(config: RTOConfig) -> Run:
         rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=found[0] if found else 0,
     )  # fmt: skip
-    logger.message(f"critic: starts from {origin}")
+    logger.message(f"critic: {origin}")
     run = Run(
         config=config, tokenizer=tokenizer, template=template, prompts=prompts, iterations=iterations,
         placement=placement, policy=policy, critic=critic, scorers=scorers,
-        sync=sync, sampling=sampling,
+        sync=sync, sampling=sampling, delimiters=delimiters,
         average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
         checkpoints=checkpoints, logger=logger,
         state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
@@ -242,6 +252,14 @@ def build(config: RTOConfig) -> Run:
         run.restore(*found)
     run.prove_sync()
     return run
+
+
+def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    if config.credit != "sentence":
+        return algo.NO_DELIMITERS
+    ids = delimiter_ids(tokenizer, config.delimiters)
+    require(ids.numel() > 0, f"delimiters: no token of the policy's vocabulary ends with any of {config.delimiters}")
+    return ids
 
 
 def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
@@ -278,14 +296,15 @@ def _critic(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, loading: dict
     if config.reward_model and config.critic != "policy":
         path = config.reward_model[0]
         if same_tokenizer(tokenizer, load_tokenizer(path, "reward_model")):
-            return models.load_scalar(path, argument="reward_model", **loading), f"the reward model {path}"
+            scalar = models.load_scalar(path, argument="reward_model", **loading)
+            return scalar, f"starts from the reward model {path}"
         require(
             config.critic == "auto",
             f"critic: the reward model {path!r} has another tokenizer than the policy, so its weights cannot read "
             "the policy's tokens; use --critic policy",
         )
     scalar = models.new_scalar(config.policy, argument="policy", **loading)
-    return scalar, f"the policy's backbone {config.policy} with a zero head"
+    return scalar, f"starts from the policy's backbone {config.policy} with a zero head"
 
 
 def _model_reward(

@@ -177,18 +177,44 @@ class RMConfig(PreferenceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(PreferenceConfig):
-    """Direct preference optimisation: the token reward's source."""
+    """Direct preference optimisation and its relatives: the token reward's source."""
 
     lr: float = 5e-7
     batch: int = 256
+    """Rows an optimiser step, over all ranks (KTO: single answers)."""
+    objective: Literal["dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "kto", "ipo", "mppo"] = "dpo"
+    """Loss; formulas in preference.py. mppo takes all rows of one prompt and chosen as one with N negatives."""
     beta: float = 0.1
-    """Strength of the pull to the reference."""
+    """Strength of the pull to the reference (all but simpo and mppo)."""
+    r_dpo_alpha: float = 0.01
+    """r_dpo: margin for each token that chosen is longer, nats; 0 = DPO."""
+    simpo_beta: float = 2.5
+    """simpo: scale of the mean log-prob of a token."""
+    simpo_gamma: float = 0.5
+    """simpo: margin by which chosen should win; 0 = off."""
+    tdpo_alpha: float = 0.5
+    """tdpo2: weight of the difference of sequential KLs; 0 = DPO."""
+    kto_desirable_weight: float = 1.0
+    """kto: weight of desirable answers (w_D)."""
+    kto_undesirable_weight: float = 1.0
+    """kto: weight of undesirable answers (w_U)."""
+    completion_key: str = "completion"
+    """kto: column of a single answer, where the data have no pairs."""
+    label_key: str = "label"
+    """kto: column that says whether the answer is desirable (true or 1)."""
     reference: str = ""
     """Reference model; empty = `model` before training."""
 
     def validate(self) -> None:
         super().validate()
-        require(self.beta > 0, f"beta: must be positive, got {self.beta}")
+        for name in ("beta", "simpo_beta"):
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+        for name in ("r_dpo_alpha", "simpo_gamma", "tdpo_alpha", "kto_desirable_weight", "kto_undesirable_weight"):
+            require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        require(
+            not (self.reference and self.objective in ("simpo", "mppo")),
+            f"reference: {self.objective} has no reference; leave it out, or choose another --objective",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +263,11 @@ class RTOConfig(RunConfig):
     kl_horizon: int = 10000
     """Adaptive KL: responses over which beta2 can change by about its own size."""
 
+    credit: Literal["token", "sentence", "response", "shaped"] = "token"
+    """Where the clipped token rewards are paid: RTO, Semi-RTO, DDPO, RS-PPO."""
+    delimiters: tuple[str, ...] = (".", "!", "?")
+    """credit sentence: what ends a sentence; the rest behind the last one is paid at the last token."""
+
     # Rollout
     iterations: int = 0
     """Rollouts to do; 0 = what `epochs` passes over the prompts need."""
@@ -279,7 +310,13 @@ class RTOConfig(RunConfig):
     prompt_key: str = "auto"
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
 
-    # PPO
+    # Policy and critic
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo"] = "gae"
+    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses."""
+    policy_update: Literal["ppo", "p3o", "rebel"] = "ppo"
+    """p3o (joint clip of the pair's ratio) and rebel compare two responses to each prompt, without a critic."""
+    rebel_eta: float = 1.0
+    """rebel: scale of the log-ratio's difference; smaller moves less for the same rewards."""
     train_batch: int = 128
     """Responses a policy update, over all ranks."""
     ppo_epochs: int = 1
@@ -315,6 +352,15 @@ class RTOConfig(RunConfig):
     def responses(self) -> int:
         """Responses a rollout, over all ranks."""
         return self.rollout_batch * self.responses_per_prompt
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.policy_update == "ppo" and self.advantage == "gae"
+
+    @property
+    def compared_responses(self) -> int:
+        """Responses that a policy update must see together."""
+        return 1 if self.policy_update == "ppo" else 2
 
     @property
     def reward_sources(self) -> tuple[str, ...]:
@@ -359,8 +405,27 @@ class RTOConfig(RunConfig):
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
         require(0 <= self.ema_decay < 1, f"ema_decay: must lie in [0, 1), got {self.ema_decay}")
+        self._check_variants()
         require(
             self.responses % self.train_batch == 0,
             f"train_batch: {self.train_batch} does not divide the {self.responses} responses of a rollout "
             f"(rollout_batch {self.rollout_batch} x responses_per_prompt {self.responses_per_prompt})",
         )
+
+    def _check_variants(self) -> None:
+        grouped, pairs = self.advantage in ("grpo", "rloo"), self.policy_update in ("p3o", "rebel")
+        for wrong, message in (
+            (self.credit != "token" and not self.beta1, f"credit: beta1 = 0 has no token rewards for {self.credit!r}"),
+            (self.credit == "sentence" and not all(self.delimiters), "delimiters: an empty string ends no sentence"),
+            (self.credit == "sentence" and not self.delimiters, "delimiters: credit 'sentence' needs at least one"),
+            (grouped and self.responses_per_prompt < 2, f"responses_per_prompt: {self.advantage} needs at least 2"),
+            (pairs and self.responses_per_prompt != 2, f"responses_per_prompt: {self.policy_update} needs exactly 2"),
+            (pairs and self.train_batch % 2, f"train_batch: must be even, {self.policy_update} takes pairs"),
+            (pairs and self.advantage != "gae", f"advantage: {self.policy_update} compares responses and uses none"),
+            (pairs and self.entropy_coef, f"entropy_coef: {self.policy_update} has no entropy bonus; set it to 0"),
+            (not self.rebel_eta > 0, f"rebel_eta: must be positive, got {self.rebel_eta}"),
+        ):
+            require(not wrong, message)
+        for name, off in (("critic", "auto"), ("critic_warmup", 0), ("truncation", "zero")):
+            value, method = getattr(self, name), self.policy_update if pairs else self.advantage
+            require(self.uses_critic or value == off, f"{name}: {value!r} needs a critic, and {method} has none")

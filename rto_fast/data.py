@@ -32,10 +32,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import rows as row_formats
 from rto_fast import template as templates
-from rto_fast.config import PreferenceConfig, RTOConfig, RunConfig, SFTConfig, SupervisedConfig
+from rto_fast.config import DPOConfig, PreferenceConfig, RTOConfig, RunConfig, SFTConfig, SupervisedConfig
 from rto_fast.rows import (
     REFUSED,
     BadRow,
+    answer_columns,
+    answer_row,
     preference_columns,
     preference_row,
     prompt_columns,
@@ -60,8 +62,8 @@ from rto_fast.template import (
 
 __all__ = [
     "ChatTemplate", "Counts", "DataError", "PreferenceData", "PromptData", "SFTData", "TokenLists",
-    "check_max_length", "check_template", "check_vocabulary", "load_preferences", "load_prompts", "load_sft",
-    "load_template", "load_tokenizer", "save_template", "stop_token_ids",
+    "check_max_length", "check_template", "check_vocabulary", "load_answers", "load_preferences", "load_prompts",
+    "load_sft", "load_template", "load_tokenizer", "save_template", "stop_token_ids", "tokenizer_hash",
 ]  # fmt: skip
 
 PARALLEL_ROWS = 10_000
@@ -224,6 +226,22 @@ def load_preferences(
     )
 
 
+def load_answers(
+    config: DPOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> tuple[PreferenceData, PreferenceData]:
+    """As `load_preferences`, from pairs or from labelled rows {prompt, completion, label}.
+
+    A labelled row is a pair whose other response is empty: `rejected_ids` where it is desirable, else `chosen_ids`.
+    """
+    keys = {"prompt": config.prompt_key, "chosen": config.chosen_key, "rejected": config.rejected_key}
+    keys |= {"completion": config.completion_key, "label": config.label_key}
+    encode = partial(answer_row, tokenizer=tokenizer, template=template)
+    return tuple(
+        PreferenceData(p.prompt_ids, p.first_ids, p.second_ids, p.rows, p.counts)
+        for p in _train_and_held_out(config, encode, partial(answer_columns, **keys))
+    )
+
+
 def load_sft(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[SFTData, SFTData]:
     """(training rows, held-out rows), at most `config.max_length` tokens of prompt + response.
 
@@ -306,7 +324,7 @@ def _judge(config: RunConfig, rows: _Rows, limit: int, limit_name: str) -> tuple
     prompt = rows.prompt_ids.lengths
     lengths = prompt + np.maximum(rows.first_ids.lengths, rows.second_ids.lengths)
     over = np.flatnonzero(lengths > limit).tolist()
-    responses = bool(rows.first_ids.lengths.any())
+    responses = bool(rows.first_ids.lengths.any() or rows.second_ids.lengths.any())
     if over and config.overlong == "refuse":
         raise DataError(
             f"{rows.at(over[0])}: {lengths[over[0]]} tokens, over {limit_name} {limit} (the first of "
@@ -404,7 +422,7 @@ def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, colu
             return _Rows.of(argument, name, _tokenise(config, read, encode, columns, scratch))
     identity = (
         fingerprint, config.max_rows, columns.func.__name__, sorted(columns.keywords.items()),
-        encode.keywords["template"].hash, _tokenizer_hash(encode.keywords["tokenizer"]), _CODE_HASH,
+        encode.keywords["template"].hash, tokenizer_hash(encode.keywords["tokenizer"]), _CODE_HASH,
     )  # fmt: skip
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rto_fast"
     path = folder / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.arrow"
@@ -466,7 +484,8 @@ def _encode_row(row: dict[str, Any], encode: Encode, keys: list[str], as_text: b
     return out | {"reason": reason, "detail": detail, "line": line}
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the tokenizer's class, rules and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)

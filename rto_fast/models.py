@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rto_kernels import token_logprobs
+from rto_kernels import token_kl, token_logprobs
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
@@ -58,8 +58,25 @@ class LogProbHead(nn.Linear):
         return torch.stack(logps), mean_surprise
 
 
+class TokenKLHead(LogProbHead):
+    """The lm_head, asked for log-probs and for the divergence from a reference's whole distribution."""
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor, ref_hidden: Tensor, ref_head: LogProbHead
+    ) -> tuple[Tensor, Tensor]:
+        """hidden, ref_hidden [R, H], targets [R] int64 -> log-probs [R] and KL(pi_ref || pi) [R], fp32, nats."""
+        logp = token_logprobs(hidden, self.weight, targets, bias=self.bias, softcap=self.softcap)
+        kl = token_kl(
+            hidden, self.weight, ref_hidden, ref_head.weight, bias=self.bias, ref_bias=ref_head.bias,
+            softcap=self.softcap, ref_softcap=ref_head.softcap,
+        )  # fmt: skip
+        return logp, kl
+
+
 class PolicyModel(nn.Module):
     """A causal language model that answers with log-probs of given tokens at given positions."""
+
+    head_type = LogProbHead
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
@@ -70,8 +87,8 @@ class PolicyModel(nn.Module):
             if getattr(lm.config, name, None) not in (None, 1, 1.0):
                 raise ConfigError(f"model: {type(lm).__name__} scales its logits ({name}); it is not supported")
         softcap = getattr(lm.config, "final_logit_softcapping", None)
-        if not isinstance(head, LogProbHead):
-            lm.set_output_embeddings(LogProbHead.share(head, softcap))
+        if not isinstance(head, self.head_type):
+            lm.set_output_embeddings(self.head_type.share(head, softcap))
         self.lm = lm
 
     def forward(
@@ -83,6 +100,25 @@ class PolicyModel(nn.Module):
         """
         hidden = _hidden(self.lm.base_model, batch)[batch.state_positions]
         return self.lm.get_output_embeddings()(hidden, batch.response_tokens, temperatures, entropy)
+
+    def states(self, batch: PackedBatch) -> tuple[Tensor, LogProbHead, Tensor]:
+        """Hidden states [R, H] before the response tokens, the head that reads them, and the log-probs [R] fp32.
+
+        For a model whose weights are whole on this rank.
+        """
+        hidden, head = _hidden(self.lm.base_model, batch)[batch.state_positions], self.lm.get_output_embeddings()
+        return hidden, head, head(hidden, batch.response_tokens, (1.0,), False)[0][0]
+
+
+class TokenKLPolicy(PolicyModel):
+    """A policy that also says how far each of its next-token distributions is from a reference's."""
+
+    head_type = TokenKLHead
+
+    def forward(self, batch: PackedBatch, ref_hidden: Tensor, ref_head: LogProbHead) -> tuple[Tensor, Tensor]:
+        """ref_hidden, ref_head: from the reference's `states` -> log-probs [R] and KL(pi_ref || pi) [R], fp32, nats."""
+        hidden = _hidden(self.lm.base_model, batch)[batch.state_positions]
+        return self.lm.get_output_embeddings()(hidden, batch.response_tokens, ref_hidden, ref_head)
 
 
 class ScalarHead(nn.Linear):

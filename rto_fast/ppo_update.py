@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from rto_kernels import PPOStats
 from torch import Tensor
 
 from rto_fast import algo, distributed
+from rto_fast.algo import PairStats
 from rto_fast.batch import Rollout, Scores, Targets
 from rto_fast.build import Run
 from rto_fast.engine import StepResult, TrainEngine
 from rto_fast.packing import PackedBatch, plan
 
-LossAndStats = tuple[Tensor, PPOStats]
+Stats = PPOStats | PairStats
+LossAndStats = tuple[Tensor, Stats]
 
 
+@dataclass(frozen=True)
 class UpdateStats:
-    """Losses and statistics of one train batch, summed over micro-batches and ranks."""
+    """Loss and statistics of one train batch, summed over micro-batches and ranks."""
 
-    def __init__(self, result: StepResult, sums: Tensor, ratio_max: float, lr: float) -> None:
-        self.result, self.lr = result, lr
-        self.loss = float(sums[0])
-        self.stats = PPOStats(*sums[1:].float())._replace(ratio_max=torch.tensor(ratio_max))
+    result: StepResult
+    loss: float
+    stats: Stats
+    lr: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where a micro-batch stands in the rollout."""
+
+    sequences: list[int]
+    tokens: Tensor
+    """[R of the micro-batch] int64 positions in the rollout's [R] tensors."""
 
 
 class TrainBatch:
@@ -36,21 +49,27 @@ class TrainBatch:
 
     def __init__(self, run: Run, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
         self.run, self.rollout, self.scores, self.targets = run, rollout, scores, targets
-        lens = rollout.seq_lens.tolist()
         index = [i for i in index if rollout.response_lens[i] > 0] or index[:1]
-        share = plan([lens[i] for i in index], distributed.world_size(), run.config.micro_tokens)
-        shortest = min(index, key=lambda i: lens[i])
-        # A rank with fewer micro-batches runs the shortest sequence with weight 0 (see packing.plan).
-        self.micro = [
-            ([index[i] for i in part], 1.0) if part else ([shortest], 0.0) for part in share[distributed.rank()]
-        ]
+        self.micro = self.shared_out([[i] for i in index])
         counted = rollout.response_lens[torch.tensor(index)]
         self.denominator = algo.loss_denominator(counted, run.config.loss_aggregation).to(run.placement.device)
+
+    def shared_out(self, units: Sequence[list[int]]) -> list[tuple[list[int], float]]:
+        """This rank's micro-batches, (sequences, weight) each; a unit's sequences stay together.
+
+        A rank with fewer micro-batches than another runs the shortest unit with weight 0 (see packing.plan).
+        """
+        lens = self.rollout.seq_lens.tolist()
+        tokens = [sum(lens[i] for i in unit) for unit in units]
+        share = plan(tokens, distributed.world_size(), self.run.config.micro_tokens)[distributed.rank()]
+        shortest = units[min(range(len(units)), key=lambda u: tokens[u])]
+        return [([i for u in part for i in units[u]], 1.0) if part else (shortest, 0.0) for part in share]
 
     def update_policy(self, step: int) -> UpdateStats:
         config, policy = self.run.config, self.run.policy
 
-        def loss(batch: PackedBatch, r: Tensor) -> LossAndStats:
+        def loss(batch: PackedBatch, share: Share) -> LossAndStats:
+            r = share.tokens
             logp, entropy = policy(batch, temperatures=(config.temperature,), entropy=True)
             out = algo.policy_loss(
                 logp[0], entropy, self.scores.old_logp[r], self.targets.advantages[r], self.targets.whiten,
@@ -58,25 +77,27 @@ class TrainBatch:
             )  # fmt: skip
             return out.policy_loss, out.stats
 
-        return self._update(policy, loss, step)
+        return self._update(policy, loss, step, PPOStats)
 
     def update_critic(self, step: int) -> UpdateStats:
         config, critic = self.run.config, self.run.critic
 
-        def loss(batch: PackedBatch, r: Tensor) -> LossAndStats:
+        def loss(batch: PackedBatch, share: Share) -> LossAndStats:
+            r = share.tokens
             values = critic(batch, batch.state_positions)
             out = algo.value_loss(
                 values, self.scores.values[r], self.targets.returns[r], batch.cu_responses, self.denominator, config
             )
             return out.value_loss, out.stats
 
-        return self._update(critic, loss, step)
+        return self._update(critic, loss, step, PPOStats)
 
     def _update(
-        self, engine: TrainEngine, loss: Callable[[PackedBatch, Tensor], LossAndStats], step: int
+        self, engine: TrainEngine, loss: Callable[[PackedBatch, Share], LossAndStats], step: int, kind: type[Stats]
     ) -> UpdateStats:
+        """One optimiser step; `loss` gives a micro-batch's share of the loss and of the statistics."""
         device = self.run.placement.device
-        sums = torch.zeros(1 + len(PPOStats._fields), dtype=torch.float64, device=device)
+        sums = torch.zeros(1 + len(kind._fields), dtype=torch.float64, device=device)
         ratio_max = torch.zeros((), device=device)
 
         def micro_loss(item: tuple[list[int], float]) -> Tensor:
@@ -84,7 +105,7 @@ class TrainBatch:
             index, weight = item
             part = self.rollout.select(index)
             batch = PackedBatch.make(part.sequences(), part.prompt_lens.tolist(), device, self.run.placement.kernel)
-            value, stats = loss(batch, self.rollout.response_index(index).to(device))
+            value, stats = loss(batch, Share(index, self.rollout.response_index(index).to(device)))
             if weight:
                 sums = sums + torch.stack([value.detach(), *stats]).double()
                 ratio_max = torch.maximum(ratio_max, stats.ratio_max.float())
@@ -95,4 +116,5 @@ class TrainBatch:
         if not math.isfinite(float(total[0])):
             result = StepResult(result.grad_norm, applied=False)
         most = max(distributed.gather_objects(float(ratio_max)))
-        return UpdateStats(result, total, most, engine.lr(step))
+        stats = kind(*total[1:].float())._replace(ratio_max=torch.tensor(most))
+        return UpdateStats(result, float(total[0]), stats, engine.lr(step))

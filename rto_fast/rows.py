@@ -26,6 +26,7 @@ PROMPTS_DIFFER = "prompts differ"
 NO_USER_TURN = "no turn to answer"
 NO_ASSISTANT_TURN = "no assistant turn"
 REFUSED = "refused by the template"
+NO_LABEL = "no label"
 
 
 class BadRow(Exception):
@@ -80,6 +81,23 @@ def preference_row(
     return encoded(prompt_ids, chosen_ids, rejected_ids)
 
 
+def answer_row(
+    row: dict[str, Any], keys: list[str], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> dict[str, Any]:
+    """Ids of prompt, desirable and undesirable answer: both of a pair, one of a labelled row (the other is empty).
+
+    keys: prompt, chosen, rejected, completion, label; the last two are "" where the data are pairs.
+    """
+    prompt_key, chosen_key, rejected_key, completion_key, label_key = keys
+    if not label_key:
+        return preference_row(row, [prompt_key, chosen_key, rejected_key], tokenizer, template)
+    label = row.get(label_key)
+    if label is None or label not in (0, 1):
+        raise BadRow(NO_LABEL, f"{label_key!r} is {label!r} where true or false was expected")
+    prompt_ids, answer = template.encode_pair(tokenizer, *_pair(row, prompt_key, completion_key))
+    return encoded(prompt_ids, answer, []) if label else encoded(prompt_ids, [], answer)
+
+
 def sft_row(
     row: dict[str, Any], keys: list[str], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 ) -> dict[str, Any]:
@@ -102,6 +120,14 @@ def preference_columns(table: Table, prompt: str, chosen: str, rejected: str) ->
     table.need(rejected, flag="rejected-key")
     _need_prompt(table, prompt, chosen)
     return [prompt, chosen, rejected]
+
+
+def answer_columns(table: Table, prompt: str, chosen: str, rejected: str, completion: str, label: str) -> list[str]:
+    """Keys for `answer_row`: labelled rows where the table has such columns, else pairs."""
+    if completion in table.columns and label in table.columns:
+        _need_prompt(table, prompt, completion)
+        return [prompt, chosen, rejected, completion, label]
+    return [*preference_columns(table, prompt, chosen, rejected), "", ""]
 
 
 def sft_columns(table: Table, prompt: str, response: str) -> list[str]:

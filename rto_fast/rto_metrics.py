@@ -70,7 +70,22 @@ def of_policy(steps: list[UpdateStats]) -> dict[str, float]:
     }
 
 
+def of_pairs(steps: list[UpdateStats]) -> dict[str, float]:
+    """As `of_policy`, of updates from pairs."""
+    return {
+        "policy/loss": _mean([s.loss for s in steps]),
+        "policy/clip_fraction": _mean([float(s.stats.clip_fraction) for s in steps]),
+        "policy/ratio_mean": _mean([float(s.stats.ratio_mean) for s in steps]),
+        "policy/ratio_max": max(float(s.stats.ratio_max) for s in steps),
+        "policy/reward_gap": _mean([float(s.stats.reward_gap) for s in steps]),
+        "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
+        "policy/lr": steps[-1].lr,
+    }
+
+
 def of_critic(steps: list[UpdateStats]) -> dict[str, float]:
+    if not steps:
+        return {}
     return {
         "critic/loss": _mean([s.loss for s in steps]),
         "critic/clip_fraction": _mean([float(s.stats.value_clip) for s in steps]),

@@ -27,7 +27,8 @@ class Scorers:
     """The models of one run, each callable on packed batches. `reference is dpo_ref` where they are one model."""
 
     policy: Model
-    critic: Model
+    critic: Model | None
+    """None where the advantages need none: values are 0."""
     reference: Model
     dpo: Model | None
     """None when beta1 = 0: the token reward is off."""
@@ -113,7 +114,8 @@ def _token_scores(
         dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)[0][0]
         # One critic forward: the values of all states, and of the state after each last token.
         states = torch.cat([batch.state_positions, batch.last_positions])
-        values, after = scorers.critic(batch, states).split([batch.state_positions.numel(), len(batch.last_positions)])
+        values = scorers.critic(batch, states) if scorers.critic else torch.zeros(states.shape, device=states.device)
+        values, after = values.split([batch.state_positions.numel(), len(batch.last_positions)])
         lens = batch.cu_responses.diff().tolist()
         columns = [t.split(lens) for t in (policy[0], policy[-1], reference, dpo, dpo_ref, values)]
         for j, i in enumerate(index):

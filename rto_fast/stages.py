@@ -1,9 +1,9 @@
-"""The stages before RTO: supervised fine-tuning, the reward model and DPO."""
+"""The stages before RTO: supervised fine-tuning, the reward model, DPO and its relatives."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast import data, distributed, models, preference
-from rto_fast.assembly import choose_attention, frozen, open_output
+from rto_fast.assembly import FrozenModel, choose_attention, open_output
 from rto_fast.config import DPOConfig, RMConfig, SFTConfig, SupervisedConfig, require
 from rto_fast.engine import DTYPES, Checkpoints
 from rto_fast.metrics import RunLogger
+from rto_fast.models import PolicyModel
 from rto_fast.packing import Placement
+from rto_fast.preference_stages import (
+    KTO,
+    MPPO,
+    TDPO,
+    Answers,
+    Referenced,
+    SimPO,
+    grouped_rows,
+    pair_rows,
+)
+from rto_fast.reference_cache import cached_reference_logps
 from rto_fast.supervised import Row, RowBatch, Stage, Sums, fit, held_out_batches, steps_of
 from rto_fast.template import (
     ChatTemplate,
@@ -28,7 +40,7 @@ from rto_fast.template import (
 )
 
 
-class SFT:
+class SFT(Stage):
     """Mean negative log-prob of response tokens."""
 
     name = "SFT"
@@ -43,11 +55,8 @@ class SFT:
     def count(self, rows: Sequence[Row]) -> float:
         return float(sum(len(r) for row in rows for r in row.responses))
 
-    def finish(self, model: object, placement: Placement) -> dict[str, float]:
-        return {}
 
-
-class RewardModel:
+class RewardModel(Stage):
     """Bradley-Terry on the scores at the last tokens; leaves the scores' mean and std in the model."""
 
     name = "reward model"
@@ -59,9 +68,6 @@ class RewardModel:
         chosen, rejected = batch.by_row(model(batch.packed, batch.packed.last_positions)).unbind(1)
         loss = preference.bradley_terry_loss(chosen, rejected)
         return loss.sum(), {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
-
-    def count(self, rows: Sequence[Row]) -> float:
-        return float(len(rows))
 
     @torch.no_grad()
     def finish(self, model: object, placement: Placement) -> dict[str, float]:
@@ -78,59 +84,6 @@ class RewardModel:
         std = max(square / count - mean**2, 1e-12) ** 0.5
         self.model.mean, self.model.std = mean, std
         return {"eval/score_mean": mean, "eval/score_std": std}
-
-
-class DPO:
-    """Direct preference optimisation against reference log-probs that were computed once, before training."""
-
-    name = "DPO"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train: Sequence[Row],
-        held_out: Sequence[Row],
-        reference: tuple[Tensor, Tensor],
-        beta: float,
-    ) -> None:
-        """reference: summed log-probs of the training and the held-out rows, [rows, 2] fp32 each."""
-        self.model, self.train, self.held_out = model, train, held_out
-        self.reference, self.beta = reference, beta
-
-    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
-        logp, _ = model(batch.packed)
-        chosen, rejected = batch.sequence_sums(logp[0]).unbind(1)
-        table = self.reference[1 if batch.held_out else 0]
-        index = batch.index or [0] * len(batch.rows)  # a dummy's loss is weighted with zero
-        ref_chosen, ref_rejected = table[index].to(chosen.device).unbind(1)
-        loss = preference.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
-        reward_chosen, reward_rejected = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
-        margin = reward_chosen - reward_rejected
-        metrics = {
-            "accuracy": (margin > 0).float().sum(),
-            "margin": margin.sum(),
-            "reward_chosen": reward_chosen.sum(),
-            "reward_rejected": reward_rejected.sum(),
-        }
-        return loss.sum(), metrics
-
-    def count(self, rows: Sequence[Row]) -> float:
-        return float(len(rows))
-
-    def finish(self, model: object, placement: Placement) -> dict[str, float]:
-        return {}
-
-
-@torch.no_grad()
-def reference_logps(model: nn.Module, rows: Sequence[Row], placement: Placement) -> Tensor:
-    """Summed log-prob of each row's responses, [rows, responses a row] fp32 on the CPU, the same on every rank."""
-    mine: dict[int, Tensor] = {}
-    for batch in held_out_batches(rows, placement, held_out=False) if rows else ():
-        logp, _ = model(batch.packed)
-        sums = batch.sequence_sums(logp[0]).float().cpu()
-        mine |= dict(zip(batch.index, sums.unbind(0), strict=False))
-    merged = {i: t for part in distributed.gather_objects(mine) for i, t in part.items()}
-    return torch.stack([merged[i] for i in range(len(rows))]) if rows else torch.zeros(0, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +115,6 @@ def _prepare(config: SupervisedConfig) -> _Common:
     return _Common(tokenizer, template, placement, loading, checkpoints, found)
 
 
-def _pairs(part: data.PreferenceData) -> list[Row]:
-    return [
-        Row(list(p), (list(c), list(r)))
-        for p, c, r in zip(part.prompt_ids, part.chosen_ids, part.rejected_ids, strict=True)
-    ]
-
-
 def _run(config: SupervisedConfig, common: _Common, stage: Stage) -> Path:
     """Opens the log, which writes the first files, and trains."""
     logger = RunLogger(
@@ -196,7 +142,7 @@ def train_rm(config: RMConfig) -> Path:
     """Reward model from preference pairs; returns the model's folder."""
     common = _prepare(config)
     parts = data.load_preferences(config, common.tokenizer, common.template)
-    train, held_out = map(_pairs, parts)
+    train, held_out = map(pair_rows, parts)
 
     torch.manual_seed(config.seed)
     hidden = models.load_config(config.model, "model").hidden_size
@@ -205,7 +151,7 @@ def train_rm(config: RMConfig) -> Path:
 
 
 def train_dpo(config: DPOConfig) -> Path:
-    """DPO from preference pairs; returns the model's folder."""
+    """DPO or another `objective` from preferences; returns the model's folder."""
     common = _prepare(config)
     if config.reference:
         reference = models.load_config(config.reference, "reference")
@@ -214,12 +160,60 @@ def train_dpo(config: DPOConfig) -> Path:
                 f"{reference.vocab_size} tokens, the model's has {ours}")  # fmt: skip
         check_template(config.reference, common.template, "reference")
         check_max_length(config.max_length, reference, "max_length (reference)")
-    parts = data.load_preferences(config, common.tokenizer, common.template)
-    train, held_out = map(_pairs, parts)
+    return _run(config, common, OBJECTIVES[config.objective](config, common))
 
+
+def _load_reference(config: DPOConfig, common: _Common) -> PolicyModel:
     source, argument = (config.reference, "reference") if config.reference else (config.model, "model")
-    reference = frozen(models.load_policy(source, argument=argument, **common.loading), config)
-    tables = tuple(reference_logps(reference, rows, common.placement) for rows in (train, held_out))
-    del reference
+    return models.load_policy(source, argument=argument, **common.loading)
+
+
+def _reference_tables(
+    config: DPOConfig, common: _Common, *parts: tuple[Sequence[int], Sequence[Row]]
+) -> tuple[Tensor, ...]:
+    reference = _load_reference(config, common)
+    return cached_reference_logps(reference, parts, config, common.tokenizer, common.template, common.placement)
+
+
+def _referenced(config: DPOConfig, common: _Common) -> Referenced:
+    parts = data.load_preferences(config, common.tokenizer, common.template)
+    train, held_out = map(pair_rows, parts)
+    tables = _reference_tables(config, common, (parts[0].rows, train), (parts[1].rows, held_out))
     model = models.load_policy(config.model, argument="model", **common.loading)
-    return _run(config, common, DPO(model, train, held_out, tables, config.beta))
+    return Referenced(model, train, held_out, config, tables)
+
+
+def _simpo(config: DPOConfig, common: _Common) -> SimPO:
+    train, held_out = map(pair_rows, data.load_preferences(config, common.tokenizer, common.template))
+    return SimPO(models.load_policy(config.model, argument="model", **common.loading), train, held_out, config)
+
+
+def _mppo(config: DPOConfig, common: _Common) -> MPPO:
+    train, held_out = map(grouped_rows, data.load_preferences(config, common.tokenizer, common.template))
+    return MPPO(models.load_policy(config.model, argument="model", **common.loading), train, held_out, config)
+
+
+def _tdpo(config: DPOConfig, common: _Common) -> TDPO:
+    train, held_out = map(pair_rows, data.load_preferences(config, common.tokenizer, common.template))
+    device = common.placement.device
+    reference = _load_reference(config, common).eval().requires_grad_(False).to(device)
+    model = models.load_policy(config.model, argument="model", **common.loading)
+    whole = FrozenModel(reference, device, parks=False)
+    return TDPO(models.TokenKLPolicy(model.lm), train, held_out, config, whole)
+
+
+def _kto(config: DPOConfig, common: _Common) -> KTO:
+    parts = data.load_answers(config, common.tokenizer, common.template)
+    learnt = Answers.of(parts[0], config.max_length)
+    answers = (learnt, Answers.of(parts[1], config.max_length, spare=learnt.rows))
+    rows = [rows for a in answers for rows in (a.rows, a.mismatched)]
+    tables = _reference_tables(config, common, *((range(len(r)), r) for r in rows))
+    model = models.load_policy(config.model, argument="model", **common.loading)
+    return KTO(model, answers, tables[::2], tables[1::2], config)
+
+
+OBJECTIVES: dict[str, Callable[[DPOConfig, _Common], Stage]] = {
+    "dpo": _referenced, "r_dpo": _referenced, "ipo": _referenced, "simpo": _simpo, "tdpo1": _tdpo, "tdpo2": _tdpo,
+    "kto": _kto, "mppo": _mppo,
+}  # fmt: skip
+"""What makes the stage of each `objective`."""

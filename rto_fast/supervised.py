@@ -41,12 +41,18 @@ class Row:
 
 
 class Stage(Protocol):
-    """What a supervised stage trains and how."""
+    """What a supervised stage trains and how; the methods with a body are what most stages want."""
 
     name: str
     model: nn.Module
     train: Sequence[Row]
     held_out: Sequence[Row]
+
+    def begin(self, model: object, index: Sequence[int], held_out: bool, placement: Placement) -> None:
+        """Before a train batch or an evaluation, on all ranks: whatever the loss needs of all its rows together.
+
+        index: their positions in `train`, or in `held_out`.
+        """
 
     def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
         """Sum of the loss over the batch's rows or tokens, and sums of metrics over its rows."""
@@ -54,11 +60,11 @@ class Stage(Protocol):
 
     def count(self, rows: Sequence[Row]) -> float:
         """What the loss of these rows is divided by: rows, or response tokens."""
-        ...
+        return float(len(rows))
 
     def finish(self, model: object, placement: Placement) -> dict[str, float]:
         """After training: figures to log, and whatever the model's config should carry."""
-        ...
+        return {}
 
 
 class RowBatch:
@@ -82,6 +88,18 @@ class RowBatch:
     def sequence_sums(self, token_values: Tensor) -> Tensor:
         """[R] -> [rows, responses a row]: sums over each response's tokens, in a fixed order."""
         return self.by_row(torch.segment_reduce(token_values, "sum", lengths=self.packed.cu_responses.diff()))
+
+    @property
+    def lengths(self) -> Tensor:
+        """[rows, responses a row] fp32: response tokens."""
+        return self.by_row(self.packed.cu_responses.diff()).float()
+
+    def looked_up(self, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """The rows' entries in a table kept beside the training or the held-out rows.
+
+        A dummy's rows get some entry: its loss is weighted with zero.
+        """
+        return tables[self.held_out][self.index or [0] * len(self.rows)]
 
 
 def steps_of(config: SupervisedConfig, rows: int) -> int:
@@ -172,6 +190,7 @@ def train_step(
     mine = plan(lens, distributed.world_size(), placement.micro_tokens)[distributed.rank()]
     micro = [(part, 1.0) if part else ([shortest], 0.0) for part in mine]
     count = stage.count(rows)
+    stage.begin(engine.evaluate, index, False, placement)
     sums: Sums = {}
 
     def loss(item: tuple[list[int], float]) -> Tensor:
@@ -195,6 +214,7 @@ def evaluate(stage: Stage, engine: TrainEngine, placement: Placement) -> dict[st
     """Loss and metrics over the held-out rows; {} when there are none."""
     if not stage.held_out:
         return {}
+    stage.begin(engine.evaluate, range(len(stage.held_out)), True, placement)
     sums: Sums = {}
     for batch in held_out_batches(stage.held_out, placement):
         value, metrics = stage.loss(engine.evaluate, batch)

@@ -25,11 +25,19 @@ from rto_fast.build import Run
 from rto_fast.config import RTOConfig
 from rto_fast.engine import Diverged
 from rto_fast.packing import balance
+from rto_fast.pair_update import P3OBatch, RebelBatch
 from rto_fast.ppo_update import TrainBatch
 from rto_fast.rewards import ResponseTexts
 from rto_fast.sync import Gap
 
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
+
+POLICY_UPDATES = {
+    "ppo": (TrainBatch, rto_metrics.of_policy),
+    "p3o": (P3OBatch, rto_metrics.of_pairs),
+    "rebel": (RebelBatch, rto_metrics.of_pairs),
+}
+"""`policy_update` -> (the train batch that makes it, the figures of its steps)."""
 
 
 def train(config: RTOConfig, observe: Observer | None = None) -> Run:
@@ -63,13 +71,13 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
         return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}")
     run.sync.check(Gap(metrics["sampler/logp_diff_mean"], metrics["sampler/logp_diff_max"]))
 
-    targets = algo.targets(rollout, scores, config, state.kl.beta2)
+    targets = algo.targets(rollout, scores, config, state.kl.beta2, run.delimiters)
     metrics |= rto_metrics.of_targets(targets, len(rollout), state.kl.beta2)
     state.kl.update(metrics["kl/token"], len(rollout))
     run.keep_samples(iteration, rollout, scores, targets, texts)
 
     with run.logger.phase("train"):
-        metrics |= ppo_updates(run, iteration, rollout, scores, targets)
+        metrics |= updates(run, iteration, rollout, scores, targets)
     with run.logger.phase("sync"):
         stats = run.push_weights()
     return metrics | rto_metrics.of_sync(stats)
@@ -90,21 +98,23 @@ def sample(run: Run, iteration: int) -> Rollout:
     return Rollout.cat([part for _, part in parts]).select(order.argsort())
 
 
-def ppo_updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets) -> dict[str, float]:
-    """PPO epochs over the rollout: each train batch moves the policy, then the critic."""
+def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets) -> dict[str, float]:
+    """PPO epochs over the rollout: each train batch moves the policy, then the critic where there is one."""
     config = run.config
+    make_batch, of_policy = POLICY_UPDATES[config.policy_update]
     trains_policy = iteration >= config.critic_warmup
     policy_steps, critic_steps = [], []
     for epoch in range(config.ppo_epochs):
         for number, index in enumerate(run.train_batches(iteration, epoch, len(rollout))):
             step = run.optimiser_step(iteration, epoch, number)
-            batch = TrainBatch(run, rollout, scores, targets, index)
+            batch = make_batch(run, rollout, scores, targets, index)
             if trains_policy:
                 policy_steps.append(batch.update_policy(step - run.optimiser_step(config.critic_warmup, 0, 0)))
-            critic_steps.append(batch.update_critic(step))
+            if run.critic:
+                critic_steps.append(batch.update_critic(step))
             run.logger.progress(int(rollout.seq_lens[index].sum()))
     skipped = [s for s in (*policy_steps, *critic_steps) if not s.result.applied]
-    metrics = rto_metrics.of_policy(policy_steps) | rto_metrics.of_critic(critic_steps)
+    metrics = of_policy(policy_steps) | rto_metrics.of_critic(critic_steps)
     if skipped:
         return metrics | bad_step(run, f"{len(skipped)} updates of iteration {iteration + 1} had non-finite gradients")
     run.state.bad_in_a_row = 0

@@ -3,6 +3,7 @@
 from .fused_rewards import fused_token_rewards, logits_token_rewards
 from .gae import GAE, gae, rewards_gae, whiten_moments
 from .gae_ppo_loss import gae_ppo_loss
+from .linear_kl import token_kl
 from .linear_logprob import token_logprobs
 from .linear_ppo import LinearPPOLoss, fused_linear_ppo_loss
 from .logprob import logprobs_from_logits
@@ -23,6 +24,7 @@ __all__ = [
     "logprobs_from_logits",
     "ppo_loss",
     "rewards_gae",
+    "token_kl",
     "token_logprobs",
     "token_rewards",
     "whiten_moments",

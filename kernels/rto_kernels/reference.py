@@ -77,6 +77,33 @@ def token_logprobs(
     )
 
 
+def token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+) -> Tensor:
+    """sum over v of p_ref(v) * (log p_ref(v) - log p(v)), from whole logits; the reference takes no gradient."""
+    dtype = _real(hidden, weight)
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    q = ref_hidden.detach().to(dtype) @ ref_weight.detach().to(dtype).T
+    if bias is not None:
+        z = z + bias.to(dtype)
+    if ref_bias is not None:
+        q = q + ref_bias.detach().to(dtype)
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    if ref_softcap:
+        q = ref_softcap * torch.tanh(q / ref_softcap)
+    log_p, log_q = z.log_softmax(-1), q.log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
 @torch.no_grad()
 def token_rewards(
     policy_logp: Tensor,

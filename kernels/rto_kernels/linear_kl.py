@@ -1,0 +1,138 @@
+"""KL divergence of two next-token distributions from hidden states, token by token; logits are never whole.
+
+    z = softcap · tanh(a / softcap), or a;   a = hidden · Wᵀ + bias          z_ref likewise from ref_hidden, ref_weight
+    p = softmax(z),   p_ref = softmax(z_ref)
+    KL(p_ref ‖ p)_t = Σ_v p_ref · (z_ref − z) − lse_ref + lse
+    d KL / dz       = p − p_ref
+
+Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB] as in `_chunked`, the arithmetic is fp32 (fp64 for fp64 inputs). The
+backward pass computes both blocks of logits again; rows without upstream gradient are left out. The function is
+plain PyTorch on every device.
+"""
+
+import torch
+from torch import Tensor
+
+from ._chunked import Head, _token_blocks
+from ._dispatch import FLOATS_TORCH, check_tensor
+from ._layout import compute_dtype
+
+
+def _forward(h: Tensor, head: Head, h_ref: Tensor, ref_head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states in the compute dtype -> (KL, lse, lse_ref), each [N], by one online pass over the vocabulary."""
+    n = h.shape[0]
+    peak, peak_ref = (h.new_full((n,), -torch.inf) for _ in range(2))
+    total, total_ref, weighted = (h.new_zeros(n) for _ in range(3))  # weighted: Σ exp(z_ref − peak_ref)·(z_ref − z)
+    for (_, columns, w, b), (_, _, w_ref, b_ref) in zip(head.blocks(h.dtype), ref_head.blocks(h.dtype), strict=True):
+        for rows in _token_blocks(n):
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            z = head.logits(h[rows], w, b, h.new_empty(size))
+            z_ref = ref_head.logits(h_ref[rows], w_ref, b_ref, h.new_empty(size))
+            new = torch.maximum(peak[rows], z.amax(1))
+            total[rows] = total[rows] * torch.exp(peak[rows] - new) + torch.exp(z - new[:, None]).sum(1)
+            peak[rows] = new
+            new = torch.maximum(peak_ref[rows], z_ref.amax(1))
+            decay = torch.exp(peak_ref[rows] - new)
+            e = torch.exp(z_ref - new[:, None])
+            total_ref[rows] = total_ref[rows] * decay + e.sum(1)
+            weighted[rows] = weighted[rows] * decay + e.mul_(z_ref.sub_(z)).sum(1)
+            peak_ref[rows] = new
+    lse, lse_ref = peak + total.log(), peak_ref + total_ref.log()
+    return weighted / total_ref + (lse - lse_ref), lse, lse_ref
+
+
+def _backward(
+    h: Tensor, head: Head, h_ref: Tensor, ref_head: Head, lse: Tensor, lse_ref: Tensor, grad: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of Σ grad·KL to hidden, weight and bias, in the compute dtype; None where not in `needs`."""
+    need_hidden, need_weight, need_bias = needs
+    d_hidden = torch.zeros_like(h) if need_hidden else None
+    d_weight = h.new_zeros(head.weight.shape) if need_weight else None
+    d_bias = h.new_zeros(head.weight.shape[0]) if need_bias else None
+    for (_, columns, w, b), (_, _, w_ref, b_ref) in zip(head.blocks(h.dtype), ref_head.blocks(h.dtype), strict=True):
+        for rows in _token_blocks(h.shape[0]):
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            z = head.logits(h[rows], w, b, h.new_empty(size))
+            p_ref = ref_head.logits(h_ref[rows], w_ref, b_ref, h.new_empty(size)).sub_(lse_ref[rows, None]).exp_()
+            dz = torch.exp(z - lse[rows, None]).sub_(p_ref).mul_(grad[rows, None])
+            if head.softcap:
+                dz.mul_(head.slope(z))
+            if need_hidden:
+                d_hidden[rows].addmm_(dz, w)
+            if need_weight:
+                d_weight[columns].addmm_(dz.t(), h[rows])
+            if need_bias:
+                d_bias[columns] += dz.sum(0)
+    return d_hidden, d_weight, d_bias
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, softcap, ref_hidden, ref_weight, ref_bias, ref_softcap):
+        dtype = compute_dtype(hidden)
+        head, ref_head = Head(weight, bias, 1.0, softcap), Head(ref_weight, ref_bias, 1.0, ref_softcap)
+        kl, lse, lse_ref = _forward(hidden.to(dtype), head, ref_hidden.to(dtype), ref_head)
+        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse, lse_ref)
+        ctx.softcaps = softcap, ref_softcap
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse, lse_ref = ctx.saved_tensors
+        head, ref_head = Head(weight, bias, 1.0, ctx.softcaps[0]), Head(ref_weight, ref_bias, 1.0, ctx.softcaps[1])
+        rows = (grad != 0).nonzero()[:, 0]
+        dtype = compute_dtype(hidden)
+        d_hidden, d_weight, d_bias = _backward(
+            hidden[rows].to(dtype), head, ref_hidden[rows].to(dtype), ref_head, lse[rows], lse_ref[rows],
+            grad[rows].to(dtype), list(ctx.needs_input_grad[:3]),
+        )  # fmt: skip
+        if d_hidden is not None:
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_hidden.to(hidden.dtype))
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        if d_bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, *(None,) * 5
+
+
+def token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+) -> Tensor:
+    """KL(p_ref ‖ p) of each token's next-token distribution, nats; see the top of this file.
+
+    hidden      [N, H] bf16, fp16, fp32 or fp64; weight [V, H] of its dtype; bias [V] or None
+    ref_hidden  [N, H'] of the same dtype; ref_weight [V, H'] (H' may differ, the vocabulary may not); ref_bias
+    returns     [N] fp32 (fp64 for fp64)
+
+    Differentiable once, in hidden, weight and bias; the reference takes no gradient. Peak memory beyond inputs and
+    gradients is a few blocks, whatever N · V. Raises ValueError for a wrong shape, dtype or device.
+    """
+    check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
+    n, width = hidden.shape
+    same = {"dtypes": (hidden.dtype,), "device": hidden.device}
+    check_tensor("weight", weight, shape=(None, width), expect=f"[V, {width}] like hidden", **same)
+    vocab = weight.shape[0]
+    check_tensor("ref_hidden", ref_hidden, shape=(n, None), expect=f"[{n}, H'] like hidden", **same)
+    wide = (vocab, ref_hidden.shape[1])
+    check_tensor("ref_weight", ref_weight, shape=wide, expect=f"{list(wide)} like weight and ref_hidden", **same)
+    for name, x in (("bias", bias), ("ref_bias", ref_bias)):
+        if x is not None:
+            check_tensor(name, x, shape=(vocab,), expect=f"[{vocab}] like weight", **same)
+    for name, cap in (("softcap", softcap), ("ref_softcap", ref_softcap)):
+        if cap is not None and not cap >= 0:
+            raise ValueError(f"{name} must be a positive number, or None or 0 for off, got {cap}")
+    if vocab == 0:
+        raise ValueError("weight must have at least one row (a vocabulary), got [0, ...]")
+    return _TokenKL.apply(
+        hidden, weight, bias, float(softcap or 0.0), ref_hidden.detach(), ref_weight.detach(),
+        None if ref_bias is None else ref_bias.detach(), float(ref_softcap or 0.0),
+    )  # fmt: skip

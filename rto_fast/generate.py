@@ -1,0 +1,280 @@
+"""Responses of a model to a benchmark's prompts, in the files that AlpacaEval 2 and Arena-Hard read.
+
+    python -m rto_fast.generate --model runs/rto/policy --data alpaca_eval.json --format alpaca_eval --output rto.json
+
+    alpaca_eval  one JSON list of {instruction, output, generator, dataset}; data: rows {instruction[, dataset]}
+    arena_hard   JSON lines; rows {question_id, turns} (version 0.1) give {question_id, answer_id, model_id, choices,
+                 tstamp}, rows {uid, prompt} (version 2) give {uid, ans_id, model, messages, tstamp, metadata}.
+                 Style control's counts are added by Arena-Hard's own utils/add_markdown_info.py.
+    jsonl        JSON lines {row, prompt, response, generator, tokens, truncated}
+
+The output appears when it is whole. Finished responses wait beside it in `<output>.partial`: run the same command
+again and it goes on from there, to the same file bit for bit (but for Arena-Hard's time stamp). Exit code 2: the
+input cannot work, and nothing was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rto_fast import cli, models, runfiles
+from rto_fast.batch import Request
+from rto_fast.config import RTOConfig, require
+from rto_fast.engine import DTYPES
+from rto_fast.rollout import Sampling, make_engine, sample_seed
+from rto_fast.rows import PROMPT_KEYS, BadRow, prompt_row
+from rto_fast.sources import DataError, Table, open_source
+from rto_fast.template import check_template, check_vocabulary, load_template, load_tokenizer, stop_token_ids
+
+GREEDY = 1e-6
+"""Temperature that takes the largest logit; ties go by the seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Responses of a model to a benchmark's prompts."""
+
+    model: str = ""
+    """Policy folder or Hub id."""
+    data: str = ""
+    """Prompts: Hub id, local .jsonl/.json/.parquet/.csv file, or a folder saved by `datasets`."""
+    output: str = ""
+    """File to write; must not exist. AlpacaEval wants the ending .json."""
+    format: Literal["alpaca_eval", "arena_hard", "jsonl"] = "jsonl"
+    """What the file looks like."""
+    generator: str = ""
+    """Name of the model in the file; empty = the last two parts of `model`, joined by an underscore."""
+    data_split: str = "train"
+    """Split of a Hub data set or saved folder."""
+    max_rows: int = 0
+    """Prompts used, from the first; 0 = all."""
+    prompt_key: str = "auto"
+    """Column of the prompt; auto: `turns`, `context_messages`, `prompt` or `instruction`, whichever is there first."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own, else the plain one; plain; or the path of a Jinja file."""
+    temperature: float = 1.0
+    """Sampling temperature (top-p 1, as in training); see also greedy."""
+    greedy: bool = False
+    """Take the likeliest token each time; temperature is then ignored."""
+    max_tokens: int = 1024
+    """Tokens of a response at most."""
+    seed: int = 0
+    """Seed of the sampling; each response's own seed derives from it and the row."""
+    engine: Literal["auto", "transformers"] = "auto"
+    """Engine that samples."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute type."""
+    batch_tokens: int = 65536
+    """Tokens (prompt + response) sampled at once."""
+    chunk: int = 256
+    """Responses between two saves of the work so far."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that contradict each other; needs no model and no data."""
+        for name in ("model", "data", "output"):
+            require(bool(getattr(self, name)), f"{name}: missing; pass --{name}")
+        for name in ("max_tokens", "batch_tokens", "chunk"):
+            require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
+        require(self.max_rows >= 0, f"max_rows: must not be negative, got {self.max_rows}")
+        require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}; for the likeliest token "
+                "pass --greedy True")  # fmt: skip
+        require(
+            self.format != "alpaca_eval" or self.output.endswith(".json"),
+            f"output: AlpacaEval reads files that end in .json, got {self.output!r}",
+        )
+        target = Path(self.output)
+        require(not target.exists(), f"output: {target} exists already")
+        there = next(p for p in target.absolute().parents if p.exists())
+        require(there.is_dir(), f"output: {there} is a file")
+
+    @property
+    def name(self) -> str:
+        return self.generator or "_".join(Path(self.model).parts[-2:]).strip("/._")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data, ready to answer."""
+
+    row: dict[str, Any]
+    text: str
+    """The user's words: the prompt as a string, or the last message."""
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: int
+    truncated: bool
+
+
+def alpaca_eval(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) -> str:
+    """A JSON list; AlpacaEval matches rows by `instruction`."""
+    rows = [
+        {"instruction": p.text, "output": a.text, "generator": name, "dataset": p.row.get("dataset", "unknown")}
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+
+
+def arena_hard(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) -> str:
+    """JSON lines of Arena-Hard-Auto, version 0.1 or 2 by the questions' columns; tokens are the model's own."""
+    lines = []
+    for p, a in zip(prompts, answers, strict=True):
+        key = "uid" if "uid" in p.row else "question_id"
+        mark = hashlib.sha256(f"{name}/{p.row[key]}".encode()).hexdigest()[:22]
+        if key == "uid":
+            messages = [{"role": "user", "content": p.text}, {"role": "assistant", "content": {"answer": a.text}}]
+            row = {"uid": p.row[key], "ans_id": mark, "model": name, "messages": messages, "tstamp": time.time(),
+                   "metadata": {"token_len": a.tokens}}  # fmt: skip
+        else:
+            turns = [{"content": a.text, "token_len": a.tokens}]
+            row = {"question_id": p.row[key], "answer_id": mark, "model_id": name,
+                   "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}  # fmt: skip
+        lines.append(runfiles.json_line(row))
+    return "".join(lines)
+
+
+def jsonl(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) -> str:
+    """JSON lines with what is known of each response."""
+    return "".join(
+        runfiles.json_line(
+            {"row": i, "prompt": p.text, "response": a.text, "generator": name, "tokens": a.tokens,
+             "truncated": a.truncated}
+        )
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    )  # fmt: skip
+
+
+FORMATS: dict[str, Callable[[Sequence[Prompt], Sequence[Answer], str], str]] = {
+    "alpaca_eval": alpaca_eval,
+    "arena_hard": arena_hard,
+    "jsonl": jsonl,
+}
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Answers all prompts and writes the file. Raises ConfigError, with nothing written, on input that cannot work."""
+    config.validate()
+    model = models.load_config(config.model, "model")
+    tokenizer = load_tokenizer(config.model)
+    template = load_template(config.chat_template, tokenizer)
+    check_vocabulary(tokenizer, model, "model")
+    check_template(config.model, template, "model")
+    fingerprint, prompts = _prompts(config, tokenizer, template, getattr(model, "max_position_embeddings", 0))
+
+    settings = dataclasses.asdict(config) | {"data": fingerprint, "template": template.hash}
+    for free in ("output", "chunk", "generator", "format", "batch_tokens"):
+        del settings[free]
+    answers = _Partial(Path(config.output + ".partial"), settings)
+    done = answers.read()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    engine = make_engine(
+        RTOConfig(rollout_engine=config.engine, rollout_tokens=config.batch_tokens), config.model, device,
+        DTYPES[config.dtype], tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )  # fmt: skip
+    sampling = Sampling(
+        config.max_tokens, GREEDY if config.greedy else config.temperature, stop_token_ids(config.model, tokenizer)
+    )
+    columns = (TextColumn("answers"), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("answers", total=len(prompts), completed=len(done))
+        for start in range(len(done), len(prompts), config.chunk):
+            requests = [
+                Request(prompts[i].ids, i, i, 0, sample_seed(config.seed, i, 0, 0))
+                for i in range(start, min(start + config.chunk, len(prompts)))
+            ]
+            rollout = engine.generate(requests, sampling, lambda tokens, ended: progress.advance(bar, ended))
+            ids = [r.tolist() for r in rollout.responses()]
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            new = [
+                Answer(text.strip(), len(r), cut)
+                for text, r, cut in zip(texts, ids, rollout.truncated.tolist(), strict=True)
+            ]
+            answers.add(new)
+            done += new
+    runfiles.write_atomic(config.output, FORMATS[config.format](prompts, done, config.name))
+    answers.path.unlink()
+    print(f"{len(done)} answers, {sum(a.truncated for a in done)} cut at {config.max_tokens} tokens: {config.output}")
+    return Path(config.output)
+
+
+class _Partial:
+    """Finished answers on disk, one JSON line each behind a line of settings."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+
+    def read(self) -> list[Answer]:
+        """The answers so far; ConfigError where they are of other settings."""
+        rows = runfiles.read_rows(self.path)
+        if not rows:
+            return []
+        changed = [k for k in self.settings if rows[0].get(k) != self.settings[k]]
+        require(not changed, f"output: {self.path} holds answers of other settings ({', '.join(changed)}); delete it, "
+                "or choose another --output")  # fmt: skip
+        return [Answer(**row) for row in rows[1:]]
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        runfiles.mend(self.path)
+        head = "" if self.path.exists() and self.path.stat().st_size else runfiles.json_line(self.settings)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(head + "".join(runfiles.json_line(dataclasses.asdict(a)) for a in answers))
+
+
+def _prompts(config: GenerateConfig, tokenizer: Any, template: Any, positions: int) -> tuple[str, list[Prompt]]:
+    """(fingerprint of the data, its prompts); DataError names the first row that cannot be answered."""
+    fingerprint, read = open_source("data", config.data, config.data_split)
+    table = read(config.max_rows)
+    key = _columns(table, config)
+    out = []
+    for i, raw in enumerate(table.rows):
+        row = json.loads(raw["json"]) if table.as_text else raw
+        at = f"data: {config.data!r}, " + (f"line {raw['line']}" if raw.get("line") else f"row {i} (from 0)")
+        if key == "turns":
+            row = row | {"turns": _first_turn(row.get("turns"), at)}
+        try:
+            found = prompt_row(row, [key, ""], tokenizer, template)
+        except BadRow as error:
+            raise DataError(f"{at}: {error.detail} ({error.reason})") from error
+        if config.format == "arena_hard" and not row.get("uid", row.get("question_id")):
+            raise DataError(f"{at}: no question_id or uid, by which Arena-Hard knows its questions")
+        ids = tuple(found["prompt_ids"])
+        if positions and len(ids) + config.max_tokens > positions:
+            raise DataError(f"{at}: a prompt of {len(ids)} tokens and max_tokens {config.max_tokens} are more than "
+                            f"the model's {positions} positions; lower --max-tokens")  # fmt: skip
+        prompt = row[key]
+        out.append(Prompt(row, prompt if isinstance(prompt, str) else prompt[-1]["content"], ids))
+    return fingerprint, out
+
+
+def _columns(table: Table, config: GenerateConfig) -> str:
+    """The prompt's column."""
+    if config.format == "arena_hard" and not {"uid", "question_id"} & set(table.columns):
+        raise DataError(f"data: {config.data!r} has neither question_id nor uid, by which Arena-Hard knows its "
+                        f"questions; it has {', '.join(table.columns)}")  # fmt: skip
+    keys = ("turns", *PROMPT_KEYS) if config.prompt_key == "auto" else (config.prompt_key,)
+    return table.need(*keys, flag="prompt-key")
+
+
+def _first_turn(turns: Any, at: str) -> str:
+    """The question of Arena-Hard 0.1's one turn."""
+    if not (isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], dict) and turns[0].get("content")):
+        raise DataError(f"{at}: 'turns' must be a list of one {{\"content\": text}}, got {str(turns)[:60]!r}")
+    return turns[0]["content"]
+
+
+if __name__ == "__main__":
+    cli.main(GenerateConfig(), generate)

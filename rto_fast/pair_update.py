@@ -1,0 +1,54 @@
+"""One policy update from pairs of responses to one prompt: P3O and REBEL. No critic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rto_fast import algo
+from rto_fast.batch import Rollout, Scores, Targets
+from rto_fast.build import Run
+from rto_fast.packing import PackedBatch
+from rto_fast.ppo_update import Share, TrainBatch, UpdateStats
+
+
+class PairBatch(TrainBatch):
+    """The pairs of one optimiser step, each within one micro-batch; losses are divided by the batch's pairs."""
+
+    def __init__(self, run: Run, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
+        """index: 2k and 2k + 1 of the batch are the two responses to one prompt."""
+        self.run, self.rollout, self.scores, self.targets = run, rollout, scores, targets
+        self.micro = self.shared_out([index[i : i + 2] for i in range(0, len(index), 2)])
+        self.denominator = torch.tensor(len(index) / 2, device=run.placement.device)
+        lens = rollout.response_lens.to(run.placement.device)
+        self.totals = torch.segment_reduce(targets.rewards, "sum", lengths=lens)
+
+    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, algo.PairStats]:
+        """[P, 2] log(pi / pi_old) of the two responses, [P] difference of their rewards -> the batch's share."""
+        raise NotImplementedError
+
+    def update_policy(self, step: int) -> UpdateStats:
+        config, policy = self.run.config, self.run.policy
+
+        def loss(batch: PackedBatch, share: Share) -> tuple[Tensor, algo.PairStats]:
+            logp, _ = policy(batch, temperatures=(config.temperature,))
+            change = logp[0] - self.scores.old_logp[share.tokens]
+            log_ratios = torch.segment_reduce(change, "sum", lengths=batch.cu_responses.diff()).view(-1, 2)
+            first, second = self.totals[share.sequences].view(-1, 2).unbind(1)
+            return self.pair_loss(log_ratios, first - second)
+
+        return self._update(policy, loss, step, algo.PairStats)
+
+
+class P3OBatch(PairBatch):
+    """arXiv 2310.00212."""
+
+    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, algo.PairStats]:
+        return algo.p3o_loss(log_ratios, reward_gap, self.denominator, self.run.config.clip)
+
+
+class RebelBatch(PairBatch):
+    """arXiv 2404.16767."""
+
+    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, algo.PairStats]:
+        return algo.rebel_loss(log_ratios, reward_gap, self.denominator, self.run.config.rebel_eta)

@@ -1,0 +1,229 @@
+"""DPO and its relatives as stages of the supervised loop: which sequences a row has, and which loss they get."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rto_fast import distributed, preference
+from rto_fast.assembly import FrozenModel
+from rto_fast.config import DPOConfig, require
+from rto_fast.data import PreferenceData
+from rto_fast.packing import Placement
+from rto_fast.supervised import Row, RowBatch, Stage, Sums, held_out_batches
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A micro-batch of pairs, [P, 2] each: chosen, rejected."""
+
+    logp: Tensor
+    """Summed log-probs, nats."""
+    ref_logp: Tensor
+    """The reference's."""
+    lens: Tensor
+    """Response tokens, fp32."""
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Log-ratios of chosen and of rejected, [P] each."""
+        return (self.logp - self.ref_logp).unbind(1)
+
+
+REFERENCED: dict[str, Callable[[Pairs, DPOConfig], Tensor]] = {
+    "dpo": lambda p, c: preference.dpo_loss(*p.logp.unbind(1), *p.ref_logp.unbind(1), beta=c.beta),
+    "r_dpo": lambda p, c: preference.r_dpo_loss(*p.ratios, *p.lens.unbind(1), beta=c.beta, alpha=c.r_dpo_alpha),
+    "ipo": lambda p, c: preference.ipo_loss(*p.ratios, *p.lens.unbind(1), beta=c.beta),
+}
+"""Objectives that need the reference's summed log-probs and nothing more."""
+
+
+class PairStage(Stage):
+    """Pairs of responses with a loss and two implicit rewards each."""
+
+    def __init__(self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig) -> None:
+        self.name = config.objective.upper().replace("_", "-")
+        self.model, self.train, self.held_out, self.config = model, train, held_out, config
+
+    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """[P] each: the pairs' losses, and the implicit rewards of chosen and rejected."""
+        raise NotImplementedError
+
+    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+        loss, chosen, rejected = self.judge(model, batch)
+        metrics = {
+            "accuracy": (chosen > rejected).float().sum(),
+            "margin": (chosen - rejected).sum(),
+            "reward_chosen": chosen.sum(),
+            "reward_rejected": rejected.sum(),
+        }
+        return loss.sum(), metrics
+
+
+class Referenced(PairStage):
+    """DPO, R-DPO and IPO, against reference log-probs that were computed once, before training."""
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig,
+        reference: tuple[Tensor, Tensor],
+    ) -> None:  # fmt: skip
+        """reference: summed log-probs of the training and the held-out rows, [rows, 2] fp32 each."""
+        super().__init__(model, train, held_out, config)
+        self.reference = reference
+
+    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+        logp, _ = model(batch.packed)
+        logp = batch.sequence_sums(logp[0])
+        pairs = Pairs(logp, batch.looked_up(self.reference).to(logp.device), batch.lengths)
+        chosen, rejected = pairs.ratios
+        loss = REFERENCED[self.config.objective](pairs, self.config)
+        return loss, self.config.beta * chosen, self.config.beta * rejected
+
+
+class SimPO(PairStage):
+    """Mean log-probs of a token, no reference."""
+
+    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+        logp, _ = model(batch.packed)
+        logp, lens, config = batch.sequence_sums(logp[0]), batch.lengths, self.config
+        loss = preference.simpo_loss(*logp.unbind(1), *lens.unbind(1), beta=config.simpo_beta, gamma=config.simpo_gamma)
+        return loss, *(config.simpo_beta * logp / lens).unbind(1)
+
+
+class MPPO(PairStage):
+    """One chosen response against any number of rejected ones; no reference. Rewards are mean log-probs of a token."""
+
+    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+        logp, _ = model(batch.packed)
+        sums = torch.segment_reduce(logp[0], "sum", lengths=batch.packed.cu_responses.diff())
+        mean = (sums / batch.packed.cu_responses.diff())[batch.place]
+        negatives = torch.tensor([len(row.responses) - 1 for row in batch.rows], device=mean.device)
+        first = torch.cat([negatives.new_zeros(1), (negatives + 1).cumsum(0)[:-1]])
+        is_chosen = torch.zeros(mean.numel(), dtype=torch.bool, device=mean.device)
+        is_chosen[first] = True
+        chosen, rejected = mean[is_chosen], mean[~is_chosen]
+        loss = preference.mppo_loss(chosen, rejected, negatives)
+        return loss, chosen, torch.segment_reduce(rejected, "mean", lengths=negatives)
+
+
+class TDPO(PairStage):
+    """TDPO1 and TDPO2: the whole next-token distributions of reference and policy are compared at each token.
+
+    The reference stays in memory, whole on every rank, since distributions are too large to keep.
+    """
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig,
+        reference: FrozenModel,
+    ) -> None:  # fmt: skip
+        """model: a models.TokenKLPolicy; reference: a models.PolicyModel, not partitioned."""
+        super().__init__(model, train, held_out, config)
+        self.reference = reference
+
+    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            ref_hidden, ref_head, ref_logp = self.reference.module.states(batch.packed)
+        logp, kl = model(batch.packed, ref_hidden, ref_head)
+        ratios = batch.sequence_sums(logp - ref_logp).unbind(1)
+        kls, config = batch.sequence_sums(kl).unbind(1), self.config
+        if config.objective == "tdpo1":
+            loss = preference.tdpo1_loss(*ratios, *kls, beta=config.beta)
+        else:
+            loss = preference.tdpo2_loss(*ratios, *kls, beta=config.beta, alpha=config.tdpo_alpha)
+        return loss, config.beta * ratios[0], config.beta * ratios[1]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Single answers for KTO, each with another example's completion under its prompt; lists of E."""
+
+    rows: list[Row]
+    mismatched: list[Row]
+    desirable: Tensor
+    """[E] bool."""
+
+    @staticmethod
+    def of(data: PreferenceData, max_length: int, spare: Sequence[Row] = ()) -> Answers:
+        """A pair becomes two answers, a labelled row one (its other response is empty).
+
+        The mismatched completion is that of the next answer (cyclic, then `spare`) to another prompt, cut to
+        max_length tokens. Raises ConfigError where all prompts are one.
+        """
+        rows, desirable = [], []
+        for prompt, chosen, rejected in zip(data.prompt_ids, data.chosen_ids, data.rejected_ids, strict=True):
+            for response, good in ((list(chosen), True), (list(rejected), False)):
+                if response:
+                    rows.append(Row(list(prompt), (response,)))
+                    desirable.append(good)
+        mismatched = []
+        for i, row in enumerate(rows):
+            others = itertools.chain((rows[(i + j) % len(rows)] for j in range(1, len(rows))), spare)
+            other = next((o for o in others if o.prompt != row.prompt), None)
+            require(other is not None, "objective: KTO needs at least two different prompts in the data")
+            mismatched.append(Row(row.prompt, (other.responses[0][: max_length - len(row.prompt)],)))
+        return Answers(rows, mismatched, torch.tensor(desirable, dtype=torch.bool))
+
+
+class KTO(Stage):
+    """Single answers, desirable or not, against the batch's mean log-ratio of mismatched completions."""
+
+    name = "KTO"
+
+    def __init__(
+        self, model: nn.Module, answers: tuple[Answers, Answers], reference: tuple[Tensor, Tensor],
+        mismatched_reference: tuple[Tensor, Tensor], config: DPOConfig,
+    ) -> None:  # fmt: skip
+        """answers: of training and of evaluation; the references' summed log-probs of their rows, [E, 1] fp32 each."""
+        self.model, self.answers, self.config = model, answers, config
+        self.train, self.held_out = answers[0].rows, answers[1].rows
+        self.reference, self.mismatched_reference = reference, mismatched_reference
+        self.desirable = tuple(a.desirable for a in answers)
+        self.kl = torch.zeros(())
+
+    @torch.no_grad()
+    def begin(self, model: object, index: Sequence[int], held_out: bool, placement: Placement) -> None:
+        """The baseline over the whole batch, all ranks: it knows nothing of micro-batches."""
+        rows = [self.answers[held_out].mismatched[i] for i in index]
+        table, total = self.mismatched_reference[held_out], torch.zeros((), dtype=torch.float64)
+        for batch in held_out_batches(rows, placement):
+            logp, _ = model(batch.packed)
+            if batch.index:
+                ratio = batch.sequence_sums(logp[0])[:, 0].double().cpu() - table[[index[i] for i in batch.index], 0]
+                total += ratio.sum()
+        self.kl = preference.kto_baseline(distributed.sum_over_ranks(total), len(rows)).float().to(placement.device)
+
+    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+        config = self.config
+        logp, _ = model(batch.packed)
+        ratio = (batch.sequence_sums(logp[0]) - batch.looked_up(self.reference).to(logp.device))[:, 0]
+        desirable = batch.looked_up(self.desirable).to(ratio.device)
+        loss = preference.kto_loss(
+            ratio, desirable, self.kl, beta=config.beta, desirable_weight=config.kto_desirable_weight,
+            undesirable_weight=config.kto_undesirable_weight,
+        )  # fmt: skip
+        reward = torch.where(desirable, ratio, -ratio) * config.beta
+        baseline = torch.where(desirable, self.kl, -self.kl) * config.beta
+        metrics = {
+            "accuracy": (reward > baseline).float().sum(),
+            "signed_reward": reward.sum(),
+            "kl_baseline": self.kl * len(batch.rows),
+        }
+        return loss.sum(), metrics
+
+
+def pair_rows(data: PreferenceData) -> list[Row]:
+    """Rows of chosen and rejected."""
+    triples = zip(data.prompt_ids, data.chosen_ids, data.rejected_ids, strict=True)
+    return [Row(list(p), (list(c), list(r))) for p, c, r in triples]
+
+
+def grouped_rows(data: PreferenceData) -> list[Row]:
+    """Rows of one chosen and N rejected: the pairs that share prompt and chosen, in the order they first come."""
+    groups: dict[tuple, list[list[int]]] = {}
+    for prompt, chosen, rejected in zip(data.prompt_ids, data.chosen_ids, data.rejected_ids, strict=True):
+        groups.setdefault((tuple(prompt), tuple(chosen)), []).append(list(rejected))
+    return [Row(list(prompt), (list(chosen), *rejected)) for (prompt, chosen), rejected in groups.items()]
