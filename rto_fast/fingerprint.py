@@ -1,8 +1,10 @@
 """A checksum of tensors that both ends of a transfer compute: integer sums, the same in any order and on any device.
 
-    digest = sum_i mix(word_i + i * A) mod 2**64,    mix(x) = (x ^ (x >> 29)) * B
+    digest = sum_i mix(word_i + i * GAMMA) mod 2**64
 
-where word_i are the tensor's bytes as integers of its element size. Moving, changing or dropping a word moves it.
+where word_i are the tensor's bytes as integers of its element size and mix is SplitMix64's (Steele, Lea, Flood 2014).
+Moving, changing or dropping words moves it. The mix has to be a thorough one: small changes of two words, one up and
+one down, must not cancel in the sum.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_A, _B = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
+"""Shift and factor of each round of the mix."""
 _CHUNK = 1 << 20
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,9 +42,10 @@ class Fingerprint:
         total = torch.zeros((), dtype=torch.int64, device=words.device)
         for start in range(0, words.numel(), _CHUNK):
             part = words[start : start + _CHUNK]
-            place = torch.arange(start, start + part.numel(), device=part.device)
-            x = part.to(torch.int64) + place * _A
-            total += ((x ^ (x >> 29)) * _B).sum()
+            x = torch.arange(start, start + part.numel(), device=part.device).mul_(_GAMMA).add_(part)
+            for shift, factor in _ROUNDS:
+                x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)  # >> repeats the sign
+            total += x.sum()
         self._sums[name] = total
         self.bytes += tensor.numel() * tensor.element_size()
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from rto_fast.batch import Request, Rollout
 from rto_fast.config import ConfigError, RTOConfig
 
+GREEDY = 1e-6
+"""Temperature that takes the largest logit; what happens to ties is the engine's choice."""
 Progress = Callable[[int, int], None]
 """Called with (tokens, sequences): how many were sampled and how many ended since the last call."""
 

@@ -26,7 +26,16 @@ from rto_fast import distributed
 from rto_fast.batch import Request, Rollout
 from rto_fast.config import ConfigError, RTOConfig
 from rto_fast.fingerprint import Fingerprint
-from rto_fast.rollout import EngineFailure, Progress, RolloutError, Sampling, SyncError, SyncStats, check_requests
+from rto_fast.rollout import (
+    GREEDY,
+    EngineFailure,
+    Progress,
+    RolloutError,
+    Sampling,
+    SyncError,
+    SyncStats,
+    check_requests,
+)
 
 TESTED = ("0.32",)
 """Series of vLLM that the tests of this file have passed on."""
@@ -37,6 +46,8 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Environment that vLLM reads; what the user has set stays."""
+COLDEST = 0.01
+"""Below this vLLM would sample at this temperature, with no more than a warning."""
 
 
 def installed() -> str:
@@ -61,18 +72,22 @@ def unusable(model_path: str | Path, device: torch.device) -> str:
     config = AutoConfig.from_pretrained(model_path)
     try:
         from vllm import ModelRegistry
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     except ImportError as error:
         return f"vLLM {version} cannot be imported ({error})"
     known = set(ModelRegistry.get_supported_archs())
     if not known & set(config.architectures or ()):
         return f"vLLM {version} does not know {config.architectures}"
+    return _no_attention(config) if torch.device(device).type == "cpu" else ""
+
+
+def _no_attention(config: Any) -> str:
+    """Why vLLM's attention on a CPU cannot serve the model; empty when it can."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
     text = config.get_text_config(decoder=True)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     sizes = CPUAttentionBackend.get_supported_head_sizes()
-    if torch.device(device).type == "cpu" and head not in sizes:
-        return f"vLLM on a CPU has no attention for heads of {head} (it has {', '.join(map(str, sizes))})"
-    return ""
+    return "" if head in sizes else f"vLLM on a CPU has no attention for heads of {head} (it has {str(sizes)[1:-1]})"
 
 
 class VLLMEngine:
@@ -192,11 +207,14 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if GREEDY < sampling.temperature < COLDEST:
+            raise ValueError(f"temperature: vLLM samples at {COLDEST} or more, got {sampling.temperature}")
+        temperature = sampling.temperature if sampling.temperature > GREEDY else 0.0  # vLLM's word for greedy
         core = self.llm.llm_engine
         ids: dict[str, int] = {}
         for i, request in enumerate(requests):
             params = SamplingParams(
-                n=1, temperature=sampling.temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0,
+                n=1, temperature=temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0,
                 max_tokens=sampling.max_tokens, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
