@@ -32,7 +32,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={
         "train": TRAIN,
-        "vllm": ["vllm>=0.26"],
+        "vllm": ["vllm>=0.32,<0.33"],  # the series that rto_fast/vllm_engine.py was tested with
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb>=0.18"],
         "dev": [

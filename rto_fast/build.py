@@ -27,8 +27,9 @@ from rto_fast.models import ScalarModel
 from rto_fast.packing import Placement
 from rto_fast.report_samples import report_samples
 from rto_fast.rewards import ResponseTexts, load_reward_sources
-from rto_fast.rollout import RolloutEngine, Sampling, make_engine, sample_seed
+from rto_fast.rollout import Sampling, SyncStats, make_engine, sample_seed
 from rto_fast.scoring import ModelReward, OwnText, Scorers, same_tokenizer
+from rto_fast.sync import WeightSync
 from rto_fast.template import (
     ChatTemplate,
     check_max_length,
@@ -67,7 +68,7 @@ class Run:
     critic: TrainEngine | None
     """None where the advantages need none."""
     scorers: Scorers
-    rollout_engine: RolloutEngine
+    sync: WeightSync
     sampling: Sampling
     delimiters: Tensor
     """[K] int64: tokens that end a sentence; empty unless credit goes by sentences."""
@@ -108,11 +109,16 @@ class Run:
         batches = self.config.responses // self.config.train_batch
         return (iteration * self.config.ppo_epochs + epoch) * batches + number
 
-    def sync(self) -> None:
+    def push_weights(self) -> SyncStats:
         """The policy's weights go to the rollout engine (and into the running average)."""
         if self.config.ema_decay:
             self.average.update(self.policy.weights())
-        self.rollout_engine.push(self.policy.weights(), version=self.state.iteration + 1)
+        return self.sync.push(version=self.state.iteration + 1)
+
+    def prove_sync(self) -> None:
+        """Shows that the engine samples from the policy, before anything is built on it."""
+        if self.config.sync_proof:
+            self.logger.message(self.sync.prove(self.requests(self.state.iteration), self.sampling))
 
     def keep_samples(
         self, iteration: int, rollout: Rollout, scores: Scores, targets: Targets, texts: ResponseTexts
@@ -149,7 +155,7 @@ class Run:
         self.average.weights = tensors["average"]
         torch.set_rng_state(tensors["rng"])
         self.state = State(step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"])
-        self.rollout_engine.push(self.policy.weights(), version=step)
+        self.sync.push(version=step)
 
     def export(self, folder: Path) -> None:
         """policy/, critic/ (and ema/) as Hugging Face folders under `folder`."""
@@ -225,9 +231,8 @@ def build(config: RTOConfig) -> Run:
         rewards=[*sources, *remote_and_functions], reward_weights=config.reward_weights,
         frozen=kept,
     )  # fmt: skip
-    rollout_engine = make_engine(
-        config, config.policy, device, dtype, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    sync = WeightSync(config, lambda: make_engine(config, config.policy, device, dtype, pad), policy, placement)
     logger = RunLogger(  # writes the first files, now that nothing can be wrong any more
         config.output_dir, stage="RTO" if config.beta1 else "PPO", total_steps=iterations,
         rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
@@ -237,13 +242,15 @@ def build(config: RTOConfig) -> Run:
     run = Run(
         config=config, tokenizer=tokenizer, template=template, prompts=prompts, iterations=iterations,
         placement=placement, policy=policy, critic=critic, scorers=scorers,
-        rollout_engine=rollout_engine, sampling=sampling, delimiters=delimiters,
+        sync=sync, sampling=sampling, delimiters=delimiters,
         average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
         checkpoints=checkpoints, logger=logger,
         state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
     )  # fmt: skip
+    logger.message(f"rollouts: {type(sync.engine).__name__}")
     if found:
         run.restore(*found)
+    run.prove_sync()
     return run
 
 

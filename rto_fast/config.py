@@ -109,7 +109,7 @@ class RunConfig:
         """The settings a checkpoint must share with the run that resumes it."""
         free = {
             "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
-            "data_workers", "data_cache", "park_frozen",
+            "data_workers", "data_cache", "park_frozen", "sync_proof", "rollout_timeout_s",
         }  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
@@ -283,8 +283,20 @@ class RTOConfig(RunConfig):
     """Tokens of a prompt at most."""
     max_response_length: int = 1024
     """Tokens sampled at most; a response cut here is `truncated`."""
-    rollout_engine: Literal["auto", "transformers"] = "auto"
-    """Engine that samples."""
+    rollout_engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """Engine that samples; auto: vLLM where it is installed and knows the model, else transformers."""
+    rollout_timeout_s: float = 1800.0
+    """Seconds a step of vLLM may take before the engine counts as hung."""
+    sync_proof: bool = True
+    """Show at the start that weights pushed to the engine reach its log-probs, and set the limits of later checks."""
+    vllm_memory_share: float = 0.4
+    """Share of the device's memory for vLLM's weights and cache (on a CPU: of the free memory, for the cache)."""
+    vllm_max_sequences: int = 256
+    """Sequences vLLM samples at once on one rank."""
+    vllm_prefix_caching: bool = True
+    """Responses to one prompt share its keys and values."""
+    vllm_cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs: faster, at some memory and start-up time."""
     rollout_tokens: int = 65536
     """Tokens (prompt + response) the transformers engine samples at once on one rank."""
     park_frozen: bool = False
@@ -381,12 +393,14 @@ class RTOConfig(RunConfig):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
             "rollout_batch", "responses_per_prompt", "train_batch", "ppo_epochs", "max_prompt_length",
-            "max_response_length", "rollout_tokens", "score_tokens", "kl_horizon",
+            "max_response_length", "rollout_tokens", "score_tokens", "kl_horizon", "vllm_max_sequences",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
         require(self.iterations >= 0, f"iterations: must not be negative, got {self.iterations}")
         require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
         require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}")
+        require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
+        require(self.rollout_timeout_s > 0, f"rollout_timeout_s: must be positive, got {self.rollout_timeout_s}")
         require(0 < self.clip < 1, f"clip: must lie in (0, 1), got {self.clip}")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")

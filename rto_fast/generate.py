@@ -31,13 +31,10 @@ from rto_fast import cli, models, runfiles
 from rto_fast.batch import Request
 from rto_fast.config import RTOConfig, require
 from rto_fast.engine import DTYPES
-from rto_fast.rollout import Sampling, make_engine, sample_seed
+from rto_fast.rollout import GREEDY, Sampling, make_engine, sample_seed
 from rto_fast.rows import PROMPT_KEYS, BadRow, prompt_row
 from rto_fast.sources import DataError, Table, open_source
 from rto_fast.template import check_template, check_vocabulary, load_template, load_tokenizer, stop_token_ids
-
-GREEDY = 1e-6
-"""Temperature that takes the largest logit; ties go by the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +67,12 @@ class GenerateConfig:
     """Tokens of a response at most."""
     seed: int = 0
     """Seed of the sampling; each response's own seed derives from it and the row."""
-    engine: Literal["auto", "transformers"] = "auto"
-    """Engine that samples."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """Engine that samples; auto: vLLM where it is installed and knows the model, else transformers."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute type."""
     batch_tokens: int = 65536
-    """Tokens (prompt + response) sampled at once."""
+    """Tokens (prompt + response) the transformers engine samples at once."""
     chunk: int = 256
     """Responses between two saves of the work so far."""
 
@@ -180,10 +177,12 @@ def generate(config: GenerateConfig) -> Path:
     answers = _Partial(Path(config.output + ".partial"), settings)
     done = answers.read()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    engine = make_engine(
-        RTOConfig(rollout_engine=config.engine, rollout_tokens=config.batch_tokens), config.model, device,
-        DTYPES[config.dtype], tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    rollouts = RTOConfig(
+        rollout_engine=config.engine, rollout_tokens=config.batch_tokens, max_response_length=config.max_tokens,
+        max_prompt_length=max((len(p.ids) for p in prompts), default=1),
     )  # fmt: skip
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
     sampling = Sampling(
         config.max_tokens, GREEDY if config.greedy else config.temperature, stop_token_ids(config.model, tokenizer)
     )

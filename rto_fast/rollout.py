@@ -18,6 +18,8 @@ from torch import Tensor
 from rto_fast.batch import Request, Rollout
 from rto_fast.config import ConfigError, RTOConfig
 
+GREEDY = 1e-6
+"""Temperature that takes the largest logit; what happens to ties is the engine's choice."""
 Progress = Callable[[int, int], None]
 """Called with (tokens, sequences): how many were sampled and how many ended since the last call."""
 
@@ -26,8 +28,12 @@ class RolloutError(RuntimeError):
     """Sampling cannot go on; the message says at which request and why."""
 
 
+class EngineFailure(RolloutError):
+    """The engine itself broke or hung; a new one may do better."""
+
+
 class SyncError(RuntimeError):
-    """Pushed weights are not the engine's model; the message names the parameter."""
+    """The engine does not hold the weights it was pushed; the message names the parameter or the evidence."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class SyncStats:
     """Wall-clock seconds, the sender's gathering included."""
     tensors: int
     """Tensors received."""
+    digests: dict[str, int]
+    """Each received tensor's checksum by name (see fingerprint.py); tied names beyond the first may be left out."""
 
 
 class RolloutEngine(Protocol):
@@ -102,6 +110,27 @@ def sample_seed(run_seed: int, sample_index: int, epoch: int, response_index: in
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def check_requests(
+    requests: Sequence[Request], sampling: Sampling, *, torn: str, asleep: bool, vocab: int, positions: int | None
+) -> None:
+    """Raises what `RolloutEngine.generate` says it raises before it samples; `torn`: what broke the last push."""
+    if torn:
+        raise SyncError(f"the engine's weights are incomplete: {torn}")
+    if asleep:
+        raise RolloutError("the engine is asleep; call wake() first")
+    for i, request in enumerate(requests):
+        length = len(request.prompt)
+        if not length:
+            raise ValueError(f"request {i} (row {request.row}): the prompt is empty")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
+            raise ValueError(f"request {i} (row {request.row}): a prompt token is not in [0, {vocab})")
+        if positions and length + sampling.max_tokens > positions:
+            raise ValueError(
+                f"request {i} (row {request.row}): {length} prompt tokens + max_tokens "
+                f"{sampling.max_tokens} exceed the model's {positions} positions"
+            )
+
+
 def make_engine(
     config: RTOConfig,
     model_path: str | Path,
@@ -109,9 +138,18 @@ def make_engine(
     dtype: torch.dtype,
     pad_token_id: int,
 ) -> RolloutEngine:
-    """The engine that `config.rollout_engine` names, holding the model at `model_path` as version 0."""
+    """The engine that `config.rollout_engine` names, holding the model at `model_path` as version 0.
+
+    auto: vLLM where it is installed and can sample from the model, else transformers.
+    """
+    from rto_fast import vllm_engine
+
+    if config.rollout_engine == "vllm" or (
+        config.rollout_engine == "auto" and not vllm_engine.unusable(model_path, torch.device(device))
+    ):
+        return vllm_engine.from_config(config, model_path, torch.device(device), dtype)
     if config.rollout_engine in ("auto", "transformers"):
         from rto_fast.transformers_engine import TransformersEngine
 
         return TransformersEngine(model_path, device, dtype, pad_token_id, config.rollout_tokens)
-    raise ConfigError(f"rollout_engine: {config.rollout_engine!r} is unknown; use auto or transformers")
+    raise ConfigError(f"rollout_engine: {config.rollout_engine!r} is unknown; use auto, transformers or vllm")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rto_fast.batch import Rollout, Scores, Targets
 from rto_fast.ppo_update import UpdateStats
+from rto_fast.rollout import SyncStats
 
 
 def not_finite(scores: Scores) -> str:
@@ -29,6 +30,10 @@ def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor]) -> 
         "sampler/logp_diff_mean": float(gap.mean()) if gap.numel() else 0.0,
         "sampler/logp_diff_max": float(gap.max()) if gap.numel() else 0.0,
     }
+
+
+def of_sync(stats: SyncStats) -> dict[str, float]:
+    return {"sync/bytes": float(stats.bytes), "sync/seconds": stats.seconds}
 
 
 def of_targets(targets: Targets, responses: int, beta2: float) -> dict[str, float]:

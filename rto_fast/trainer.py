@@ -28,6 +28,7 @@ from rto_fast.packing import balance
 from rto_fast.pair_update import P3OBatch, RebelBatch
 from rto_fast.ppo_update import TrainBatch
 from rto_fast.rewards import ResponseTexts
+from rto_fast.sync import Gap
 
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
 
@@ -68,6 +69,7 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
     metrics |= observe(rollout, texts) if observe else {}
     if not_finite := rto_metrics.not_finite(scores):
         return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}")
+    run.sync.check(Gap(metrics["sampler/logp_diff_mean"], metrics["sampler/logp_diff_max"]))
 
     targets = algo.targets(rollout, scores, config, state.kl.beta2, run.delimiters)
     metrics |= rto_metrics.of_targets(targets, len(rollout), state.kl.beta2)
@@ -77,8 +79,8 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
     with run.logger.phase("train"):
         metrics |= updates(run, iteration, rollout, scores, targets)
     with run.logger.phase("sync"):
-        run.sync()
-    return metrics
+        stats = run.push_weights()
+    return metrics | rto_metrics.of_sync(stats)
 
 
 def sample(run: Run, iteration: int) -> Rollout:
@@ -86,13 +88,11 @@ def sample(run: Run, iteration: int) -> Rollout:
     requests = run.requests(iteration)
     owners = balance([len(r.prompt) + run.sampling.max_tokens for r in requests], distributed.world_size())
     mine = sorted(owners[distributed.rank()])
-    run.rollout_engine.wake()
-    local = run.rollout_engine.generate(
+    local = run.sync.sample(
         [requests[i] for i in mine],
         run.sampling,
         lambda tokens, done: run.logger.progress(tokens, done=done, total=len(mine)),
     )
-    run.rollout_engine.sleep()
     parts = distributed.gather_objects((mine, local))
     order = torch.tensor([i for index, _ in parts for i in index])
     return Rollout.cat([part for _, part in parts]).select(order.argsort())

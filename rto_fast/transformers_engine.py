@@ -26,7 +26,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from rto_fast.batch import Request, Rollout
 from rto_fast.decoding import ATTENTION, FixedLayer, sample, uniforms
-from rto_fast.rollout import Progress, RolloutError, Sampling, SyncError, SyncStats
+from rto_fast.fingerprint import Fingerprint
+from rto_fast.rollout import Progress, RolloutError, Sampling, SyncError, SyncStats, check_requests
 
 CHECK_EVERY = 4
 """Steps between looks at which sequences have ended: a look waits for the device."""
@@ -114,12 +115,12 @@ class TransformersEngine:
         missing = {name: p.data_ptr() for name, p in own.items() if isinstance(p, torch.nn.Parameter)}
         first_names: dict[int, str] = {}
         seen: set[str] = set()
-        size = 0
+        received = Fingerprint()
         self.torn = "a push of weights did not end"
         try:
             for name, tensor in weights:
                 self._receive(name, tensor, own, seen, first_names)
-                size += tensor.numel() * tensor.element_size()
+                received.add(name, tensor)
             lost = sorted(name for name, ptr in missing.items() if ptr not in first_names)
             if lost:
                 raise SyncError(f"{lost[0]}: never pushed ({len(lost)} of {len(missing)} parameters are missing)")
@@ -128,7 +129,8 @@ class TransformersEngine:
             raise
         self.torn = ""
         self.version = version
-        return SyncStats(bytes=size, seconds=time.perf_counter() - start, tensors=len(seen))
+        digests = received.digests()
+        return SyncStats(received.bytes, time.perf_counter() - start, len(digests), digests)
 
     def _receive(
         self, name: str, tensor: Tensor, own: dict[str, Tensor], seen: set[str], first_names: dict[int, str]
@@ -166,7 +168,9 @@ class TransformersEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None
     ) -> Rollout:
-        self._check(requests, sampling)
+        check_requests(
+            requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
+        )
         stops = torch.zeros(self.vocab_size, dtype=torch.bool)
         stops[[i for i in sampling.stop_ids if 0 <= i < self.vocab_size]] = True
         stops = stops.to(self.device)
@@ -187,23 +191,6 @@ class TransformersEngine:
             rows = max(1, self.rollout_tokens // (prompt_lens[order[0]] + max_tokens))
             yield order[:rows]
             order = order[rows:]
-
-    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        if self.torn:
-            raise SyncError(f"the engine's weights are incomplete: {self.torn}")
-        if self.asleep:
-            raise RolloutError("the engine is asleep; call wake() first")
-        for i, request in enumerate(requests):
-            length = len(request.prompt)
-            if not length:
-                raise ValueError(f"request {i} (row {request.row}): the prompt is empty")
-            if not 0 <= min(request.prompt) <= max(request.prompt) < self.vocab_size:
-                raise ValueError(f"request {i} (row {request.row}): a prompt token is not in [0, {self.vocab_size})")
-            if self.max_positions and length + sampling.max_tokens > self.max_positions:
-                raise ValueError(
-                    f"request {i} (row {request.row}): {length} prompt tokens + max_tokens "
-                    f"{sampling.max_tokens} exceed the model's {self.max_positions} positions"
-                )
 
     def _run(
         self, requests: Sequence[Request], sampling: Sampling, stops: Tensor, progress: Progress

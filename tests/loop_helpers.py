@@ -96,8 +96,8 @@ def write_rows(path: Path, rows: Sequence[dict]) -> str:
     return str(path)
 
 
-def make_tiny_models(folder: Path, rows: int = 64) -> TinyModels:
-    """Writes the models and data of `TinyModels` under `folder`."""
+def make_tiny_models(folder: Path, rows: int = 64, **settings) -> TinyModels:
+    """Writes the models and data of `TinyModels` under `folder`; settings: of `save_llama`."""
     import random
 
     from rto_fast.tiny_task import make_task
@@ -106,7 +106,7 @@ def make_tiny_models(folder: Path, rows: int = 64) -> TinyModels:
     tokenizer = task.tokenizer
     ids = {n: getattr(tokenizer, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
     policy, dpo, dpo_ref, reward = (folder / n for n in ("policy", "dpo", "dpo_ref", "reward"))
-    save_llama(policy, seed=1, vocab=len(tokenizer), ids=ids)
+    save_llama(policy, seed=1, vocab=len(tokenizer), ids=ids, **settings)
     save_moved(policy, dpo, seed=2, by=0.03)
     save_moved(policy, dpo_ref, seed=3, by=0.02)
     save_reward_model(reward, policy, seed=4, mean=0.3, std=1.7)

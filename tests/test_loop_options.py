@@ -27,13 +27,13 @@ def test_average_of_the_policy(tiny, tmp_path, monkeypatch):
     """average <- 0.75 * average + 0.25 * weights after each iteration, the first one copied."""
     from rto_fast.build import Run
 
-    seen, sync = [], Run.sync
+    seen, push = [], Run.push_weights
 
     def watched(run):
         seen.append({name: tensor.clone() for name, tensor in run.policy.weights()})
-        sync(run)
+        return push(run)
 
-    monkeypatch.setattr(Run, "sync", watched)
+    monkeypatch.setattr(Run, "push_weights", watched)
     run_rto(tiny, tmp_path / "run", iterations=3, ema_decay=0.75, policy_lr=1e-3)
     ema = load_file(tmp_path / "run" / "ema" / "model.safetensors")
     for name, tensor in ema.items():

