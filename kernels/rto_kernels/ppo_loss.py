@@ -321,8 +321,7 @@ def _ppo_loss_triton(
             COLUMNS=COLUMNS,
             RATIO_MAX=RATIO_MAX,
             N_STATS=N_STATS,
-            # Twice the warps: with up to eight tensors in hand, four would spill on Triton 3.6.
-            **_layout.LAUNCH | {"num_warps": 8},
+            **_layout.LAUNCH,
         )
     return [*scalars, *grads]
 
