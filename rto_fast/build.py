@@ -250,6 +250,8 @@ def build(config: RTOConfig) -> Run:
     logger.message(f"rollouts: {type(sync.engine).__name__}")
     if found:
         run.restore(*found)
+    else:
+        sync.push(version=0)  # an engine that was there before may hold other weights
     run.prove_sync()
     return run
 

@@ -46,7 +46,7 @@ def train(config: RTOConfig, observe: Observer | None = None) -> Run:
     observe: called with each global rollout and its texts; what it returns is logged (a known true reward, say).
     """
     run = build.build(config)
-    with closing(run.logger):
+    with closing(run.logger), closing(run.sync):
         for iteration in range(run.state.iteration, run.iterations):
             metrics = rto_iteration(run, iteration, observe)
             run.state.iteration = iteration + 1
