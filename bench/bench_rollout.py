@@ -1,6 +1,7 @@
-"""Rollouts of the transformers engine beside `model.generate` on the same prompts, one full batch.
+"""Rollouts of the transformers engine beside vLLM's and `model.generate` on the same prompts, one full batch.
 
     pytest bench/bench_rollout.py --benchmark-only
+    .venv-vllm/bin/pytest bench/bench_rollout.py --benchmark-only      # after `make install-vllm`: vLLM's rows too
 
 On a busy machine, CPU seconds of one thread instead of the wall clock:
 
@@ -8,7 +9,9 @@ On a busy machine, CPU seconds of one thread instead of the wall clock:
 
 Every response runs to its length (no stop id), so that both sample the same number of tokens; `tokens_per_s` is
 in each row's extra info. The `stops` rows end responses at sampled stop ids, where `generate` computes ended
-rows to the end. `demo` is a random Llama of 2 layers x 64 with 512 requests.
+rows to the end. `demo` is a random Llama of 2 layers x 64 with 512 requests, the shape of `make demo`; `demo_heads_32`
+has two heads of 32 in place of four of 16, which vLLM on a CPU lacks. The faster of the two engines on it is the one
+that the demo names.
 """
 
 from __future__ import annotations
@@ -21,19 +24,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rto_fast import vllm_engine
 from rto_fast.batch import Request
 from rto_fast.rollout import Sampling, sample_seed
 from rto_fast.transformers_engine import TransformersEngine
 
 MODELS = Path(__file__).parents[1].parent / "shared" / "models"
-DEMO = LlamaConfig(
-    vocab_size=100, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=4, max_position_embeddings=256,
-)  # fmt: skip
+DEMO = {
+    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+HEADS = {"demo": 4, "demo_heads_32": 2}
 CASES = {  # model: (requests, response tokens)
     "stories260k": (64, 96),
     "stories1m": (64, 96),
     "demo": (512, 32),
+    "demo_heads_32": (512, 32),
 }
 ROUNDS = 5
 
@@ -42,10 +48,11 @@ ROUNDS = 5
 def case(request, tmp_path) -> tuple[Path, list[Request], int]:
     """(model folder, requests of 4 to 24 prompt tokens, response tokens)."""
     count, length = CASES[request.param]
-    if request.param == "demo":
+    if heads := HEADS.get(request.param):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(DEMO).save_pretrained(tmp_path)
-        path, vocab = tmp_path, DEMO.vocab_size
+        shape = LlamaConfig(**DEMO, num_attention_heads=heads, num_key_value_heads=heads)
+        AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+        path, vocab = tmp_path, shape.vocab_size
     else:
         path, vocab = MODELS / request.param, 512
         if not path.is_dir():
@@ -74,6 +81,17 @@ def test_engine(benchmark, case):
     engine = TransformersEngine(path, "cpu", torch.float32, pad_token_id=0)
     sampling = Sampling(length, 1.0, ())
     measure(benchmark, lambda: engine.generate(requests, sampling, lambda *_: None), len(requests) * length)
+
+
+def test_vllm(benchmark, case):
+    path, requests, length = case
+    if reason := vllm_engine.unusable(path, torch.device("cpu")):
+        pytest.skip(reason)
+    longest = max(len(q.prompt) for q in requests) + length
+    engine = vllm_engine.VLLMEngine(path, "cpu", torch.float32, max_length=longest)
+    sampling = Sampling(length, 1.0, ())
+    measure(benchmark, lambda: engine.generate(requests, sampling, lambda *_: None), len(requests) * length)
+    engine.close()
 
 
 def test_generate(benchmark, case):

@@ -4,8 +4,9 @@
     tensorboard/    the same scalars
     run.json        stage, steps and settings, for the report
 
-A row holds the metrics given to `log`, and for each phase since the last row `time/<phase>_s` and
-`rate/<phase>_tokens_s`, with `rate/tokens_s` (sampled tokens, or else trained ones, a second of everything),
+A row holds the metrics given to `log`, and for each phase since the last row `time/<phase>_s`, `time/<phase>_share`
+(of all seconds since then) and `rate/<phase>_tokens_s`, with `rate/tokens_s` (sampled tokens, or else trained ones, a
+second of everything),
 `memory/peak_gib` and `run/elapsed_s`, the seconds of training over all starts.
 """
 
@@ -299,6 +300,7 @@ class RunLogger:
         self._start_clock()
         now = time.perf_counter()
         seconds, tokens = self._phases.take()
+        elapsed = max(now - self._row_time, 1e-9)
         row: dict[str, float] = {}
         for name, value in metrics.items():
             try:
@@ -307,11 +309,12 @@ class RunLogger:
                 raise TypeError(f"RunLogger.log: metric {name!r} is no number: {value!r}") from None
         for name, spent in seconds.items():
             row[f"time/{name}_s"] = spent
+            row[f"time/{name}_share"] = spent / elapsed
             if tokens.get(name):
                 row[f"rate/{name}_tokens_s"] = tokens[name] / max(spent, 1e-9)
         whole = tokens.get("rollout") or tokens.get("train")
         if whole:
-            row["rate/tokens_s"] = whole / max(now - self._row_time, 1e-9)
+            row["rate/tokens_s"] = whole / elapsed
         row["memory/peak_gib"] = peak_memory_gib()
         row["run/elapsed_s"] = self._elapsed_before + now - self._start_time
         self._row_time = now

@@ -83,6 +83,7 @@ SECTIONS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         "Speed and memory",
         (
             Spec("Seconds a phase", ("time/*_s",), "seconds", stacked=True),
+            Spec("Share of the time", ("time/*_share",), "of an iteration"),
             Spec("Tokens a second in each phase", ("rate/*_tokens_s",), "tokens/s"),
             Spec("Peak memory", ("memory/peak_gib",), "GiB"),
         ),

@@ -130,13 +130,19 @@ class VLLMEngine:
 
         core.cleanup_dist_env_and_memory = lambda: None  # it would end the trainer's own process group
         with _trainers_own():
-            self.llm = LLM(
-                model=str(model_path), dtype=str(dtype).removeprefix("torch."), seed=seed, skip_tokenizer_init=True,
-                distributed_executor_backend="external_launcher", max_model_len=max_length,
-                max_num_seqs=max_sequences, enable_prefix_caching=prefix_caching, generation_config="vllm",
-                enforce_eager=not cuda_graphs or self.device.type == "cpu", logprobs_mode="processed_logprobs",
-                disable_log_stats=True, **settings,
-            )  # fmt: skip
+            try:
+                self.llm = LLM(
+                    model=str(model_path), dtype=str(dtype).removeprefix("torch."), seed=seed,
+                    skip_tokenizer_init=True, distributed_executor_backend="external_launcher",
+                    max_model_len=max_length, max_num_seqs=max_sequences, enable_prefix_caching=prefix_caching,
+                    generation_config="vllm", enforce_eager=not cuda_graphs or self.device.type == "cpu",
+                    logprobs_mode="processed_logprobs", disable_log_stats=True, **settings,
+                )  # fmt: skip
+            except ValueError as error:  # too little memory for one sequence, positions beyond the model's
+                raise ConfigError(
+                    f"vllm_memory_share: vLLM does not start with {memory_share:g} of the memory and sequences of "
+                    f"{max_length} tokens: {error}"
+                ) from error
         self.names = itertools.count()
 
     def _expect(self, model_path: str | Path) -> Any:

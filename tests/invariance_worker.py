@@ -22,7 +22,9 @@ from rto_fast.engine import TrainEngine
 from rto_fast.metrics import RunLogger
 from rto_fast.packing import Placement
 from rto_fast.ppo_update import TrainBatch
-from rto_fast.stages import DPO, SFT, RewardModel, reference_logps
+from rto_fast.preference_stages import Referenced
+from rto_fast.reference_cache import reference_logps
+from rto_fast.stages import SFT, RewardModel
 from rto_fast.supervised import Row, train_step
 
 BUDGETS = (1, 512, 4096)
@@ -91,7 +93,7 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
     makes = {
         "sft": lambda: SFT(models.load_policy(paths["policy"], **loading), single, []),
         "rm": lambda: RewardModel(models.load_scalar(paths["reward"], **loading), rows, []),
-        "dpo": lambda: DPO(models.load_policy(paths["policy"], **loading), rows, [], (table, table[:0]), 0.1),
+        "dpo": lambda: Referenced(models.load_policy(paths["policy"], **loading), rows, [], config, (table, table[:0])),
     }
     logger = RunLogger(folder, stage="test", total_steps=1, rank=distributed.rank(), config={})
     out = {}

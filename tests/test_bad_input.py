@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -170,12 +171,10 @@ def test_help(recipe, monkeypatch, capsys):
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     for name, default, meaning in fields_of(recipe, monkeypatch):
         flag = "--" + name.replace("_", "-")
-        shown = "".join(
-            f" {v!r}" if v == "" else f" {v}" for v in (default if isinstance(default, tuple) else (default,))
-        )
+        shown = " ".join(shlex.quote(str(v)) for v in (default if isinstance(default, tuple) else (default,)))
         entry = re.search(rf"{flag} (?:\[?[A-Z{{]).*?\(default:(.*?)\)", text)
         assert entry, f"{flag} is not in the help"
-        assert entry[1].strip() == shown.strip(), f"{flag}: default"
+        assert entry[1].strip() == shown, f"{flag}: default"
         assert meaning, f"{flag}: no docstring"
         assert " ".join(meaning.split()).replace("`", "") in entry[0].replace("`", ""), f"{flag}: its meaning"
 

@@ -68,5 +68,5 @@ def test_a_whole_iteration(measured, responses):
         assert torch.equal(getattr(shared, name), getattr(alone, name)), name
     assert figures.keys() == others.keys()
     for name, value in figures.items():
-        if not name.startswith("sampler/"):  # differences of rounding
+        if not name.startswith(("sampler/", "sync/seconds")):  # differences of rounding, and time
             assert others[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name

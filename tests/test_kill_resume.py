@@ -20,7 +20,7 @@ SETTINGS = {
 }  # fmt: skip
 SAVING_STEPS = 44
 """Steps of writing a checkpoint of policy and critic at which `kill_worker.die_at` can strike."""
-MEASURED = ("time/", "rate/", "memory/", "run/")
+MEASURED = ("time/", "rate/", "memory/", "run/", "sync/seconds")
 """Metrics that two equal runs do not share."""
 
 

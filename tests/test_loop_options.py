@@ -182,13 +182,13 @@ def test_bad_gradients_in_a_row_stop_the_run_and_the_checkpoint_goes_on(tiny, tm
     from rto_fast.engine import Diverged
 
     settings = {"iterations": 4, "max_bad_steps": 2, "save_every": 1, "policy_lr": 1e-3}
-    honest, turn = trainer.ppo_updates, algo.policy_loss
+    honest, turn = trainer.updates, algo.policy_loss
 
     def updates(run, iteration, *rest):
         monkeypatch.setattr(algo, "policy_loss", with_nan_gradient(turn) if iteration else turn)
         return honest(run, iteration, *rest)
 
-    monkeypatch.setattr(trainer, "ppo_updates", updates)
+    monkeypatch.setattr(trainer, "updates", updates)
     with pytest.raises(Diverged, match=r"2 bad steps in a row.*iteration 3.*non-finite gradients"):
         run_rto(tiny, tmp_path / "run", **settings)
     monkeypatch.undo()

@@ -70,6 +70,8 @@ def test_row_holds_metrics_phases_rates_and_memory(tmp_path):
     assert row["rate/rollout_tokens_s"] == pytest.approx(300 / row["time/rollout_s"])
     assert 0 < row["rate/tokens_s"] <= row["rate/rollout_tokens_s"]
     assert row["time/sync_s"] >= 0
+    assert row["time/rollout_share"] > 0.5
+    assert 1 >= sum(row[f"time/{name}_share"] for name in ("rollout", "train", "sync")) > 0.9
     assert "rate/sync_tokens_s" not in row  # no tokens counted, no rate claimed
     assert row["memory/peak_gib"] > 0.01
     assert row["run/elapsed_s"] >= row["time/rollout_s"]

@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from loop_helpers import ROOT, make_tiny_models, small_run
+from loop_helpers import ROOT, make_tiny_models, small_run, write_rows
 from rollout_helpers import quiet, reference_logp, requests_of
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rto_fast import vllm_engine
+from rto_fast import trainer, vllm_engine
 from rto_fast.batch import Request
 from rto_fast.config import ConfigError, RTOConfig
-from rto_fast.rollout import EngineFailure, RolloutError, Sampling, SyncError, make_engine, sample_seed
+from rto_fast.rollout import GREEDY, RolloutError, Sampling, SyncError, make_engine, sample_seed
 from rto_fast.transformers_engine import TransformersEngine
+from rto_fast.vllm_engine import VLLMEngine
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not vllm_engine.installed(), reason="vLLM is not installed (make install-vllm)")
+VLLM = {"rollout_engine": "vllm", "vllm_max_sequences": 16, "policy_lr": 0.01}
+RESUMABLE = {"iterations": 3, "save_every": 1, "resume": "auto"}
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 """The smallest heads that vLLM's attention on a CPU has."""
-
-
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def models(request, tmp_path_factory):
-    return make_tiny_models(tmp_path_factory.mktemp(request.param), tied=request.param == "tied", **HEADS)
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
     return make_tiny_models(tmp_path_factory.mktemp("tied"), tied=True, **HEADS)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return make_tiny_models(tmp_path_factory.mktemp("untied"), **HEADS)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def models(request, tied, untied):
+    return tied if request.param == "tied" else untied
+
+
+@pytest.fixture(scope="module")
+def whole(tied, tmp_path_factory, one_rank):
+    """Folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer.train(run_of(tied, folder, **RESUMABLE))
+    return folder
 
 
 @pytest.fixture
@@ -39,7 +58,7 @@ def make(one_rank):
     made = []
 
     def engine(path, dtype=torch.float32):
-        made.append(vllm_engine.VLLMEngine(path, CPU, dtype, max_length=64, max_sequences=64))
+        made.append(VLLMEngine(path, CPU, dtype, max_length=64, max_sequences=64))
         return made[-1]
 
     yield engine
@@ -54,12 +73,23 @@ def moved(path: str, by: float) -> dict[str, torch.Tensor]:
 
 
 def run_of(models, folder: Path, **settings) -> RTOConfig:
-    base = {"rollout_engine": "vllm", "vllm_max_sequences": 16, "policy_lr": 0.01, "iterations": 3}
-    return RTOConfig(**small_run(models, folder, **(base | settings)))
+    return RTOConfig(**small_run(models, folder, **(VLLM | {"iterations": 3} | settings)))
 
 
 def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def figures(folder: Path) -> list[dict]:
+    """The metrics that two equal runs share."""
+    measured = ("time/", "rate/", "memory/", "run/", "sync/seconds")
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows(folder)]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 # Log-probs
@@ -132,6 +162,21 @@ def test_a_push_of_other_weights_is_refused(tied, make, change, message):
         engine.generate(requests_of(2, 80), Sampling(2, 1.0, ()), quiet)
 
 
+def test_too_little_memory_for_one_sequence(tied, one_rank):
+    with pytest.raises(ConfigError, match=r"vllm_memory_share: vLLM does not start .*No available memory"):
+        VLLMEngine(tied.policy, CPU, torch.float32, max_length=64, memory_share=1e-8)
+
+
+def test_temperatures(tied, make):
+    engine, requests = make(tied.policy), requests_of(6, 80)
+    likeliest = TransformersEngine(tied.policy, CPU, torch.float32, 0).generate(
+        requests, Sampling(8, GREEDY, ()), quiet
+    )
+    assert torch.equal(engine.generate(requests, Sampling(8, GREEDY, ()), quiet).tokens, likeliest.tokens)
+    with pytest.raises(ValueError, match=r"temperature: vLLM samples at 0\.01 or more, got 0\.005"):
+        engine.generate(requests, Sampling(8, 0.005, ()), quiet)
+
+
 def test_weights_that_diverged(tied, make):
     engine, weights = make(tied.policy), moved(tied.policy, 0.1)
     weights["model.norm.weight"][3] = float("nan")
@@ -143,25 +188,28 @@ def test_weights_that_diverged(tied, make):
 # Whole runs
 
 
-@pytest.mark.parametrize(("zero", "tie"), [(2, True), (3, False)])
-def test_every_token_agrees_after_each_of_three_steps(tmp_path, launch, zero, tie):
-    tiny = make_tiny_models(tmp_path / "models", tied=tie, **HEADS)
-    config = small_run(
-        tiny, tmp_path / "run", rollout_engine="vllm", vllm_max_sequences=16, policy_lr=0.01, iterations=4,
-        zero_stage=zero,
-    )  # fmt: skip
-    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps(config)], ranks=2)
+def test_every_token_agrees_after_each_of_three_steps(tied, untied, tmp_path, launch):
+    """Each iteration's log-probs are those after the step and the sync before it; two ranks, one launch."""
+    fp32 = [("fp32", zero, name) for zero in (2, 3) for name in ("tied", "untied")]
+    cases = [*fp32, ("bf16", 2, "tied"), ("bf16", 3, "untied")]
+    runs = [
+        small_run({"tied": tied, "untied": untied}[name], tmp_path / f"{dtype}-{zero}-{name}", **VLLM, iterations=4,
+                  zero_stage=zero, dtype=dtype, report_samples=0)
+        for dtype, zero, name in cases
+    ]  # fmt: skip
+    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps(runs)], ranks=2)
     assert result.returncode == 0, result.output
-    log = rows(tmp_path / "run")
-    assert len(log) == 4
-    assert all(row["sampler/logp_diff_max"] < 5e-5 for row in log), log
-    assert log[-1]["kl/response"] > 0.1  # the weights did move
-    assert all(row["sync/bytes"] > 0 for row in log)
+    for settings in runs:
+        log, exact = rows(Path(settings["output_dir"])), settings["dtype"] == "fp32"
+        assert len(log) == 4, settings
+        assert all(row["sampler/logp_diff_max"] < (5e-5 if exact else 0.25) for row in log), (settings, log)
+        assert log[-1]["kl/response"] > 0.1, settings  # the weights did move
+        assert all(row["sync/bytes"] > 0 for row in log), settings
 
 
 def skipped(monkeypatch):
     """The second push of the run says that all went well and does nothing."""
-    plain, last = vllm_engine.VLLMEngine.push, []
+    plain, last = VLLMEngine.push, []
 
     def push(engine, weights, version):
         if version > 1:
@@ -170,30 +218,30 @@ def skipped(monkeypatch):
         last.append(plain(engine, weights, version))
         return last[-1]
 
-    monkeypatch.setattr(vllm_engine.VLLMEngine, "push", push)
+    monkeypatch.setattr(VLLMEngine, "push", push)
 
 
 def partial(monkeypatch):
     """One matrix of a fused one does not arrive."""
-    plain = vllm_engine.VLLMEngine._checked
+    plain = VLLMEngine._checked
 
     def checked(engine, weights):
         kept = ((n, t) for n, t in weights if engine.version < 1 or not n.endswith("1.mlp.up_proj.weight"))
         return plain(engine, kept)
 
-    monkeypatch.setattr(vllm_engine.VLLMEngine, "_checked", checked)
+    monkeypatch.setattr(VLLMEngine, "_checked", checked)
 
 
 def stale(monkeypatch):
     """The engine gets the weights of the push before."""
-    plain, kept = vllm_engine.VLLMEngine._checked, []
+    plain, kept = VLLMEngine._checked, []
 
     def checked(engine, weights):
         now = [(n, t.clone()) for n, t in weights]
         kept.append(now)
         return plain(engine, iter(kept[-2] if engine.version >= 1 else now))
 
-    monkeypatch.setattr(vllm_engine.VLLMEngine, "_checked", checked)
+    monkeypatch.setattr(VLLMEngine, "_checked", checked)
 
 
 @pytest.mark.parametrize(("dtype", "lr"), [("fp32", 1e-2), ("bf16", 5e-7)])
@@ -202,8 +250,6 @@ def stale(monkeypatch):
     [(skipped, "other bytes than sent"), (partial, r"up_proj|gate_up"), (stale, "other bytes than sent")],
 )
 def test_a_broken_sync_stops_the_run(tied, tmp_path, one_rank, monkeypatch, fault, message, dtype, lr):
-    from rto_fast import trainer
-
     fault(monkeypatch)
     config = run_of(tied, tmp_path / "run", dtype=dtype, policy_lr=lr, warmup_ratio=0.0)
     with pytest.raises(SyncError, match=message):
@@ -212,59 +258,98 @@ def test_a_broken_sync_stops_the_run(tied, tmp_path, one_rank, monkeypatch, faul
 
 def test_a_head_that_keeps_its_packed_copy_is_found_at_the_start(tied, tmp_path, one_rank, monkeypatch):
     """All bytes arrive, vLLM says nothing, and the tied head multiplies by the old ones: only log-probs show it."""
-    from rto_fast import trainer
-
     monkeypatch.setattr(vllm_engine, "_repack_head", lambda model: None)
     with pytest.raises(SyncError, match="the sampler is not the policy: after a push of moved weights"):
         trainer.train(run_of(tied, tmp_path / "run"))
 
 
 def breaks(monkeypatch, times: int) -> None:
-    """vLLM raises in the middle of the second rollout, `times` times."""
-    plain, left = vllm_engine.VLLMEngine._steps, [times]
+    """vLLM's worker dies at its fifth step of the second rollout, `times` times."""
+    from vllm.v1.worker.gpu_worker import Worker
 
-    def steps(engine, core):
-        for number, output in enumerate(plain(engine, core)):
-            if engine.version == 1 and left[0] and number == 3:
-                left[0] -= 1
-                raise EngineFailure("vLLM broke while it sampled")
-            yield output
+    generate, execute, state = VLLMEngine.generate, Worker.execute_model, {"left": times, "steps": None}
 
-    monkeypatch.setattr(vllm_engine.VLLMEngine, "_steps", steps)
+    def counted(engine, *args):
+        state["steps"] = 0 if engine.version == 1 else None
+        return generate(engine, *args)
+
+    def execute_model(worker, *args, **kwargs):
+        if state["steps"] is not None and state["left"]:
+            state["steps"] += 1
+            if state["steps"] == 5:
+                state["left"] -= 1
+                raise RuntimeError("the worker is gone")
+        return execute(worker, *args, **kwargs)
+
+    monkeypatch.setattr(VLLMEngine, "generate", counted)
+    monkeypatch.setattr(Worker, "execute_model", execute_model)
 
 
-def test_an_engine_that_dies_is_replaced_once(tied, tmp_path, one_rank, monkeypatch):
-    from rto_fast import trainer
-
-    trainer.train(run_of(tied, tmp_path / "whole"))
+def test_an_engine_that_dies_is_replaced_once(tied, tmp_path, one_rank, monkeypatch, whole):
     breaks(monkeypatch, 1)
-    trainer.train(run_of(tied, tmp_path / "broken"))
-    whole, broken = rows(tmp_path / "whole"), rows(tmp_path / "broken")
-    assert [r["reward/total"] for r in whole] == [r["reward/total"] for r in broken]
+    made, init = [], VLLMEngine.__init__
+    monkeypatch.setattr(VLLMEngine, "__init__", lambda engine, *a, **k: (made.append(engine), init(engine, *a, **k))[1])
+    trainer.train(run_of(tied, tmp_path / "run", **RESUMABLE))
+    assert len(made) == 2
+    assert figures(tmp_path / "run") == figures(whole)
+    assert_same_weights(tmp_path / "run" / "policy", whole / "policy")
 
 
-def test_an_engine_that_dies_twice_stops_the_run_and_it_resumes(tied, tmp_path, one_rank, monkeypatch):
-    from rto_fast import trainer
-
+def test_an_engine_that_dies_twice_stops_the_run_and_it_resumes(tied, tmp_path, one_rank, monkeypatch, whole):
     with monkeypatch.context() as patch:
         breaks(patch, 2)
-        with pytest.raises(RolloutError, match="failed twice in a row"):
-            trainer.train(run_of(tied, tmp_path / "run", save_every=1))
-    trainer.train(run_of(tied, tmp_path / "run", save_every=1, resume="auto"))
+        with pytest.raises(RolloutError, match=r"failed twice in a row.*the worker is gone.*checkpoint is whole"):
+            trainer.train(run_of(tied, tmp_path / "run", **RESUMABLE))
+    trainer.train(run_of(tied, tmp_path / "run", **RESUMABLE))
     assert [r["step"] for r in rows(tmp_path / "run")] == [1, 2, 3]
+    assert figures(tmp_path / "run") == figures(whole)
+    assert_same_weights(tmp_path / "run" / "policy", whole / "policy")
+
+
+def test_killed_and_resumed(tied, tmp_path, launch, one_rank, whole):
+    """SIGKILL in the second rollout or a little after; what is resumed ends with the same weights, bit for bit."""
+    folder = tmp_path / "run"
+    settings = small_run(tied, folder, **VLLM, **RESUMABLE)
+    run = launch.start([ROOT / "tests" / "vllm_worker.py", json.dumps([settings])])
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not rows(folder):
+        assert run.processes[0].poll() is None, run.output()
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.01)
+    run.kill()
+    assert run.processes[0].returncode == -signal.SIGKILL
+    assert not (folder / "policy").exists()
+    trainer.train(run_of(tied, folder, **RESUMABLE))
+    assert figures(folder) == figures(whole)
+    assert_same_weights(folder / "policy", whole / "policy")
 
 
 # Which engine
 
 
+def test_answers_to_a_benchmark(tied, tmp_path, launch):
+    """`rto_fast.generate` with vLLM, from the command line; greedy answers are the transformers engine's."""
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": f"A {w} fox ran."} for w in ("sad", "proud", "calm")])
+    texts = {}
+    for engine in ("vllm", "transformers"):
+        settings = {"model": tied.policy, "data": data, "dtype": "fp32", "max_tokens": "8", "greedy": "True",
+                    "engine": engine, "output": str(tmp_path / f"{engine}.jsonl"), "generator": "x"}  # fmt: skip
+        flags = [f for k, v in settings.items() for f in (f"--{k.replace('_', '-')}", v)]
+        result = launch(["-m", "rto_fast.generate", *flags])
+        assert result.returncode == 0, result.output
+        texts[engine] = Path(settings["output"]).read_text()
+    assert texts["vllm"] == texts["transformers"]
+    assert texts["vllm"].count("\n") == 3
+
+
 def test_auto_takes_vllm_where_it_knows_the_model(tied, tiny, one_rank, monkeypatch):
     config = RTOConfig(max_prompt_length=16, max_response_length=8, vllm_max_sequences=4)
     engine = make_engine(config, tied.policy, CPU, torch.float32, 0)
-    assert isinstance(engine, vllm_engine.VLLMEngine)
+    assert isinstance(engine, VLLMEngine)
     engine.close()
     assert isinstance(make_engine(config, tiny.policy, CPU, torch.float32, 0), TransformersEngine)  # heads of 8
     with pytest.raises(ConfigError, match="no attention for heads of 8"):
-        vllm_engine.VLLMEngine(tiny.policy, CPU, torch.float32, max_length=24)
+        VLLMEngine(tiny.policy, CPU, torch.float32, max_length=24)
     monkeypatch.setattr(vllm_engine, "installed", lambda: "0.99.1")
     with pytest.raises(ConfigError, match=r"vLLM 0\.99\.1 is not one of the tested series"):
-        vllm_engine.VLLMEngine(tied.policy, CPU, torch.float32, max_length=24)
+        VLLMEngine(tied.policy, CPU, torch.float32, max_length=24)

@@ -1,4 +1,4 @@
-"""One training run with vLLM, started on several ranks by test_vllm.py: vllm_worker.py '{settings of RTOConfig}'."""
+"""Training runs one after the other, on the ranks that test_vllm.py starts: vllm_worker.py '[settings, ...]'."""
 
 import json
 import sys
@@ -7,5 +7,6 @@ from rto_fast import trainer
 from rto_fast.config import RTOConfig
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
-    trainer.train(RTOConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
+    for settings in json.loads(sys.argv[1]):
+        config = RTOConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        trainer.train(config).sync.engine.close()
