@@ -306,6 +306,14 @@ class RTOConfig(RunConfig):
     """Responses to one prompt share its keys and values."""
     vllm_cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs: faster, at some memory and start-up time."""
+    rollout_lag: Literal[0, 1] = 0
+    """1: the next batch is sampled while this one trains, so by the policy of one iteration before; vllm-serve only."""
+    behaviour_logp: Literal["trainer", "sampler"] = "trainer"
+    """Whose log-probs are the behaviour policy's. trainer: a forward of its own. sampler: that forward is skipped, and
+    truncated importance sampling corrects the update; always so with rollout_lag 1. At a temperature other than 1 the
+    KL term still needs the forward: the sampler knows its log-probs at the sampling temperature only."""
+    is_cap: float = 2.0
+    """Bound on the importance weight exp(old_logp - sampler_logp) of a token; 0 = off."""
     rollout_tokens: int = 65536
     """Tokens (prompt + response) the transformers engine samples at once on one rank."""
     park_frozen: bool = False
@@ -367,6 +375,16 @@ class RTOConfig(RunConfig):
         return self.policy_update == "ppo" and self.advantage == "gae"
 
     @property
+    def behaviour(self) -> Literal["trainer", "sampler"]:
+        """Whose log-probs the update takes for the behaviour policy's."""
+        return "sampler" if self.rollout_lag else self.behaviour_logp
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether scoring runs the policy over the rollout."""
+        return self.behaviour_logp == "trainer" or self.rollout_lag > 0 or self.temperature != 1
+
+    @property
     def compared_responses(self) -> int:
         """Responses that a policy update must see together."""
         return 1 if self.policy_update == "ppo" else 2
@@ -398,7 +416,9 @@ class RTOConfig(RunConfig):
             self.critic != "reward" or bool(self.reward_model),
             "critic: 'reward' needs a reward model; pass --reward-model, or --critic policy",
         )
-        for name in ("beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip"):
+        for name in (
+            "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
             "rollout_batch", "responses_per_prompt", "train_batch", "ppo_epochs", "max_prompt_length",
@@ -433,6 +453,15 @@ class RTOConfig(RunConfig):
             require(len(set(given)) == len(given), f"{name}: one of {', '.join(given)} comes twice")
         require(
             not (self.vllm_url and self.vllm_devices), "vllm_devices: for servers that the recipe starts, not vllm_url"
+        )
+        require(
+            not self.rollout_lag or self.rollout_engine == "vllm-serve",
+            f"rollout_lag: an engine in the training process ({self.rollout_engine!r}) cannot sample while it trains; "
+            "use --rollout-engine vllm-serve",
+        )
+        require(
+            self.behaviour == "trainer" or self.policy_update == "ppo",
+            f"behaviour_logp: {self.policy_update} has no correction for the sampler; use trainer and --rollout-lag 0",
         )
         for url in self.vllm_url:
             require(url.startswith(("http://", "https://")), f"vllm_url: {url!r} must start with http:// or https://")

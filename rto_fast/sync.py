@@ -10,7 +10,9 @@ cannot show a broken sync. Three checks together do:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +128,28 @@ class WeightSync:
             raise SyncError(f"the rollout is of version {rollout.version}, {self.version} was pushed last")
         return rollout
 
+    def sample_ahead(self, requests: Sequence[Request], sampling: Sampling) -> Callable[[], tuple[Rollout | None, str]]:
+        """Starts this rank's rollout beside what the caller does next; the engine must be one that can.
+
+        Returns what waits for it and gives (rollout, "") or, on every rank, (None, how an engine failed).
+        """
+        outcome: Future[tuple[Rollout | None, str]] = Future()
+
+        def attempt() -> None:
+            try:
+                outcome.set_result(self._attempt(requests, sampling, lambda *_: None))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=attempt, daemon=True).start()  # one that hangs does not hold up the run's end
+
+        def finish() -> tuple[Rollout | None, str]:
+            rollout, failure = outcome.result()
+            failed = [f for f in distributed.gather_objects(failure) if f]
+            return (None, failed[0]) if failed else (rollout, "")
+
+        return finish
+
     def _attempt(self, requests: Sequence[Request], sampling: Sampling, report: Report) -> tuple[Rollout | None, str]:
         """(rollout, "") or (None, how the engine failed)."""
         try:
@@ -170,7 +194,7 @@ class WeightSync:
         if gap.mean > self.limits.mean or gap.max > self.limits.max:
             raise SyncError(
                 f"the sampler is not the policy: their log-probs differ by {gap}; at most {self.limits} is rounding. "
-                "The rollout was not trained on; the last checkpoint is whole"
+                "The last checkpoint is whole"
             )
 
     @torch.no_grad()

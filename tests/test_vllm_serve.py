@@ -186,7 +186,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_every_token_agrees_after_each_of_three_steps(served, tmp_path, launch):
     """The tied model with ZeRO-2, the untied one with ZeRO-3; two ranks."""
     config = served.config(tmp_path / "run", iterations=4, zero_stage=2 if served.tied else 3)
-    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps(config)], ranks=2)
+    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps([config])], ranks=2)
     assert result.returncode == 0, result.output
     log = rows(tmp_path / "run")
     assert len(log) == 4

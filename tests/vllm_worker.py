@@ -1,4 +1,4 @@
-"""Training runs one after the other, on the ranks that test_vllm.py starts: vllm_worker.py '[settings, ...]'."""
+"""Training runs one after the other, on the ranks that tests start: vllm_worker.py '[settings, ...]'."""
 
 import json
 import sys
@@ -9,4 +9,4 @@ from rto_fast.config import RTOConfig
 if __name__ == "__main__":
     for settings in json.loads(sys.argv[1]):
         config = RTOConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-        trainer.train(config).sync.engine.close()
+        trainer.train(config)
