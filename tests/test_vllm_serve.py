@@ -14,7 +14,7 @@ import pytest
 import torch
 from loop_helpers import ROOT, make_tiny_models, small_run
 from rollout_helpers import quiet, reference_logp, requests_of
-from test_vllm import HEADS, moved, partial, rows, stale
+from test_vllm import HEADS, assert_same_weights, figures, moved, partial, rows, stale
 from transformers import AutoModelForCausalLM
 
 from rto_fast import vllm_engine, vllm_serve
@@ -240,6 +240,72 @@ def test_a_server_killed_in_mid_rollout_is_replaced_once(tied, tmp_path, one_ran
     figures = [[row["reward/total"] for row in rows(tmp_path / name)] for name in ("whole", "broken")]
     assert figures[0] == figures[1]
     assert not any(process_group(victim.process.pid) for victim in victims)
+
+
+# The next batch while this one trains
+
+
+def test_a_lag_of_one_samples_by_the_policy_before(tied, tmp_path, one_rank):
+    """Rollout k is of version k - 1; its tokens are those that this version gives to its requests."""
+    from rto_fast import trainer
+
+    seen = []
+
+    def observe(rollout, texts):
+        seen.append(rollout)
+        return {}
+
+    run = trainer.train(RTOConfig(**tied.config(tmp_path / "run", rollout_lag=1, iterations=4)), observe)
+    log = rows(tmp_path / "run")
+    assert [r.version for r in seen] == [0, 0, 1, 2]
+    assert [row["rollout/lag"] for row in log] == [0, 1, 1, 1]
+    assert log[0]["sampler/logp_diff_max"] < 5e-5
+    assert all(row["sampler/logp_diff_mean"] > 1e-3 for row in log[1:])
+    assert all(0 < row["sampler/weight_mean"] < 2 for row in log)
+    engine = tied.engine()
+    policy = AutoModelForCausalLM.from_pretrained(tied.models.policy)
+    engine.push(((n, p.detach()) for n, p in policy.named_parameters()), 0)
+    for iteration, same in ((0, True), (1, True), (2, False)):
+        first = engine.generate(run.requests(iteration), run.sampling, quiet)
+        assert torch.equal(first.tokens, seen[iteration].tokens) == same
+        if same:
+            assert torch.equal(first.sampler_logp, seen[iteration].sampler_logp)
+
+
+def test_a_lagging_run_is_killed_and_resumed(tied, tmp_path, launch):
+    """A checkpoint holds the rollout that was sampled ahead, so the outcome is that of the run that lives."""
+    settings = {"rollout_lag": 1, "iterations": 5, "save_every": 1, "policy_lr": 1e-3, "resume": "auto"}
+    worker = ROOT / "tests" / "vllm_worker.py"
+    whole, killed = (tied.config(tmp_path / name, **settings) for name in ("whole", "killed"))
+    assert launch([worker, json.dumps([whole])]).returncode == 0
+    run, path = launch.start([worker, json.dumps([killed])]), tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not path.exists() or len(path.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.005)
+    run.kill()
+    assert len(rows(tmp_path / "killed")) < 5
+    result = launch([worker, json.dumps([killed])])
+    assert result.returncode == 0, result.output
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3, 4, 5]
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    assert_same_weights(tmp_path / "killed" / "policy", tmp_path / "whole" / "policy")
+
+
+def test_an_engine_that_fails_ahead_samples_anew(tied, tmp_path, one_rank, monkeypatch):
+    from rto_fast import trainer
+
+    plain, left = vllm_serve.VLLMServeEngine.generate, [1]
+
+    def generate(engine, *args):
+        if engine.version == 1 and left.pop():
+            left.append(0)
+            raise EngineFailure("gone")
+        return plain(engine, *args)
+
+    monkeypatch.setattr(vllm_serve.VLLMServeEngine, "generate", generate)
+    trainer.train(RTOConfig(**tied.config(tmp_path, rollout_lag=1, iterations=4)))
+    assert [row["rollout/lag"] for row in rows(tmp_path)] == [0, 1, 0, 1]
 
 
 def process_group(leader: int) -> list[int]:
