@@ -219,27 +219,44 @@ def test_a_broken_sync_stops_the_run(tied, tmp_path, one_rank, monkeypatch, faul
         trainer.train(RTOConfig(**tied.config(tmp_path / "run", policy_lr=5e-7, warmup_ratio=0.0)))
 
 
-def test_a_server_killed_in_mid_rollout_is_replaced_once(tied, tmp_path, one_rank, monkeypatch):
-    """The recipe's own server; the outcome is that of a run whose server lives. Killed again, the run stops."""
-    from rto_fast import trainer
-
-    trainer.train(RTOConfig(**tied.config(tmp_path / "whole")))
+def kills_servers(monkeypatch, times: int) -> list[vllm_serve.Server]:
+    """The recipe's server is killed in the middle of the second rollout, and what replaces it; the victims so far."""
     plain, victims = vllm_serve.VLLMServeEngine._ask, []
 
     async def ask(engine, client, url, body):
         answer = await plain(engine, client, url, body)
-        if engine.version == 1 and len(victims) < kills and engine.servers[0] not in victims:
+        if engine.version == 1 and len(victims) < times and engine.servers[0] not in victims:
             victims.append(engine.servers[0])
             os.kill(victims[-1].process.pid, signal.SIGKILL)
         return answer
 
     monkeypatch.setattr(vllm_serve.VLLMServeEngine, "_ask", ask)
-    kills, broken = 1, tied.config(tmp_path / "broken", vllm_url=())
-    trainer.train(RTOConfig(**broken))
+    return victims
+
+
+def test_a_server_killed_in_mid_rollout_is_replaced_once(tied, tmp_path, one_rank, monkeypatch):
+    """The outcome is that of a run whose server lives."""
+    from rto_fast import trainer
+
+    trainer.train(RTOConfig(**tied.config(tmp_path / "whole")))
+    victims = kills_servers(monkeypatch, 1)
+    trainer.train(RTOConfig(**tied.config(tmp_path / "broken", vllm_url=())))
     assert len(victims) == 1
-    figures = [[row["reward/total"] for row in rows(tmp_path / name)] for name in ("whole", "broken")]
-    assert figures[0] == figures[1]
-    assert not any(process_group(victim.process.pid) for victim in victims)
+    rewards = [[row["reward/total"] for row in rows(tmp_path / name)] for name in ("whole", "broken")]
+    assert rewards[0] == rewards[1]
+    assert not process_group(victims[0].process.pid)
+
+
+def test_a_server_killed_twice_stops_the_run_and_it_resumes(tied, tmp_path, one_rank, monkeypatch):
+    from rto_fast import trainer
+
+    with monkeypatch.context() as patch:
+        victims = kills_servers(patch, 2)
+        with pytest.raises(RolloutError, match="failed twice in a row"):
+            trainer.train(RTOConfig(**tied.config(tmp_path, vllm_url=(), save_every=1)))
+        assert len(victims) == 2
+    trainer.train(RTOConfig(**tied.config(tmp_path, save_every=1, resume="auto")))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 # The next batch while this one trains

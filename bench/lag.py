@@ -1,0 +1,115 @@
+"""RTO on the embedded task with rollouts of one iteration before (`--rollout-lag 1`) against none, over seeds.
+
+.venv-vllm/bin/python bench/lag.py --seeds 0 1 2 3 4      # runs what is not there yet, writes bench/results/lag.json
+
+Both arms sample from the same vLLM server on this machine; they differ in the lag alone (and in that a lagging run
+takes the sampler's log-probs for the behaviour's). SFT, reward model and DPO model are the demo's, of the same seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+import tyro
+
+from rto_fast import demo, trainer
+from rto_fast.demo import DemoConfig
+from rto_fast.runfiles import METRICS, read_metrics, write_atomic
+from rto_fast.tiny_task import make_task
+from rto_fast.vllm_serve import VLLMServeEngine
+
+ROOT = Path(__file__).parents[1]
+LAGS = (0, 1)
+
+
+@dataclass(frozen=True)
+class LagConfig:
+    """Runs RTO with and without a lag for each seed."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the demo; each is reported, whatever it gives."""
+    iterations: int = 40
+    """Rollouts of each arm."""
+    runs: str = "runs/lag"
+    """Folder of the runs; what is finished is not run again."""
+    out: str = "bench/results/lag.json"
+    """Results."""
+
+
+def prepared(config: LagConfig, seed: int) -> tuple[DemoConfig, Path]:
+    """A demo's settings and folder, with everything up to the DPO model in it (and arms of one iteration)."""
+    root = ROOT / config.runs / f"seed{seed}"
+    short = DemoConfig(output_dir=str(root), seed=seed, heads=2, iterations=1)
+    if not (root / "results.json").exists():
+        demo.run(short)
+    return dataclasses.replace(short, iterations=config.iterations), root
+
+
+def run_arm(config: DemoConfig, root: Path, url: str, lag: int) -> dict[str, float]:
+    """Trains an arm; its true reward on fresh prompts, its mean over the last quarter of training, and seconds."""
+    task = make_task(config.seed, config.difficulty)
+    settings = dataclasses.replace(
+        demo.rl_config(config, root, "RTO"), output_dir=str(root / f"lag{lag}"), rollout_engine="vllm-serve",
+        vllm_url=(url,), rollout_lag=lag, log_every=1, save_every=0, resume="never", vllm_max_sequences=64,
+    )  # fmt: skip
+    trainer.train(settings, demo.Truth(task))
+    rows = read_metrics(root / f"lag{lag}" / METRICS)
+    prompts = [row["prompt"] for row in task.prompts(config.eval_prompts, seed=4)]
+    rewards = demo.true_rewards(task, demo.sample(task, config, root / f"lag{lag}" / "policy", prompts, run_seed=3))
+    late = rows[-(len(rows) // 4) :]
+    seconds = {name: sum(r.get(f"time/{name}_s", 0.0) for r in rows) for name in ("rollout", "score", "train", "sync")}
+    return {
+        "true_reward": mean(rewards),
+        "late_true_reward": mean(r["true/reward"] for r in late),
+        "late_kl": mean(r["kl/response"] for r in late),
+        "seconds": rows[-1]["run/elapsed_s"],
+        **{f"{name}_s": value for name, value in seconds.items()},
+    }
+
+
+def main(config: LagConfig) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    server = None
+    for seed in config.seeds:
+        settings, root = prepared(config, seed)
+        done = root / f"lag_{config.iterations}.json"
+        if not done.exists():
+            server = server or VLLMServeEngine(
+                root / "sft" / "model", "cpu", torch.float32, folder=ROOT / config.runs, max_sequences=64,
+                max_length=32 + settings.max_response_length,
+            )  # fmt: skip
+            arms = {str(lag): run_arm(settings, root, server.urls[0], lag) for lag in LAGS}
+            write_atomic(done, json.dumps(arms, indent=1) + "\n")
+        results[str(seed)] = json.loads(done.read_text())
+        print(f"seed {seed}: {results[str(seed)]}", flush=True)
+    if server:
+        server.close()
+    record = {"settings": dataclasses.asdict(config), "seeds": results}
+    write_atomic(ROOT / config.out, json.dumps(record, indent=1) + "\n")
+    print(table(results))
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: a row a seed, then means with the standard deviation over seeds."""
+    lines = ["| seed | lag 0 | lag 1 | difference | s, lag 0 | s, lag 1 |", "|---|---|---|---|---|---|"]
+    columns: list[list[float]] = [[], [], [], [], []]
+    for seed, arms in results.items():
+        rewards, seconds = ([arms[str(lag)][key] for lag in LAGS] for key in ("true_reward", "seconds"))
+        row = [*rewards, rewards[1] - rewards[0], *seconds]
+        lines.append(f"| {seed} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
+        for column, x in zip(columns, row, strict=True):
+            column.append(x)
+    if len(results) > 1:
+        cells = " | ".join(f"{mean(c):.2f} ± {stdev(c):.2f}" for c in columns)
+        lines.append(f"| mean ± sd | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(LagConfig, description=LagConfig.__doc__))
