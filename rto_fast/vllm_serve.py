@@ -44,6 +44,8 @@ RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
 BUCKET_BYTES = 256 << 20
 ATTEMPTS, PAUSE_S = 4, 0.25
 """Tries of a request that does not reach its server, and the first pause between them; it doubles."""
+RELEASE_S = 30.0
+"""Seconds that requests given up may hold on to a server's cache."""
 BUSY = (429, 502, 503, 504)
 NOT_FINITE = -9999.0
 """What a server says of a log-prob that is NaN or -inf."""
@@ -78,21 +80,19 @@ class VLLMServeEngine(VLLMEngine):
         text = self._expect(model_path)
         self.urls = [url.rstrip("/") for url in urls]
         self.servers: list[Server] = []
-        if not self.urls and distributed.rank() == 0:
-            flags = {
-                "model": model_path, "dtype": _name(dtype), "seed": seed, "max-model-len": max_length,
-                "max-num-seqs": max_sequences, "gpu-memory-utilization": memory_share,
-            }  # fmt: skip
-            if self.device.type == "cpu":
-                flags["kv-cache-memory-bytes"] = _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)
-            switches = [] if prefix_caching else ["no-enable-prefix-caching"]
-            switches += [] if cuda_graphs and self.device.type != "cpu" else ["enforce-eager"]
         self.api = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10), trust_env=False)
+        flags = {
+            "model": model_path, "dtype": _name(dtype), "seed": seed, "max-model-len": max_length,
+            "max-num-seqs": max_sequences, "gpu-memory-utilization": memory_share,
+        }  # fmt: skip
+        if self.device.type == "cpu":
+            flags["kv-cache-memory-bytes"] = _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)
+        switches = [] if prefix_caching else ["no-enable-prefix-caching"]
+        switches += [] if cuda_graphs and self.device.type != "cpu" else ["enforce-eager"]
 
         def start() -> list[str]:
             if not self.urls:
-                if reason := unusable(model_path, self.device):
-                    raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
+                self._check_own(model_path, devices)
                 for i, device_id in enumerate(devices or [""]):
                     self.servers.append(Server(flags, switches, Path(folder) / LOG.format(i), device_id))
                 self.urls = [server.url for server in self.servers]
@@ -143,9 +143,16 @@ class VLLMServeEngine(VLLMEngine):
         self._check_all_taken(answers[0]["digests"])
         for url in self.urls:
             self._post(url, "/update_weight_version", {"new_version": str(version)})
-            if not self._post(url, "/reset_prefix_cache")["success"]:
-                raise SyncError(f"{url}: keys and values of the old weights could not be dropped from its cache")
+            self._forget_old_keys(url)
         return answers[0]
+
+    def _forget_old_keys(self, url: str) -> None:
+        """Empties a server's prefix cache; requests that were given up may hold it for a moment."""
+        deadline = time.monotonic() + RELEASE_S
+        while not self._post(url, "/reset_prefix_cache")["success"]:
+            if time.monotonic() > deadline:
+                raise SyncError(f"{url}: keys and values of the old weights could not be dropped from its cache")
+            time.sleep(PAUSE_S)
 
     def sleep(self) -> None:
         """Nothing: a server does not share the trainer's memory."""
@@ -258,6 +265,13 @@ class VLLMServeEngine(VLLMEngine):
                 if time.monotonic() > deadline:
                     raise EngineFailure(f"{url}: no answer after {self.start_timeout_s:g} s{self._log_tail()}")
                 time.sleep(0.2)
+
+    def _check_own(self, model_path: str | Path, devices: Sequence[str]) -> None:
+        """ConfigError where no server can be started here."""
+        if reason := unusable(model_path, self.device):
+            raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
+        if self.device.type != "cpu" and not devices:
+            raise ConfigError("vllm_devices: name the servers' devices, which the trainer must not use")
 
     def _check_settings(self, url: str) -> None:
         """ConfigError where the server cannot be what the trainer needs."""
