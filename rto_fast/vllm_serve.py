@@ -38,7 +38,8 @@ from rto_fast.vllm_engine import SETTINGS, TESTED, VLLMEngine, _cpu_cache_bytes,
 from rto_fast.vllm_server import LIFELINE
 
 EXTENSION = "rto_fast.vllm_worker_extension.WeightReceiver"
-SERVER_SETTINGS = SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+SERVER_SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+"""Environment of a server, beside what vLLM is told in the trainer's process."""
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment of the trainer's ranks, which is not the server's."""
 BUCKET_BYTES = 256 << 20
@@ -339,17 +340,13 @@ class Server:
             "host": "127.0.0.1", "port": port, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
             "worker-extension-cls": EXTENSION,
         }  # fmt: skip
-        switches = [
-            *switches,
-            "enable-scale-out",
-            "skip-tokenizer-init",
-            "disable-log-stats",
-            "disable-uvicorn-access-log",
-        ]
+        switches = [*switches, "enable-scale-out", "skip-tokenizer-init"]
+        switches += ["disable-log-stats", "disable-uvicorn-access-log"]
         command = [sys.executable, "-m", "rto_fast.vllm_server", *(f"--{k}={v}" for k, v in flags.items())]
         command += [f"--{s}" for s in switches]
         there, lifeline = os.pipe()
-        env = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS} | SERVER_SETTINGS | {LIFELINE: str(there)}
+        env = SETTINGS | {k: v for k, v in os.environ.items() if k not in RENDEZVOUS} | SERVER_SETTINGS
+        env[LIFELINE] = str(there)
         env |= {"CUDA_VISIBLE_DEVICES": device_id} if device_id else {}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(rto_fast.__file__).parents[1]), *sys.path]))
         log.parent.mkdir(parents=True, exist_ok=True)
