@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from loop_helpers import ROOT, make_tiny_models, small_run, write_rows
+from recipe_helpers import flags_of
 from rollout_helpers import quiet, reference_logp, requests_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from rto_fast import trainer, vllm_engine
 from rto_fast.batch import Request
 from rto_fast.config import ConfigError, RTOConfig
+from rto_fast.generate import GenerateConfig, generate
 from rto_fast.rollout import GREEDY, RolloutError, Sampling, SyncError, make_engine, sample_seed
 from rto_fast.transformers_engine import TransformersEngine
 from rto_fast.vllm_engine import VLLMEngine
@@ -330,16 +332,13 @@ def test_killed_and_resumed(tied, tmp_path, launch, one_rank, whole):
 def test_answers_to_a_benchmark(tied, tmp_path, launch):
     """`rto_fast.generate` with vLLM, from the command line; greedy answers are the transformers engine's."""
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": f"A {w} fox ran."} for w in ("sad", "proud", "calm")])
-    texts = {}
-    for engine in ("vllm", "transformers"):
-        settings = {"model": tied.policy, "data": data, "dtype": "fp32", "max_tokens": "8", "greedy": "True",
-                    "engine": engine, "output": str(tmp_path / f"{engine}.jsonl"), "generator": "x"}  # fmt: skip
-        flags = [f for k, v in settings.items() for f in (f"--{k.replace('_', '-')}", v)]
-        result = launch(["-m", "rto_fast.generate", *flags])
-        assert result.returncode == 0, result.output
-        texts[engine] = Path(settings["output"]).read_text()
-    assert texts["vllm"] == texts["transformers"]
-    assert texts["vllm"].count("\n") == 3
+    settings = {"model": tied.policy, "data": data, "dtype": "fp32", "max_tokens": 8, "greedy": True, "generator": "x"}
+    other = generate(GenerateConfig(**settings, engine="transformers", output=str(tmp_path / "other.jsonl")))
+    ours = tmp_path / "vllm.jsonl"
+    result = launch(["-m", "rto_fast.generate", *flags_of(settings | {"engine": "vllm", "output": ours})])
+    assert result.returncode == 0, result.output
+    assert ours.read_text() == other.read_text()
+    assert ours.read_text().count("\n") == 3
 
 
 def test_auto_takes_vllm_where_it_knows_the_model(tied, tiny, one_rank, monkeypatch):
