@@ -57,7 +57,8 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 
 test-vllm: $(VLLM_VENV)/installed
-	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py \
+	  tests/test_vllm_serve.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

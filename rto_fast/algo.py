@@ -57,14 +57,19 @@ def policy_loss(
     cu_seqlens: Tensor,
     denominator: Tensor,
     config: RTOConfig,
+    sampler_logp: Tensor | None = None,
 ) -> PPOLoss:
-    """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus; all token tensors [R]."""
+    """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus; all token tensors [R].
+
+    sampler_logp: where given, each token is weighted by min(exp(old_logp - sampler_logp), is_cap).
+    """
     if not config.entropy_coef:  # logged alone: its backward pass is spared
         entropy = entropy.detach()
     return rto_kernels.ppo_loss(
         logp, old_logp, advantages, clip=config.clip, whiten=whiten, entropy=entropy,
         entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation, denominator=denominator,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, sampler_logp=sampler_logp,
+        is_cap=config.is_cap if sampler_logp is not None else None,
     )  # fmt: skip
 
 

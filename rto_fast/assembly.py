@@ -25,7 +25,7 @@ def open_output(config: RunConfig) -> Checkpoints:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     require(there.is_dir(), f"output_dir: {there} is a file")
     require(os.access(there, os.W_OK | os.X_OK), f"output_dir: no permission to write in {there}")
-    if config.resume == "never" and folder.is_dir() and any(folder.iterdir()):
+    if config.resume == "never" and folder.is_dir() and any(p.suffix != ".log" for p in folder.iterdir()):
         raise ConfigError(f"output_dir: {folder} already holds a run; pass --resume auto to go on with it, or another "
                           "--output-dir")  # fmt: skip
     distributed.barrier()

@@ -156,7 +156,8 @@ class Scores:
     """What the frozen models and the models before the update say of a rollout; fp32, no gradient."""
 
     old_logp: Tensor
-    """[R] behaviour policy, at the sampling temperature (the PPO ratio's denominator)."""
+    """[R] policy before the update, at the sampling temperature (the PPO ratio's denominator). NaN where scoring
+    leaves it to the update (config.scores_policy)."""
     policy_logp: Tensor
     """[R] behaviour policy at temperature 1 (the KL term)."""
     ref_logp: Tensor

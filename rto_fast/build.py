@@ -76,6 +76,13 @@ class Run:
     checkpoints: Checkpoints
     logger: RunLogger
     state: State
+    ahead: Rollout | None = None
+    """The next iteration's rollout where it was sampled already (rollout_lag 1)."""
+
+    def take_ahead(self) -> Rollout | None:
+        """The rollout sampled ahead, once."""
+        rollout, self.ahead = self.ahead, None
+        return rollout
 
     def requests(self, iteration: int) -> list[Request]:
         """The iteration's requests. Prompts come in a new order each epoch; seeds know neither rank nor batch."""
@@ -142,7 +149,8 @@ class Run:
                          "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
                 if self.critic:
                     state["critic_normalisation"] = (self.critic.model.mean, self.critic.model.std)
-                tensors = {"average": self.average.weights, "rng": torch.get_rng_state()}
+                ahead = self.ahead and vars(self.ahead)
+                tensors = {"average": self.average.weights, "rng": torch.get_rng_state(), "ahead": ahead}
                 self.checkpoints.save(done, self.engines, state, tensors)
 
     @property
@@ -154,6 +162,7 @@ class Run:
         tensors = self.checkpoints.load(step, self.engines)
         self.average.weights = tensors["average"]
         torch.set_rng_state(tensors["rng"])
+        self.ahead = Rollout(**tensors["ahead"]) if tensors.get("ahead") else None
         self.state = State(step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"])
         self.sync.push(version=step)
 
@@ -250,6 +259,8 @@ def build(config: RTOConfig) -> Run:
     logger.message(f"rollouts: {type(sync.engine).__name__}")
     if found:
         run.restore(*found)
+    else:
+        sync.push(version=0)  # an engine that was there before may hold other weights
     run.prove_sync()
     return run
 

@@ -110,6 +110,7 @@ class RunConfig:
         free = {
             "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
             "data_workers", "data_cache", "park_frozen", "sync_proof", "rollout_timeout_s",
+            "vllm_url", "vllm_devices", "vllm_start_timeout_s",
         }  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
@@ -283,10 +284,18 @@ class RTOConfig(RunConfig):
     """Tokens of a prompt at most."""
     max_response_length: int = 1024
     """Tokens sampled at most; a response cut here is `truncated`."""
-    rollout_engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """Engine that samples; auto: vLLM where it is installed and knows the model, else transformers."""
+    rollout_engine: Literal["auto", "transformers", "vllm", "vllm-serve"] = "auto"
+    """Engine that samples; auto: vLLM in this process where it is installed and knows the model, else transformers.
+    vllm-serve: vLLM servers, in processes and on devices of their own."""
     rollout_timeout_s: float = 1800.0
-    """Seconds a step of vLLM may take before the engine counts as hung."""
+    """Seconds a step of vLLM (vllm-serve: any response) may take before the engine counts as hung."""
+    vllm_url: tuple[str, ...] = ()
+    """vllm-serve: running servers; empty = the recipe starts its own. Whoever reaches a server can take it over:
+    loopback or a private network only."""
+    vllm_devices: tuple[str, ...] = ()
+    """vllm-serve: CUDA devices that the recipe starts a server on each; the trainer must not use them."""
+    vllm_start_timeout_s: float = 600.0
+    """vllm-serve: seconds until a server must answer."""
     sync_proof: bool = True
     """Show at the start that weights pushed to the engine reach its log-probs, and set the limits of later checks."""
     vllm_memory_share: float = 0.4
@@ -297,6 +306,14 @@ class RTOConfig(RunConfig):
     """Responses to one prompt share its keys and values."""
     vllm_cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs: faster, at some memory and start-up time."""
+    rollout_lag: Literal[0, 1] = 0
+    """1: the next batch is sampled while this one trains, so by the policy of one iteration before; vllm-serve only."""
+    behaviour_logp: Literal["trainer", "sampler"] = "trainer"
+    """Whose log-probs are the behaviour policy's. trainer: a forward of its own. sampler: that forward is skipped, and
+    truncated importance sampling corrects the update; always so with rollout_lag 1. At a temperature other than 1 the
+    KL term still needs the forward: the sampler knows its log-probs at the sampling temperature only."""
+    is_cap: float = 2.0
+    """Bound on the importance weight exp(old_logp - sampler_logp) of a token; 0 = off."""
     rollout_tokens: int = 65536
     """Tokens (prompt + response) the transformers engine samples at once on one rank."""
     park_frozen: bool = False
@@ -358,6 +375,16 @@ class RTOConfig(RunConfig):
         return self.policy_update == "ppo" and self.advantage == "gae"
 
     @property
+    def behaviour(self) -> Literal["trainer", "sampler"]:
+        """Whose log-probs the update takes for the behaviour policy's."""
+        return "sampler" if self.rollout_lag else self.behaviour_logp
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether scoring runs the policy over the rollout."""
+        return self.behaviour_logp == "trainer" or self.rollout_lag > 0 or self.temperature != 1
+
+    @property
     def compared_responses(self) -> int:
         """Responses that a policy update must see together."""
         return 1 if self.policy_update == "ppo" else 2
@@ -389,7 +416,9 @@ class RTOConfig(RunConfig):
             self.critic != "reward" or bool(self.reward_model),
             "critic: 'reward' needs a reward model; pass --reward-model, or --critic policy",
         )
-        for name in ("beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip"):
+        for name in (
+            "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
             "rollout_batch", "responses_per_prompt", "train_batch", "ppo_epochs", "max_prompt_length",
@@ -400,17 +429,42 @@ class RTOConfig(RunConfig):
         require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
         require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}")
         require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
-        require(self.rollout_timeout_s > 0, f"rollout_timeout_s: must be positive, got {self.rollout_timeout_s}")
+        for name in ("rollout_timeout_s", "vllm_start_timeout_s"):
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         require(0 < self.clip < 1, f"clip: must lie in (0, 1), got {self.clip}")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
         require(0 <= self.ema_decay < 1, f"ema_decay: must lie in [0, 1), got {self.ema_decay}")
         self._check_variants()
+        self._check_engine()
         require(
             self.responses % self.train_batch == 0,
             f"train_batch: {self.train_batch} does not divide the {self.responses} responses of a rollout "
             f"(rollout_batch {self.rollout_batch} x responses_per_prompt {self.responses_per_prompt})",
         )
+
+    def _check_engine(self) -> None:
+        for name in ("vllm_url", "vllm_devices"):
+            given = getattr(self, name)
+            require(
+                not given or self.rollout_engine == "vllm-serve",
+                f"{name}: is for --rollout-engine vllm-serve, not {self.rollout_engine!r}",
+            )
+            require(len(set(given)) == len(given), f"{name}: one of {', '.join(given)} comes twice")
+        require(
+            not (self.vllm_url and self.vllm_devices), "vllm_devices: for servers that the recipe starts, not vllm_url"
+        )
+        require(
+            not self.rollout_lag or self.rollout_engine == "vllm-serve",
+            f"rollout_lag: an engine in the training process ({self.rollout_engine!r}) cannot sample while it trains; "
+            "use --rollout-engine vllm-serve",
+        )
+        require(
+            self.behaviour == "trainer" or self.policy_update == "ppo",
+            f"behaviour_logp: {self.policy_update} has no correction for the sampler; use trainer and --rollout-lag 0",
+        )
+        for url in self.vllm_url:
+            require(url.startswith(("http://", "https://")), f"vllm_url: {url!r} must start with http:// or https://")
 
     def _check_variants(self) -> None:
         grouped, pairs = self.advantage in ("grpo", "rloo"), self.policy_update in ("p3o", "rebel")

@@ -58,6 +58,9 @@ class DemoConfig:
     max_response_length: int = 48
     """Tokens sampled at most."""
 
+    heads: int = 4
+    """Attention heads of the models, 64 wide in all; vLLM on a CPU needs 2."""
+
     # Stages
     sft_lr: float = 2e-3
     """Peak learning rate of SFT."""
@@ -232,7 +235,7 @@ def _open(root: Path, config: DemoConfig) -> None:
 
 def _first_data(task: TinyTask, config: DemoConfig, root: Path) -> None:
     if distributed.rank() == 0:
-        task.save_model(root / "data" / "model", config.seed)
+        task.save_model(root / "data" / "model", config.seed, config.heads)
         _write(root / "data" / "corpus.jsonl", task.texts(config.corpus_rows, seed=1))
         _write(root / "data" / "prompts.jsonl", task.prompts(config.prompts, seed=2))
 

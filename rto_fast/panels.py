@@ -93,6 +93,8 @@ SECTIONS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
         (
             Spec("Sampler against trainer", ("sampler/logp_diff_mean", "sampler/logp_diff_max"), "nats",
                  "Log-prob of the sampled tokens as the sampler and the trainer see it."),
+            Spec("Importance weights", ("sampler/weight_mean", "sampler/weight_clip_fraction"), "",
+                 "Where the sampler's log-probs are the behaviour's: mean weight, and share of tokens at its cap."),
             Spec("Skipped steps", ("bad_steps",), "", "Non-finite losses, rewards or gradients so far."),
         ),
     ),

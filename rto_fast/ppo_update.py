@@ -49,7 +49,7 @@ class TrainBatch:
 
     def __init__(self, run: Run, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
         self.run, self.rollout, self.scores, self.targets = run, rollout, scores, targets
-        index = [i for i in index if rollout.response_lens[i] > 0] or index[:1]
+        self.index = index = [i for i in index if rollout.response_lens[i] > 0] or index[:1]
         self.micro = self.shared_out([[i] for i in index])
         counted = rollout.response_lens[torch.tensor(index)]
         self.denominator = algo.loss_denominator(counted, run.config.loss_aggregation).to(run.placement.device)

@@ -142,8 +142,10 @@ def make_engine(
 
     auto: vLLM where it is installed and can sample from the model, else transformers.
     """
-    from rto_fast import vllm_engine
+    from rto_fast import vllm_engine, vllm_serve
 
+    if config.rollout_engine == "vllm-serve":
+        return vllm_serve.from_config(config, model_path, torch.device(device), dtype)
     if config.rollout_engine == "vllm" or (
         config.rollout_engine == "auto" and not vllm_engine.unusable(model_path, torch.device(device))
     ):
@@ -152,4 +154,6 @@ def make_engine(
         from rto_fast.transformers_engine import TransformersEngine
 
         return TransformersEngine(model_path, device, dtype, pad_token_id, config.rollout_tokens)
-    raise ConfigError(f"rollout_engine: {config.rollout_engine!r} is unknown; use auto, transformers or vllm")
+    raise ConfigError(
+        f"rollout_engine: {config.rollout_engine!r} is unknown; use auto, transformers, vllm or vllm-serve"
+    )

@@ -15,20 +15,32 @@ from rto_fast.rollout import SyncStats
 def not_finite(scores: Scores) -> str:
     """What in the scores is NaN or infinite, for the diagnosis; empty when nothing is."""
     names = ("score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values")
+    if not scores.old_logp.isnan().all():  # else the update computes it
+        names = (*names, "old_logp")
     counts = {n: int((~torch.isfinite(getattr(scores, n))).sum()) for n in names}
     return ", ".join(f"{k} non-finite {n} values" for n, k in counts.items() if k)
 
 
 def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor]) -> dict[str, float]:
-    gap = (scores.old_logp.cpu() - rollout.sampler_logp).abs()
     return {
         "reward/score": float(scores.score.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in sources.items()},
         "response/length": float(rollout.response_lens.float().mean()),
         "response/truncated": float(rollout.truncated.float().mean()),
         "response/empty": float((rollout.response_lens == 0).float().mean()),
-        "sampler/logp_diff_mean": float(gap.mean()) if gap.numel() else 0.0,
-        "sampler/logp_diff_max": float(gap.max()) if gap.numel() else 0.0,
+        **of_sampler(rollout, scores),
+    }
+
+
+def of_sampler(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """|logp_trainer - logp_sampler| where the trainer's is known; nothing where none is."""
+    gap = (scores.old_logp.cpu() - rollout.sampler_logp).abs()
+    known = gap[~gap.isnan()]
+    if gap.numel() and not known.numel():
+        return {}
+    return {
+        "sampler/logp_diff_mean": float(known.mean()) if gap.numel() else 0.0,
+        "sampler/logp_diff_max": float(known.max()) if gap.numel() else 0.0,
     }
 
 
@@ -67,6 +79,16 @@ def of_policy(steps: list[UpdateStats]) -> dict[str, float]:
         "policy/kl_k3": _mean([float(s.stats.kl_k3) for s in steps]),
         "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
         "policy/lr": steps[-1].lr,
+    }
+
+
+def of_sampled_policy(steps: list[UpdateStats]) -> dict[str, float]:
+    """As `of_policy`, of updates that correct for the sampler."""
+    if not steps:
+        return {}
+    return of_policy(steps) | {
+        "sampler/weight_mean": _mean([float(s.stats.is_weight) for s in steps]),
+        "sampler/weight_clip_fraction": _mean([float(s.stats.is_capped) for s in steps]),
     }
 
 

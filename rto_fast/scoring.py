@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -74,6 +75,8 @@ def score(
     # Column by column, so that a rank without any sequence takes part too.
     columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
     tensors = {n: torch.cat(c).to(placement.device) for n, c in zip(names, columns, strict=True)}
+    if config.behaviour == "sampler" and config.temperature == 1:
+        tensors["policy_logp"] = rollout.sampler_logp.to(placement.device)
 
     sources = {
         n: torch.cat(distributed.gather_ragged(list(t.float().cpu()[:, None]), owners)) for n, t in named.items()
@@ -108,8 +111,10 @@ def _token_scores(
     temperatures = (config.temperature,) if config.temperature == 1 else (config.temperature, 1.0)
     out: list[tuple[Tensor, ...] | None] = [None] * len(local)
     for index, batch in placement.micro(local.sequences(), local.prompt_lens.tolist()):
-        policy, _ = scorers.policy(batch, temperatures=temperatures)
         reference = scorers.reference(batch)[0][0]
+        policy = [torch.full_like(reference, math.nan)]
+        if config.scores_policy:
+            policy, _ = scorers.policy(batch, temperatures=temperatures)
         dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)[0][0]
         dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)[0][0]
         # One critic forward: the values of all states, and of the state after each last token.

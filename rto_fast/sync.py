@@ -10,7 +10,9 @@ cannot show a broken sync. Three checks together do:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +62,20 @@ class WeightSync:
         self.limits = Gap(float("inf"), float("inf"))
 
     def push(self, version: int) -> SyncStats:
-        """The policy's weights, checked at both ends; SyncError on every rank where one rank's differ."""
+        """The policy's weights, checked at both ends; SyncError on every rank where one rank's differ.
+
+        An engine that fails is made anew once, on all ranks.
+        """
+        for attempt in (1, 2):
+            stats, lost = self._push(version)
+            if not (failed := [f for f in distributed.gather_objects(lost) if f]):
+                break
+            self._renew(failed[0], attempt)
+        self.version = version
+        return stats
+
+    def _push(self, version: int) -> tuple[SyncStats | None, str]:
+        """(what moved, "") or (None, how the engine failed)."""
         sent = Fingerprint()
 
         def told() -> Iterator[tuple[str, Tensor]]:
@@ -68,11 +83,13 @@ class WeightSync:
                 sent.add(name, tensor)
                 yield name, tensor
 
-        stream, failure, stats = told(), "", None
+        stream, failure, lost, stats = told(), "", "", None
         try:
             stats = self.engine.push(stream, version)
         except SyncError as error:
             failure = str(error)
+        except EngineFailure as error:
+            lost = str(error)
         for _ in stream:  # ZeRO-3 gathers together: the other ranks wait for this one's part
             pass
         if stats is not None:
@@ -81,8 +98,19 @@ class WeightSync:
             )
         if failed := [f for f in distributed.gather_objects(failure) if f]:
             raise SyncError(f"sync of version {version}: {failed[0]}")
-        self.version = version
-        return stats
+        return stats, lost
+
+    def _renew(self, failure: str, attempt: int) -> None:
+        """Another engine in the place of one that failed; RolloutError where this one was the second attempt."""
+        if attempt == 2:
+            raise RolloutError(f"the rollout engine failed twice in a row, the last time: {failure}. "
+                               "The last checkpoint is whole")  # fmt: skip
+        self.close()
+        self.engine = self.make()
+
+    def close(self) -> None:
+        """Frees what the engine holds."""
+        getattr(self.engine, "close", lambda: None)()
 
     def sample(self, requests: Sequence[Request], sampling: Sampling, report: Report = lambda *_: None) -> Rollout:
         """This rank's rollout. An engine that fails is made anew once, on all ranks, and samples again.
@@ -94,16 +122,33 @@ class WeightSync:
             failed = [f for f in distributed.gather_objects(failure) if f]
             if not failed:
                 break
-            if attempt == 2:
-                raise RolloutError(f"the rollout engine failed twice in a row, the last time: {failed[0]}. "
-                                   "The last checkpoint is whole")  # fmt: skip
-            close = getattr(self.engine, "close", lambda: None)
-            close()
-            self.engine = self.make()
+            self._renew(failed[0], attempt)
             self.push(self.version)
         if rollout.version != self.version:
             raise SyncError(f"the rollout is of version {rollout.version}, {self.version} was pushed last")
         return rollout
+
+    def sample_ahead(self, requests: Sequence[Request], sampling: Sampling) -> Callable[[], tuple[Rollout | None, str]]:
+        """Starts this rank's rollout beside what the caller does next; the engine must be one that can.
+
+        Returns what waits for it and gives (rollout, "") or, on every rank, (None, how an engine failed).
+        """
+        outcome: Future[tuple[Rollout | None, str]] = Future()
+
+        def attempt() -> None:
+            try:
+                outcome.set_result(self._attempt(requests, sampling, lambda *_: None))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=attempt, daemon=True).start()  # one that hangs does not hold up the run's end
+
+        def finish() -> tuple[Rollout | None, str]:
+            rollout, failure = outcome.result()
+            failed = [f for f in distributed.gather_objects(failure) if f]
+            return (None, failed[0]) if failed else (rollout, "")
+
+        return finish
 
     def _attempt(self, requests: Sequence[Request], sampling: Sampling, report: Report) -> tuple[Rollout | None, str]:
         """(rollout, "") or (None, how the engine failed)."""
@@ -149,7 +194,7 @@ class WeightSync:
         if gap.mean > self.limits.mean or gap.max > self.limits.max:
             raise SyncError(
                 f"the sampler is not the policy: their log-probs differ by {gap}; at most {self.limits} is rounding. "
-                "The rollout was not trained on; the last checkpoint is whole"
+                "The last checkpoint is whole"
             )
 
     @torch.no_grad()

@@ -227,7 +227,7 @@ class TinyTask:
         chosen, rejected = (response_a, response_b) if a_wins else (response_b, response_a)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
-    def save_model(self, folder: str | Path, seed: int) -> None:
+    def save_model(self, folder: str | Path, seed: int, heads: int = 4) -> None:
         """Writes a random Llama (2 layers, 64 wide), the tokenizer and a generation_config to `folder`.
 
         The global random state of torch is left as it was.
@@ -242,8 +242,8 @@ class TinyTask:
             hidden_size=64,
             intermediate_size=192,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             max_position_embeddings=128,
             tie_word_embeddings=False,
             **ids,

@@ -8,19 +8,21 @@
         PPO updates of pi and V                                                 train
         weights of pi -> sampler                                                sync
 
+With `rollout_lag` 1 the next batch is sampled while this one trains: by the policy of one iteration before.
+
 Every rank holds the whole rollout (some 40 bytes a token), so that all of them see the same targets and cut the
 same train batches out of it; generation, forwards and gradients are shared out by tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 
 from rto_fast import algo, build, distributed, rto_metrics, scoring
-from rto_fast.batch import Rollout, Scores, Targets
+from rto_fast.batch import Request, Rollout, Scores, Targets
 from rto_fast.build import Run
 from rto_fast.config import RTOConfig
 from rto_fast.engine import Diverged
@@ -28,16 +30,18 @@ from rto_fast.packing import balance
 from rto_fast.pair_update import P3OBatch, RebelBatch
 from rto_fast.ppo_update import TrainBatch
 from rto_fast.rewards import ResponseTexts
+from rto_fast.sampler_update import SamplerBatch
 from rto_fast.sync import Gap
 
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
 
 POLICY_UPDATES = {
     "ppo": (TrainBatch, rto_metrics.of_policy),
+    "ppo, sampler": (SamplerBatch, rto_metrics.of_sampled_policy),
     "p3o": (P3OBatch, rto_metrics.of_pairs),
     "rebel": (RebelBatch, rto_metrics.of_pairs),
 }
-"""`policy_update` -> (the train batch that makes it, the figures of its steps)."""
+"""`policy_update` (and whose the behaviour is) -> (the train batch that makes it, the figures of its steps)."""
 
 
 def train(config: RTOConfig, observe: Observer | None = None) -> Run:
@@ -46,7 +50,7 @@ def train(config: RTOConfig, observe: Observer | None = None) -> Run:
     observe: called with each global rollout and its texts; what it returns is logged (a known true reward, say).
     """
     run = build.build(config)
-    with closing(run.logger):
+    with closing(run.logger), closing(run.sync):
         for iteration in range(run.state.iteration, run.iterations):
             metrics = rto_iteration(run, iteration, observe)
             run.state.iteration = iteration + 1
@@ -58,18 +62,29 @@ def train(config: RTOConfig, observe: Observer | None = None) -> Run:
 
 def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> dict[str, float]:
     """One turn of the loop; returns its metrics."""
-    config, state = run.config, run.state
     with run.logger.phase("rollout"):
-        rollout = sample(run, iteration)
+        rollout = run.take_ahead() or sample(run, iteration)
+    with sampled_ahead(run, iteration + 1):
+        metrics, trained = learn(run, iteration, rollout, observe)
+    if trained:
+        with run.logger.phase("sync"):
+            metrics |= rto_metrics.of_sync(run.push_weights())
+    return metrics
+
+
+def learn(run: Run, iteration: int, rollout: Rollout, observe: Observer | None) -> tuple[dict[str, float], bool]:
+    """Scores, targets and updates of a rollout: their metrics, and whether there was an update."""
+    config, state = run.config, run.state
     with run.logger.phase("score"):
         texts = run.texts(rollout)
         scores, sources = scoring.score(rollout, texts, run.scorers, config, run.placement, run.logger.progress)
     metrics = rto_metrics.of_rollout(rollout, scores, sources)
-    metrics["samples"] = (iteration + 1) * config.responses
+    metrics |= {"samples": (iteration + 1) * config.responses, "rollout/lag": run.sync.version - rollout.version}
     metrics |= observe(rollout, texts) if observe else {}
     if not_finite := rto_metrics.not_finite(scores):
-        return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}")
-    run.sync.check(Gap(metrics["sampler/logp_diff_mean"], metrics["sampler/logp_diff_max"]))
+        return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}"), False
+    if config.scores_policy:
+        check_sampler(run, rollout, scores)
 
     targets = algo.targets(rollout, scores, config, state.kl.beta2, run.delimiters)
     metrics |= rto_metrics.of_targets(targets, len(rollout), state.kl.beta2)
@@ -78,21 +93,45 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
 
     with run.logger.phase("train"):
         metrics |= updates(run, iteration, rollout, scores, targets)
-    with run.logger.phase("sync"):
-        stats = run.push_weights()
-    return metrics | rto_metrics.of_sync(stats)
+    return metrics, True
 
 
 def sample(run: Run, iteration: int) -> Rollout:
     """The global rollout of an iteration, the same on every rank, in the order of its prompts."""
+    mine, requests = own_requests(run, iteration)
+    local = run.sync.sample(
+        requests, run.sampling, lambda tokens, done: run.logger.progress(tokens, done=done, total=len(mine))
+    )
+    return gathered(mine, local)
+
+
+@contextmanager
+def sampled_ahead(run: Run, iteration: int) -> Iterator[None]:
+    """With `rollout_lag` 1 the iteration's rollout is sampled while the block runs, and kept for `take_ahead`."""
+    if not run.config.rollout_lag or iteration >= run.iterations:
+        yield
+        return
+    mine, requests = own_requests(run, iteration)
+    finish = run.sync.sample_ahead(requests, run.sampling)
+    yield
+    with run.logger.phase("rollout"):
+        local, failure = finish()
+    if failure:
+        run.logger.warn(f"sampling ahead failed ({failure}); iteration {iteration + 1} samples anew, without lag")
+    else:
+        run.ahead = gathered(mine, local)
+
+
+def own_requests(run: Run, iteration: int) -> tuple[list[int], list[Request]]:
+    """This rank's requests of an iteration and their places in it."""
     requests = run.requests(iteration)
     owners = balance([len(r.prompt) + run.sampling.max_tokens for r in requests], distributed.world_size())
     mine = sorted(owners[distributed.rank()])
-    local = run.sync.sample(
-        [requests[i] for i in mine],
-        run.sampling,
-        lambda tokens, done: run.logger.progress(tokens, done=done, total=len(mine)),
-    )
+    return mine, [requests[i] for i in mine]
+
+
+def gathered(mine: list[int], local: Rollout) -> Rollout:
+    """The global rollout, from each rank's part and its places."""
     parts = distributed.gather_objects((mine, local))
     order = torch.tensor([i for index, _ in parts for i in index])
     return Rollout.cat([part for _, part in parts]).select(order.argsort())
@@ -101,24 +140,35 @@ def sample(run: Run, iteration: int) -> Rollout:
 def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets) -> dict[str, float]:
     """PPO epochs over the rollout: each train batch moves the policy, then the critic where there is one."""
     config = run.config
-    make_batch, of_policy = POLICY_UPDATES[config.policy_update]
+    by_sampler = ", sampler" if config.behaviour == "sampler" else ""
+    make_batch, of_policy = POLICY_UPDATES[config.policy_update + by_sampler]
     trains_policy = iteration >= config.critic_warmup
-    policy_steps, critic_steps = [], []
+    policy_steps, critic_steps, found = [], [], {}
     for epoch in range(config.ppo_epochs):
         for number, index in enumerate(run.train_batches(iteration, epoch, len(rollout))):
             step = run.optimiser_step(iteration, epoch, number)
             batch = make_batch(run, rollout, scores, targets, index)
             if trains_policy:
                 policy_steps.append(batch.update_policy(step - run.optimiser_step(config.critic_warmup, 0, 0)))
+                if not config.scores_policy and len(policy_steps) == 1:  # its forward came before any step
+                    found = check_sampler(run, rollout, scores)
             if run.critic:
                 critic_steps.append(batch.update_critic(step))
             run.logger.progress(int(rollout.seq_lens[index].sum()))
     skipped = [s for s in (*policy_steps, *critic_steps) if not s.result.applied]
-    metrics = of_policy(policy_steps) | rto_metrics.of_critic(critic_steps)
+    metrics = of_policy(policy_steps) | rto_metrics.of_critic(critic_steps) | found
     if skipped:
         return metrics | bad_step(run, f"{len(skipped)} updates of iteration {iteration + 1} had non-finite gradients")
     run.state.bad_in_a_row = 0
     return metrics | {"bad_steps": float(run.state.bad_steps)}
+
+
+def check_sampler(run: Run, rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """The figures of sampler against trainer; SyncError past the limits, where both are of one version."""
+    figures = rto_metrics.of_sampler(rollout, scores)
+    if figures and rollout.version == run.sync.version:
+        run.sync.check(Gap(figures["sampler/logp_diff_mean"], figures["sampler/logp_diff_max"]))
+    return figures
 
 
 def bad_step(run: Run, what: str) -> dict[str, float]:

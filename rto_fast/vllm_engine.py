@@ -90,6 +90,13 @@ def _no_attention(config: Any) -> str:
     return "" if head in sizes else f"vLLM on a CPU has no attention for heads of {head} (it has {str(sizes)[1:-1]})"
 
 
+def temperature_of(sampling: Sampling) -> float:
+    """As vLLM is told it; ValueError where it would sample at another one."""
+    if GREEDY < sampling.temperature < COLDEST:
+        raise ValueError(f"temperature: vLLM samples at {COLDEST} or more, got {sampling.temperature}")
+    return sampling.temperature if sampling.temperature > GREEDY else 0.0  # vLLM's word for greedy
+
+
 class VLLMEngine:
     """A RolloutEngine (see rollout.py for the contract)."""
 
@@ -113,14 +120,8 @@ class VLLMEngine:
         self.asleep = False
         self.torn = ""
         self.timeout_s = timeout_s
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-        self.shapes = {n: p.shape for n, p in shell.named_parameters(remove_duplicate=False)}
-        self.once = dict(shell.named_parameters())
-        self.tied = {n: next(m for m, q in self.once.items() if q is p)
-                     for n, p in shell.named_parameters(remove_duplicate=False) if n not in self.once}  # fmt: skip
-        text = shell.config.get_text_config(decoder=True)
-        self.vocab_size, self.max_positions = text.vocab_size, max_length
+        text = self._expect(model_path)
+        self.max_positions = max_length
         settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": memory_share}
         if self.device.type == "cpu":
             settings = {"kv_cache_memory_bytes": _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)}
@@ -144,6 +145,18 @@ class VLLMEngine:
                 ) from error
         self.names = itertools.count()
 
+    def _expect(self, model_path: str | Path) -> Any:
+        """Notes the names and shapes that a push must bring; returns the text model's config."""
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        self.shapes = {n: p.shape for n, p in shell.named_parameters(remove_duplicate=False)}
+        self.once = dict(shell.named_parameters())
+        self.tied = {n: next(m for m, q in self.once.items() if q is p)
+                     for n, p in shell.named_parameters(remove_duplicate=False) if n not in self.once}  # fmt: skip
+        text = shell.config.get_text_config(decoder=True)
+        self.vocab_size = text.vocab_size
+        return text
+
     # Weights
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
@@ -154,10 +167,7 @@ class VLLMEngine:
         received = Fingerprint()
         try:
             self.llm.collective_rpc(_receive, args=(self._checked(weights), received))
-            lost = [n for n in self.once if n not in received]
-            lost = [n for n in lost if not any(self.tied.get(m) == n for m in received.digests())]
-            if lost:
-                raise SyncError(f"{lost[0]}: never taken ({len(lost)} of {len(self.once)} parameters are missing)")
+            self._check_all_taken(received.digests())
         except SyncError as error:
             self.torn = str(error)
             raise
@@ -187,6 +197,11 @@ class VLLMEngine:
             if name not in self.tied:  # tied names bring no bytes of their own
                 yield name, tensor
 
+    def _check_all_taken(self, received: dict[str, int]) -> None:
+        lost = [n for n in self.once if n not in received and not any(self.tied.get(m) == n for m in received)]
+        if lost:
+            raise SyncError(f"{lost[0]}: never taken ({len(lost)} of {len(self.once)} parameters are missing)")
+
     def sleep(self) -> None:
         if not self.asleep and self.device.type != "cpu":
             self.llm.sleep(level=1)
@@ -213,9 +228,7 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if GREEDY < sampling.temperature < COLDEST:
-            raise ValueError(f"temperature: vLLM samples at {COLDEST} or more, got {sampling.temperature}")
-        temperature = sampling.temperature if sampling.temperature > GREEDY else 0.0  # vLLM's word for greedy
+        temperature = temperature_of(sampling)
         core = self.llm.llm_engine
         ids: dict[str, int] = {}
         for i, request in enumerate(requests):
