@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install install-vllm demo test test-vllm lint bench clean
+.PHONY: install install-vllm demo test test-vllm test-vllm-serve lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -57,8 +57,11 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 
 test-vllm: $(VLLM_VENV)/installed
-	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py \
-	  tests/test_vllm_serve.py
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py
+
+# Servers in processes of their own: each start takes half a minute or more on a CPU, so that these tests stand apart.
+test-vllm-serve: $(VLLM_VENV)/installed
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm_serve.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """RTO on the embedded task with rollouts of one iteration before (`--rollout-lag 1`) against none, over seeds.
 
-.venv-vllm/bin/python bench/lag.py --seeds 0 1 2 3 4      # runs what is not there yet, writes bench/results/lag.json
+.venv-vllm/bin/python bench/lag.py --seeds 0 1 2 3 4  # runs what is not there yet, writes bench/results/lag/lag.json
 python bench/lag.py --engine thread --demos runs/demo_seeds      # without vLLM, on models that the demo has left
 
 Both arms sample with the same engine; they differ in the lag alone (and in that a lagging run takes the sampler's
@@ -46,7 +46,7 @@ class LagConfig:
     """Folder of finished demos, seed0, seed1 ...; empty = make them (with heads that vLLM on a CPU has)."""
     runs: str = "runs/lag"
     """Folder of the runs; what is finished is not run again."""
-    out: str = "bench/results/lag.json"
+    out: str = "bench/results/lag/lag.json"
     """Results."""
 
 
