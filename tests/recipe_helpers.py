@@ -41,7 +41,7 @@ def run_recipe(recipe: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def run_deepspeed(
-    recipe: str, flags: list[str], *, ranks: int = 2, env: dict[str, str] | None = None, timeout_s: float = 240
+    recipe: str, flags: list[str], *, ranks: int = 2, env: dict[str, str] | None = None, timeout_s: float = 480
 ) -> Result:
     """`deepspeed --num_accelerators ranks recipes/<recipe> flags` on CPUs, killed with all its ranks at the limit."""
     with socket.socket() as s:

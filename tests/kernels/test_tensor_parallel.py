@@ -1,6 +1,7 @@
 """token_logprobs with the vocabulary split over gloo ranks, and weights that are not whole on this rank."""
 
 import itertools
+import multiprocessing
 import os
 import tempfile
 from types import SimpleNamespace
@@ -43,9 +44,10 @@ def in_process_group(rank, world, path, body, *args):
 
 def spawn(world, body, *args):
     with tempfile.TemporaryDirectory() as folder:
-        # Forked: a spawned rank would spend its seconds importing.
+        # Forked from a server that has imported everything: this process may hold a process group of its own.
+        multiprocessing.set_forkserver_preload(["torch", "rto_kernels", "kernel_checks"])
         args = (world, os.path.join(folder, "store"), body, *args)
-        mp.start_processes(in_process_group, args, nprocs=world, start_method="fork")
+        mp.start_processes(in_process_group, args, nprocs=world, start_method="forkserver")
 
 
 def splits(world):
