@@ -4,7 +4,7 @@ stories-rule    preferences are Bradley-Terry on `story_reward`, which also judg
 stories-taste   preferences come from a file whose rule is unknown; a reward model trained on half of it judges the
                 models, whose own reward model, DPO and prompts come from the other half
 
-Both start from the pretrained model fine-tuned on whole sentences of one half's stories, so that stories end.
+Both start from the pretrained model fine-tuned on the first sentences of one half's stories, so that stories end.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ from rto_fast.scoring import ModelReward
 TASKS = ("stories-rule", "stories-taste")
 SHARED = Path(__file__).parents[2] / "shared"
 MODEL, PAIRS = SHARED / "models" / "stories260k", SHARED / "data" / "story_preferences.jsonl"
-MAX_PROMPT, MAX_RESPONSE = 48, 96
-MAX_LENGTH = MAX_PROMPT + 144
-"""Tokens; holds every story of the file."""
+CHARACTERS = 160
+"""Of a story; its sentences behind them are left out, so that a run takes half a minute."""
+MAX_PROMPT, MAX_RESPONSE = 48, 72
+"""Tokens."""
 
-WARM = "friend friends happy kind share shared fun smiled laughed hug hugged help helped"
-DARK = "sad scared cry cried hurt angry mean lost alone afraid"
+NATURE = "tree trees bird birds dog cat sun sky flower flowers forest river water rain grass fish bear bunny frog bug"
+PEOPLE = "mom mommy dad daddy girl boy man woman lady friend friends"
 """Words that the rule counts, each once a story."""
 
 
 def story_reward(text: str) -> float:
-    """The rule: +1 for each warm word that the story uses, -1 for each dark one; repetition and length do not count."""
+    """The rule, stories of nature rather than of people: +1 for each word of NATURE that the text uses, -1 for each of
+    PEOPLE. Neither repetition nor length counts."""
     words = set(re.findall(r"[a-z]+", text.lower()))
-    return float(len(words & set(WARM.split())) - len(words & set(DARK.split())))
+    return float(len(words & set(NATURE.split())) - len(words & set(PEOPLE.split())))
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to its last full stop, exclamation or question mark; empty where there is none."""
-    found = re.match(r'.*[.!?]"?', text, re.DOTALL)
+    """The sentences that end within the first CHARACTERS; empty where none does."""
+    found = re.match(r'.*[.!?]"?', text[:CHARACTERS], re.DOTALL)
     return found[0].strip() if found else ""
 
 
@@ -104,8 +106,8 @@ class StoryWorld:
             "corpus", [{"prompt": r["prompt"], "response": r[k]} for r in self.ours for k in ("chosen", "rejected")]
         )
         self._write("prompts", [{"prompt": r["prompt"]} for r in self.ours])
-        stages.train_sft(SFTConfig(
-            model=str(MODEL), lr=5e-4, batch=32, max_length=MAX_LENGTH, **self._files("sft", "corpus")))  # fmt: skip
+        length = {"max_length": MAX_PROMPT + MAX_RESPONSE}
+        stages.train_sft(SFTConfig(model=str(MODEL), lr=5e-4, batch=32, **length, **self._files("sft", "corpus")))
         self._write("pairs", self._sampled_pairs() if self.task == "stories-rule" else self.ours)
         stages.train_rm(RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("rm", "pairs")))
         stages.train_dpo(self.preference())
@@ -156,7 +158,9 @@ class StoryWorld:
 
     def _learns(self, name: str, data: str) -> dict[str, object]:
         """What the stages that learn from pairs share."""
-        return {"model": str(self.sft), "max_length": MAX_LENGTH, "eval_fraction": 0.1} | self._files(name, data)
+        return {"model": str(self.sft), "max_length": MAX_PROMPT + MAX_RESPONSE, "eval_fraction": 0.1} | self._files(
+            name, data
+        )
 
     def _write(self, name: str, rows: Sequence[dict[str, str]]) -> None:
         write_atomic(self.root / f"{name}.jsonl", "".join(map(json_line, rows)))
