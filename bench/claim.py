@@ -141,27 +141,37 @@ class Grid:
         self.found: Found = {}
 
     def run(self, title: str, cells: Iterable[Cell]) -> None:
-        """Runs the cells that were not run yet; what they share first."""
+        """Runs the cells that have no result yet; what they share first."""
         cells = [c for c in dict.fromkeys(cells) if c not in self.found]
-        worlds = dict.fromkeys(Cell(c.task, c.seed) for c in cells)
-        for stage in ([w for w in worlds if w not in self.found], [c for c in cells if c.method != "SFT"]):
+        worlds = [w for w in dict.fromkeys(Cell(c.task, c.seed) for c in cells) if w not in self.found]
+        for stage in (worlds, [c for c in cells if c.method != "SFT"]):
             self.progress.update(self.bar, description=title, total=len(self.found) + len(stage))
-            waiting = {self.pool.submit(run_cell, c, self.make_world, self.runs, self.commit): c for c in stage}
-            try:
-                while waiting:
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        self._keep(title, waiting.pop(future), future.result())
-            except BaseException:
-                self.pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            missing = []
+            for cell in stage:
+                path = self.runs / f"{cell.name}.json"
+                if path.exists():
+                    self._keep(title, cell, json.loads(path.read_text()))
+                else:
+                    missing.append(cell)
+            self._compute(title, missing)
+
+    def _compute(self, title: str, cells: Iterable[Cell]) -> None:
+        waiting = {self.pool.submit(run_cell, c, self.make_world, self.runs, self.commit): c for c in cells}
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    self._keep(title, waiting.pop(future), future.result())
+        except BaseException:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
     def _keep(self, title: str, cell: Cell, result: dict[str, Any]) -> None:
         self.found[cell] = result
         self.progress.advance(self.bar)
-        done = int(self.progress.tasks[0].completed)
-        what = result.get("failed") or f"true reward {result['judgement']['true_reward']:.2f}, " \
-            f"KL {result['judgement']['kl']:.1f}, {result['cpu_s']:.0f} s"  # fmt: skip
-        self.progress.console.print(f"{done:4d}  {title}: {cell.name}: {what}", highlight=False, soft_wrap=True)
+        judged = result.get("judgement")
+        what = f"true reward {judged['true_reward']:.2f}, KL {judged['kl']:.1f}" if judged else result["failed"]
+        line = f"{len(self.found):4d}  {title}: {cell.name}: {what}, {result['cpu_s']:.0f} s"
+        self.progress.console.print(line, highlight=False, soft_wrap=True)
 
     def tune(self, task: str, methods: Iterable[str], seeds: Iterable[int], grid: Iterable[float]) -> dict[str, float]:
         """The learning rate of each method with the best mean true reward over the tuning seeds.

@@ -192,9 +192,6 @@ def run_cell(cell: Cell, make_world: Callable[[str, int], World], runs: Path, co
 
     A run that diverges is a result too: {"failed": why}.
     """
-    result = runs / f"{cell.name}.json"
-    if result.exists():
-        return json.loads(result.read_text())
     world, folder, begin = make_world(cell.task, cell.seed), runs / cell.name, time.process_time()
     found: dict[str, Any] = dataclasses.asdict(cell) | {"commit": commit}
     if cell.method == "SFT":
@@ -207,10 +204,10 @@ def run_cell(cell: Cell, make_world: Callable[[str, int], World], runs: Path, co
             found["judgement"] = dataclasses.asdict(world.judge(model))
         except Diverged as error:
             found["failed"] = str(error)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     found["cpu_s"] = round(time.process_time() - begin, 1)
     found = finite_or_none(found)
-    write_atomic(result, json.dumps(found) + "\n")
+    write_atomic(runs / f"{cell.name}.json", json.dumps(found) + "\n")
     return found
 
 
