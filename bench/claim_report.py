@@ -162,9 +162,9 @@ def ablation_table(results: Results) -> str:
     return markdown(("method", "changed", "true reward", "KL, nats", "win rate"), rows)
 
 
-def blocks(values: Sequence[float]) -> list[float]:
-    """Means of WINDOW values after one another."""
-    return [mean(values[i : i + WINDOW]) for i in range(0, len(values), WINDOW)]
+def blocks(values: Sequence[float]) -> list[Sequence[float]]:
+    """WINDOW values after one another; the last block may be shorter."""
+    return [values[i : i + WINDOW] for i in range(0, len(values), WINDOW)]
 
 
 def mean_curve(cells: Sequence[Result], x: str) -> tuple[list[float], list[float]]:
@@ -172,7 +172,7 @@ def mean_curve(cells: Sequence[Result], x: str) -> tuple[list[float], list[float
     columns = []
     for name in (x, "reward"):
         seeds = [c["curve"][name] for c in cells]
-        seeds = [s[WINDOW - 1 :: WINDOW] if name == "samples" else blocks(s) for s in seeds]
+        seeds = [[b[-1] if name == "samples" else mean(b) for b in blocks(s)] for s in seeds]
         columns.append([mean(v) for v in zip(*seeds, strict=True)])
     return columns[0], columns[1]
 
