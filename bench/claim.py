@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -269,7 +270,7 @@ def main(config: ClaimConfig) -> None:
     with pool, Progress(*columns, console=console) as progress:
         grid = Grid(config, runs, pool, progress)
         chosen = experiment(config, grid)
-    command = "python bench/claim.py " + " ".join(sys.argv[1:])
+    command = f"python bench/claim.py {shlex.join(sys.argv[1:])}"
     record = {
         "command": command.strip(), "commits": sorted({c["commit"] for c in grid.found.values()}),
         "settings": dataclasses.asdict(config),
