@@ -38,7 +38,7 @@ from rto_fast.demo import DemoConfig
 from rto_fast.runfiles import write_atomic
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("fractions", "difficulty", "stories", "ablations")
+PARTS = ("fractions", "difficulty", *claim_stories.TASKS, "ablations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ClaimConfig:
     """The grid."""
 
     parts: tuple[str, ...] = PARTS
-    """What to run beside the table, of fractions, difficulty, stories, ablations."""
+    """What to run beside the table, of fractions, difficulty, stories-rule, stories-taste, ablations."""
     methods: tuple[str, ...] = tuple(m for m in METHODS if m != "RLOO")
     """Rows of the table; RLOO, too, can be one."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -219,8 +219,8 @@ def experiment(config: ClaimConfig, grid: Grid) -> dict[str, dict[str, float]]:
         grid.run("fractions", [c for n in config.fractions for c in cells("medium", both, config.seeds, part=n)])
     if "difficulty" in config.parts:
         grid.run("difficulty", [c for task in ("easy", "hard") for c in cells(task, few, config.ablation_seeds)])
-    if "stories" in config.parts and claim_stories.available():
-        for task in claim_stories.TASKS:
+    for task in claim_stories.TASKS:
+        if task in config.parts and claim_stories.available():
             chosen[task] = grid.tune(task, few, config.tuning_seeds[:1], config.story_learning_rates)
             grid.run(task, cells(task, few, config.ablation_seeds))
     if "ablations" in config.parts:
@@ -256,8 +256,8 @@ def main(config: ClaimConfig) -> None:
     config.validate()
     runs, out, console = ROOT / config.runs, ROOT / config.out, Console()
     open_runs(config, runs)
-    if "stories" in config.parts and not claim_stories.available():
-        console.print(f"stories: no model at {claim_stories.MODEL}; this part is left out")
+    if set(claim_stories.TASKS) & set(config.parts) and not claim_stories.available():
+        console.print(f"stories: no model at {claim_stories.MODEL}; they are left out")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -205,7 +205,7 @@ def run_claim(folder: Path, **settings) -> subprocess.CompletedProcess:
     flags = flags_of(TINY | settings | {"runs": folder, "out": folder / "out"})
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "bench/claim.py", "--quick", *flags]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
 
 
 @pytest.fixture(scope="module")
