@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,6 +84,8 @@ class ClaimConfig:
     """Folder of claim.json and the figures."""
     readme: bool = False
     """Write README's section between its claim marks."""
+    report_only: bool = False
+    """Train nothing; report the cells that are there."""
     quick: bool = False
     """A grid of minutes: every setting that is not given shrinks, and the results go below `runs`."""
 
@@ -135,11 +138,13 @@ Found = dict[Cell, dict[str, Any]]
 class Grid:
     """Runs cells in worker processes and keeps their results."""
 
-    def __init__(self, config: ClaimConfig, runs: Path, pool: ProcessPoolExecutor, progress: Progress) -> None:
+    def __init__(self, config: ClaimConfig, runs: Path, pool: ProcessPoolExecutor | None, progress: Progress) -> None:
+        """pool: None to take only the results that are there."""
         self.runs, self.pool, self.progress = runs, pool, progress
         self.make_world, self.commit = functools.partial(make_world, runs, config), commit()
         self.bar = progress.add_task("", total=0)
         self.found: Found = {}
+        self.missing: set[Cell] = set()
 
     def run(self, title: str, cells: Iterable[Cell]) -> None:
         """Runs the cells that have no result yet; what they share first."""
@@ -154,7 +159,10 @@ class Grid:
                     self._keep(title, cell, json.loads(path.read_text()))
                 else:
                     missing.append(cell)
-            self._compute(title, missing)
+            if self.pool:
+                self._compute(title, missing)
+            else:
+                self.missing |= set(missing)
 
     def _compute(self, title: str, cells: Iterable[Cell]) -> None:
         waiting = {self.pool.submit(run_cell, c, self.make_world, self.runs, self.commit): c for c in cells}
@@ -191,15 +199,15 @@ class Grid:
         return best
 
     def reward(self, cell: Cell) -> float:
-        """The model's true reward; a run that diverged has the lowest."""
-        result = self.found[cell]
-        return -float("inf") if "failed" in result else result["judgement"]["true_reward"]
+        """The model's true reward; a run that diverged, or was not done, has the lowest."""
+        judged = self.found.get(cell, {}).get("judgement")
+        return judged["true_reward"] if judged else -float("inf")
 
 
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("PPO", {"beta2": 0.025}), ("PPO", {"beta2": 0.1}), ("PPO", {"critic": "policy"}),
-    ("RTO", {"beta2": 0.025}), ("RTO", {"beta2": 0.1}), ("RTO", {"beta2": 0.2}), ("RTO", {"critic": "policy"}),
+    ("RTO", {"beta2": 0.1}), ("RTO", {"beta2": 0.2}), ("PPO", {"beta2": 0.025}), ("PPO", {"beta2": 0.1}),
     ("RTO", {"beta1": 0.05, "dpo_clip": 0.05}), ("RTO", {"beta1": 0.2, "dpo_clip": 0.2}), ("RTO", {"dpo_clip": 0.0}),
+    ("RTO", {"critic": "policy"}), ("PPO", {"critic": "policy"}),
 )  # fmt: skip
 """What is changed in RTO and PPO, at their learning rates, to see what their distance depends on."""
 
@@ -266,15 +274,20 @@ def main(config: ClaimConfig) -> None:
         TimeRemainingColumn(),
     )
     workers = config.workers or len(os.sched_getaffinity(0))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(runs,))
-    with pool, Progress(*columns, console=console) as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=console))
+        pool = None
+        if not config.report_only:
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(runs,))
+            stack.enter_context(pool)
         grid = Grid(config, runs, pool, progress)
         chosen = experiment(config, grid)
-    command = f"python bench/claim.py {shlex.join(sys.argv[1:])}"
+    flags = [a for a in sys.argv[1:] if a != "--report-only"]
+    command = f"python bench/claim.py {shlex.join(flags)}"
     record = {
         "command": command.strip(), "commits": sorted({c["commit"] for c in grid.found.values()}),
         "settings": dataclasses.asdict(config),
-        "learning_rates": chosen, "cells": list(grid.found.values()),
+        "learning_rates": chosen, "cells": list(grid.found.values()), "missing": sorted(c.name for c in grid.missing),
     }  # fmt: skip
     claim_report.write(record, out, ROOT / "README.md" if config.readme else None, console)
 

@@ -256,7 +256,8 @@ def section(record: dict[str, Any], folder: str) -> str:
         f"{settings['pairs']:,} pairs,\nthe reward model, the DPO model and the prompts; every RL method draws "
         f"{samples:,} samples. Each method's learning rate is the best\nof one grid on other seeds ({tuning}). Judged "
         f"by the true reward on {settings['eval_prompts']} fresh prompts; mean ± 95 % t interval\nover seeds, "
-        "differences seed by seed.",
+        "differences seed by seed."
+        + (f" {len(record['missing'])} cells of the grid had not run." if record["missing"] else ""),
         main_table(results),
         f"![True reward against samples and against KL]({folder}/curves.svg)",
     ]

@@ -202,7 +202,7 @@ TINY = {
 
 
 def run_claim(folder: Path, **settings) -> subprocess.CompletedProcess:
-    flags = flags_of(TINY | settings | {"runs": folder, "out": folder / "out"})
+    flags = flags_of(TINY | {"runs": folder, "out": folder / "out"} | settings)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "bench/claim.py", "--quick", *flags]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
@@ -230,6 +230,17 @@ def test_quick_grid_end_to_end(grid):
     assert judged["RTO", 0, 2]["curve"]["samples"] == [64]
     assert len([p for p in (grid / "out").iterdir() if p.suffix == ".svg"]) == 2
     assert re.search(r"\| \*\*RTO\*\* \| 0\.00\d+ \| -?\d+\.\d\d ", (grid / "out" / "tables.md").read_text())
+
+
+def test_report_of_what_is_there(grid, tmp_path):
+    """A grid with a seed more: nothing is trained, and the report says what is missing."""
+    result = run_claim(grid, seeds=(0, 1), out=tmp_path, report_only=())
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "claim.json").read_text())
+    assert "--report-only" not in record["command"]
+    assert "medium/seed1/SFT" in record["missing"]
+    assert {c["seed"] for c in record["cells"]} == {0, 100}
+    assert f"{len(record['missing'])} cells of the grid had not run" in (tmp_path / "tables.md").read_text()
 
 
 def test_run_again_trains_nothing(grid):
