@@ -183,7 +183,7 @@ class Grid:
         self.progress.console.print(line, highlight=False, soft_wrap=True)
 
     def tune(self, task: str, methods: Iterable[str], seeds: Iterable[int], grid: Iterable[float]) -> dict[str, float]:
-        """The learning rate of each method with the best mean true reward over the tuning seeds.
+        """The learning rate of each method with the best mean true reward over the tuning seeds, where any was run.
 
         Where that is the grid's lowest or highest, the next one (half or twice) is tried too, EXTENSIONS times.
         """
@@ -196,7 +196,7 @@ class Grid:
                 best[m] = max(tried, key=lambda lr, m=m: mean(self.reward(Cell(task, s, m, lr)) for s in seeds))
                 lowest, highest = tried[0] == best[m], tried[-1] == best[m]
                 rates[m] = [tried[0] / 2] * lowest + tried + [tried[-1] * 2] * highest
-        return best
+        return {m: lr for m, lr in best.items() if any(c.method == m and c.task == task for c in self.found)}
 
     def reward(self, cell: Cell) -> float:
         """The model's true reward; a run that diverged, or was not done, has the lowest."""
