@@ -206,6 +206,7 @@ class Grid:
 
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("RTO", {"beta2": 0.1}), ("RTO", {"beta2": 0.2}), ("PPO", {"beta2": 0.025}), ("PPO", {"beta2": 0.1}),
+    ("PPO", {"beta2": 0.0125}), ("PPO", {"beta2": 0.0}),
     ("RTO", {"beta1": 0.05, "dpo_clip": 0.05}), ("RTO", {"beta1": 0.2, "dpo_clip": 0.2}), ("RTO", {"dpo_clip": 0.0}),
     ("RTO", {"critic": "policy"}), ("PPO", {"critic": "policy"}),
 )  # fmt: skip
