@@ -36,6 +36,8 @@ CHARACTERS = 160
 """Of a story; its sentences behind them are left out, so that a run takes half a minute."""
 MAX_PROMPT, MAX_RESPONSE = 48, 72
 """Tokens."""
+ROWS = 700
+"""Pairs of each half."""
 
 NATURE = "tree trees bird birds dog cat sun sky flower flowers forest river water rain grass fish bear bunny frog bug"
 PEOPLE = "mom mommy dad daddy girl boy man woman lady friend friends"
@@ -66,7 +68,7 @@ def halves(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     ]
     rows = [r for r in rows if r["chosen"] and r["rejected"] and r["chosen"] != r["rejected"]]
     random.Random(f"halves/{seed}").shuffle(rows)
-    return rows[::2], rows[1::2]
+    return rows[:ROWS], rows[ROWS : 2 * ROWS]
 
 
 class StoryWorld:
