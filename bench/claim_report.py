@@ -158,8 +158,8 @@ def ablation_table(results: Results) -> str:
             if cells:
                 what = ", ".join(f"{k} {v}" for k, v in change) or "as above"
                 rows.append([method, what, shown(rewards(cells)), f"{mean(figures(cells, 'kl')):.1f}",
-                             f"{100 * mean(figures(cells, 'win_rate')):.0f} %"])  # fmt: skip
-    return markdown(("method", "changed", "true reward", "KL, nats", "win rate"), rows)
+                             f"{100 * mean(figures(cells, 'win_rate')):.0f} %", f"{len(cells)}"])  # fmt: skip
+    return markdown(("method", "changed", "true reward", "KL, nats", "win rate", "seeds"), rows)
 
 
 def blocks(values: Sequence[float]) -> list[Sequence[float]]:

@@ -93,9 +93,9 @@ def test_the_other_tables(record):
     assert claim_report.fraction_table(results).splitlines()[2] == "| 1/4 | 32 | 0.50 | 0.25 | -0.25 |"
     assert claim_report.task_table(results).splitlines()[2].startswith("| medium | 0.50, 0.25 | 0.00 ± 0.00 | 1.50 ±")
     assert claim_report.ablation_table(results).splitlines()[2:] == [
-        "| PPO | as above | 1.00 | 2.0 | 75 % |",
-        "| RTO | as above | 4.00 | 8.0 | 75 % |",
-        "| RTO | beta2 0.1 | 3.00 | 6.0 | 75 % |",
+        "| PPO | as above | 1.00 | 2.0 | 75 % | 1 |",
+        "| RTO | as above | 4.00 | 8.0 | 75 % | 1 |",
+        "| RTO | beta2 0.1 | 3.00 | 6.0 | 75 % | 1 |",
     ]
 
 
