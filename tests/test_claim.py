@@ -76,6 +76,7 @@ def record() -> dict:
         "settings": settings,
         "learning_rates": rates,
         "cells": [*cells, failed],
+        "missing": [],
     }
 
 
