@@ -179,10 +179,11 @@ class Run:
 
     def finish(self) -> None:
         """Exports the models and writes the report."""
-        self.export(Path(self.config.output_dir))
-        if distributed.rank() == 0:
-            path = report.report_run(Path(self.config.output_dir), limit=self.config.report_samples)
-            self.logger.message(f"policy: {Path(self.config.output_dir) / 'policy'}; report: {path}")
+        folder = Path(self.config.output_dir)
+        self.export(folder)
+        self.logger.message(f"policy: {folder / 'policy'}")
+        if self.config.report and distributed.rank() == 0:
+            self.logger.message(f"report: {report.report_run(folder, limit=self.config.report_samples)}")
 
 
 def build(config: RTOConfig) -> Run:

@@ -109,7 +109,7 @@ class RunConfig:
         """The settings a checkpoint must share with the run that resumes it."""
         free = {
             "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
-            "data_workers", "data_cache", "park_frozen", "sync_proof", "rollout_timeout_s",
+            "data_workers", "data_cache", "park_frozen", "report", "sync_proof", "rollout_timeout_s",
             "vllm_url", "vllm_devices", "vllm_start_timeout_s",
         }  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
@@ -360,6 +360,8 @@ class RTOConfig(RunConfig):
     """Decay of an averaged policy, a step an iteration, exported as `ema`; 0 = off."""
 
     # Output
+    report: bool = True
+    """Write report.html at the end; False saves a few seconds."""
     report_samples: int = 16
     """Sampled responses shown in report.html."""
     export_every: int = 0

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.table import Table as ConsoleTable
+from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed, models, runfiles, stages, trainer
 from rto_fast.attention import resolve_attention
@@ -28,7 +29,7 @@ from rto_fast.packing import Placement
 from rto_fast.report import Table, write_report
 from rto_fast.rewards import ResponseTexts
 from rto_fast.rollout import Sampling, sample_seed
-from rto_fast.template import load_template
+from rto_fast.template import load_template, stop_token_ids
 from rto_fast.tiny_task import TinyTask, make_task
 from rto_fast.transformers_engine import TransformersEngine
 
@@ -125,33 +126,41 @@ def run(config: DemoConfig) -> dict[str, Judgement]:
     _open(root, config)
     task = make_task(config.seed, config.difficulty)
     console = Console(quiet=distributed.rank() != 0)
-
-    def stage(number: int, title: str, name: str, make: Callable[[], object]) -> None:
-        console.rule(f"[bold]{number}/6  {title}")
-        if (root / name / "done").exists():
-            console.print(f"{root / name} is there already")
-            return
-        make()
-        distributed.barrier()
-        if distributed.rank() == 0:
-            (root / name / "done").touch()
-        distributed.barrier()
-
-    stage(1, "a random model and a corpus", "data", lambda: _first_data(task, config, root))
-    stage(2, "supervised fine-tuning", "sft", lambda: stages.train_sft(_sft(config, root)))
-    stage(3, "preference pairs from the SFT model's own samples", "pairs", lambda: _pairs(task, config, root))
-    stage(4, "reward model", "rm", lambda: stages.train_rm(_rm(config, root)))
-    stage(5, "DPO, the token reward's source", "dpo", lambda: stages.train_dpo(_dpo(config, root)))
+    prepare(task, config, root, console)
     for arm in ARMS:
         observe = Truth(task)
-        stage(6, f"{arm}: {config.iterations} rollouts of {config.rollout_batch}", arm.lower(),
-              lambda arm=arm, observe=observe: trainer.train(rl_config(config, root, arm), observe))  # fmt: skip
+        _stage(console, root, 6, f"{arm}: {config.iterations} rollouts of {config.rollout_batch}", arm.lower(),
+               lambda arm=arm, observe=observe: trainer.train(rl_config(config, root, arm), observe))  # fmt: skip
 
     found = judge(task, config, root)
     if distributed.rank() == 0:
         _show(console, config, root, found)
     distributed.barrier()
     return found
+
+
+def prepare(task: TinyTask, config: DemoConfig, root: Path, console: Console) -> None:
+    """Everything that RTO and PPO share, from the random model to DPO; what is there already stays."""
+    for number, (title, name, make) in enumerate((
+        ("a random model and a corpus", "data", lambda: _first_data(task, config, root)),
+        ("supervised fine-tuning", "sft", lambda: stages.train_sft(_sft(config, root))),
+        ("preference pairs from the SFT model's own samples", "pairs", lambda: _pairs(task, config, root)),
+        ("reward model", "rm", lambda: stages.train_rm(_rm(config, root))),
+        ("DPO, the token reward's source", "dpo", lambda: stages.train_dpo(dpo_config(config, root))),
+    ), 1):  # fmt: skip
+        _stage(console, root, number, title, name, make)
+
+
+def _stage(console: Console, root: Path, number: int, title: str, name: str, make: Callable[[], object]) -> None:
+    console.rule(f"[bold]{number}/6  {title}")
+    if (root / name / "done").exists():
+        console.print(f"{root / name} is there already")
+        return
+    make()
+    distributed.barrier()
+    if distributed.rank() == 0:
+        (root / name / "done").touch()
+    distributed.barrier()
 
 
 class Truth:
@@ -193,7 +202,8 @@ def _rm(config: DemoConfig, root: Path) -> RMConfig:
     )  # fmt: skip
 
 
-def _dpo(config: DemoConfig, root: Path) -> DPOConfig:
+def dpo_config(config: DemoConfig, root: Path) -> DPOConfig:
+    """The settings of the token reward's source."""
     return DPOConfig(
         model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.dpo_lr, batch=32,
         epochs=config.stage_epochs, max_length=128, eval_fraction=0.1, log_every=25, beta=config.dpo_beta,
@@ -257,45 +267,79 @@ def _pairs(task: TinyTask, config: DemoConfig, root: Path) -> None:
 
 def sample(task: TinyTask, config: DemoConfig, model: Path, prompts: Sequence[str], run_seed: int) -> Rollout:
     """One response to each prompt at temperature 1; the seeds depend on the demo's seed, `run_seed` and the place."""
-    engine = TransformersEngine(model, distributed.device(), torch.float32, task.tokenizer.pad_token_id)
-    template = load_template("auto", task.tokenizer)
+    seeds = [sample_seed(config.seed, i, run_seed, 0) for i in range(len(prompts))]
+    return draw(task.tokenizer, model, prompts, seeds, config.max_response_length)
+
+
+def draw(
+    tokenizer: PreTrainedTokenizerBase, model: Path, prompts: Sequence[str], seeds: Sequence[int], max_tokens: int
+) -> Rollout:
+    """One response of `model` to each prompt at temperature 1, each with its own seed."""
+    engine = TransformersEngine(model, distributed.device(), torch.float32, tokenizer.pad_token_id or 0)
+    template = load_template("auto", tokenizer)
     requests = [
-        Request(tuple(template.encode_prompt(task.tokenizer, p)), i, i, 0, sample_seed(config.seed, i, run_seed, 0))
-        for i, p in enumerate(prompts)
+        Request(tuple(template.encode_prompt(tokenizer, prompt)), i, i, 0, seed)
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    sampling = Sampling(config.max_response_length, 1.0, (task.tokenizer.eos_token_id,))
+    sampling = Sampling(max_tokens, 1.0, stop_token_ids(str(model), tokenizer))
     return engine.generate(requests, sampling, lambda tokens, sequences: None)
 
 
-@torch.no_grad()
 def judge(task: TinyTask, config: DemoConfig, root: Path) -> dict[str, Judgement]:
     """SFT, DPO and both arms on fresh prompts, by the truth. Rank 0 alone computes it; others get {}."""
     if distributed.rank() != 0:
         return {}
-    prompts = [row["prompt"] for row in task.prompts(config.eval_prompts, seed=4)]
-    attention, kernel = resolve_attention("auto", distributed.device(), torch.float32)
-    sft = models.load_policy(str(root / "sft" / "model"), dtype=torch.float32, attention=attention, argument="sft")
-    sft.to(distributed.device()).eval()
-    placement = Placement(distributed.device(), kernel, lockstep=False, micro_tokens=8192)
+    judge_one = task_judge(task, config, root)
     folders = {"SFT": root / "sft" / "model", "DPO": root / "dpo" / "model"}
     folders |= {arm: root / arm.lower() / "policy" for arm in ARMS}
-    base: list[float] = []
-    found = {}
-    for name, folder in folders.items():
-        rollout = sample(task, config, folder, prompts, run_seed=3)
-        rewards = true_rewards(task, rollout)
-        base = base or rewards
-        log_ratio = float(rollout.sampler_logp.sum())
-        for _, batch in placement.micro(rollout.sequences(), rollout.prompt_lens.tolist()):
-            log_ratio -= float(sft(batch)[0].sum())
-        wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(rewards, base, strict=True))
-        found[name] = Judgement(
+    return {name: judge_one(folder) for name, folder in folders.items()}
+
+
+def task_judge(task: TinyTask, config: DemoConfig, root: Path) -> Judge:
+    """By the true reward, on prompts that no stage has drawn."""
+    prompts = [row["prompt"] for row in task.prompts(config.eval_prompts, seed=4)]
+    return Judge(
+        root / "sft" / "model",
+        lambda folder: sample(task, config, folder, prompts, run_seed=3),
+        lambda rollout: true_rewards(task, rollout),
+    )
+
+
+class Judge:
+    """Compares models with the SFT model on the same prompts, by a reward that they were not trained on."""
+
+    def __init__(
+        self, sft: Path, respond: Callable[[Path], Rollout], reward: Callable[[Rollout], Sequence[float]]
+    ) -> None:
+        """sft: the SFT model's folder; respond: a model's answers to the prompts; reward: of each of them."""
+        attention, kernel = resolve_attention("auto", distributed.device(), torch.float32)
+        self.placement = Placement(distributed.device(), kernel, lockstep=False, micro_tokens=8192)
+        self.loading = {"dtype": torch.float32, "attention": attention}
+        self.sft = models.load_policy(str(sft), argument="sft", **self.loading).to(distributed.device()).eval()
+        self.respond, self.reward = respond, reward
+        self.base = respond(sft)
+        self.base_rewards = reward(self.base)
+
+    def __call__(self, folder: Path) -> Judgement:
+        rollout = self.respond(folder)
+        rewards = self.reward(rollout)
+        log_ratio = float(rollout.sampler_logp.sum()) - float(torch.cat(self.logps(self.sft, rollout)).sum())
+        wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(rewards, self.base_rewards, strict=True))
+        return Judgement(
             true_reward=sum(rewards) / len(rewards),
             kl=log_ratio / len(rewards),
             win_rate=wins / len(rewards),
             length=float(rollout.response_lens.float().mean()),
         )
-    return found
+
+    @torch.no_grad()
+    def logps(self, policy: models.PolicyModel, rollout: Rollout) -> list[torch.Tensor]:
+        """B tensors of the response tokens' log-probs under `policy`, fp32, nats."""
+        out: list[torch.Tensor] = [torch.empty(0)] * len(rollout)
+        for index, batch in self.placement.micro(rollout.sequences(), rollout.prompt_lens.tolist()):
+            for i, logp in zip(index, policy(batch)[0][0].split(batch.cu_responses.diff().tolist()), strict=True):
+                out[i] = logp
+        return out
 
 
 def _show(console: Console, config: DemoConfig, root: Path, found: dict[str, Judgement]) -> None:

@@ -1,0 +1,228 @@
+"""One cell of the claim's experiment: a model trained by one method, with one seed, and judged by the truth.
+
+A world is what the methods of one task and seed share: the SFT model, the preference pairs, the reward model, the
+DPO model that gives token rewards, the prompts and the judge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from rich.console import Console
+
+from rto_fast import distributed, models, stages, trainer
+from rto_fast.attention import resolve_attention
+from rto_fast.batch import Rollout
+from rto_fast.config import DPOConfig, RTOConfig
+from rto_fast.demo import DemoConfig, Judge, Judgement, Truth, dpo_config, prepare, rl_config, task_judge
+from rto_fast.engine import Diverged
+from rto_fast.packing import Placement
+from rto_fast.rewards import ResponseTexts
+from rto_fast.runfiles import METRICS, finite_or_none, read_metrics, write_atomic
+from rto_fast.scoring import ModelReward
+from rto_fast.tiny_task import make_task
+
+PREFERENCE = {
+    "DPO": "dpo", "R-DPO": "r_dpo", "SimPO": "simpo", "TDPO1": "tdpo1", "TDPO2": "tdpo2", "KTO": "kto", "IPO": "ipo",
+    "MPPO": "mppo",
+}  # fmt: skip
+"""Method -> `objective`."""
+
+RL: dict[str, dict[str, Any]] = {
+    "PPO": {},
+    "RTO": {},
+    "Semi-RTO": {"credit": "sentence"},
+    "DDPO": {"credit": "response"},
+    "RS-PPO": {"credit": "shaped"},
+    "REINFORCE++": {"advantage": "reinforce_pp"},
+    "RTO with REINFORCE++": {"advantage": "reinforce_pp"},
+    "GRPO": {"advantage": "grpo", "responses_per_prompt": 4},
+    "RLOO": {"advantage": "rloo", "responses_per_prompt": 4},
+    "P3O": {"policy_update": "p3o", "responses_per_prompt": 2},
+    "REBEL": {"policy_update": "rebel", "responses_per_prompt": 2},
+}
+"""Method -> what it changes in PPO's settings (RTO's where it pays token rewards)."""
+
+PAYS_TOKENS = ("RTO", "Semi-RTO", "DDPO", "RS-PPO", "RTO with REINFORCE++")
+METHODS = ("SFT", *PREFERENCE, *RL)
+NO_TEXTS = ResponseTexts([], [], [])
+"""Reward models that read tokens need no text."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained. SFT is the world itself: its cell trains what all methods share."""
+
+    task: str
+    seed: int
+    method: str = "SFT"
+    lr: float = 0.0
+    """Peak learning rate of the policy."""
+    part: int = 1
+    """The run draws 1 / part of the samples, with a schedule of its own."""
+    change: tuple[tuple[str, Any], ...] = ()
+    """Settings that differ from the method's own."""
+
+    @property
+    def name(self) -> str:
+        """Path of the cell's result below the folder of runs, without suffix."""
+        words = [self.method.replace(" ", "-")]
+        words += [f"lr{self.lr:g}"] if self.lr else []
+        words += [f"part{self.part}"] if self.part > 1 else []
+        words += [f"{k}{v}" for k, v in self.change]
+        return f"{self.task}/seed{self.seed}/" + "_".join(words)
+
+
+class World(Protocol):
+    """What the methods of one task and seed share."""
+
+    def prepare(self) -> dict[str, float]:
+        """Trains what they share, or finds it there; returns the quality of the learnt rewards."""
+
+    def preference(self) -> DPOConfig:
+        """Settings of the preference methods."""
+
+    def rl(self, pays_tokens: bool) -> RTOConfig:
+        """RTO's settings, or PPO's."""
+
+    def judge(self, folder: Path | None) -> Judgement:
+        """A model, or where None the SFT model."""
+
+    def truth(self) -> Callable[[Rollout, ResponseTexts], dict[str, float]]:
+        """What logs the true reward of each rollout."""
+
+
+class TinyWorld:
+    """The embedded task."""
+
+    def __init__(self, root: Path, config: DemoConfig) -> None:
+        self.root, self.config = root, config
+        self.task = make_task(config.seed, config.difficulty)
+
+    @functools.cached_property
+    def judge_one(self) -> Judge:
+        return task_judge(self.task, self.config, self.root)
+
+    def prepare(self) -> dict[str, float]:
+        prepare(self.task, self.config, self.root, Console())
+        base = self.judge_one.base
+        pairs = zip(base.prompts(), base.responses(), strict=True)
+        token_truth = [r for p, a in pairs for r in self.task.token_rewards(p.tolist(), a.tolist())]
+        learnt, ratios = learnt_rewards(self.judge_one, self.root)
+        return learnt | {"dpo_token": correlation(ratios, torch.tensor(token_truth))}
+
+    def preference(self) -> DPOConfig:
+        return dpo_config(self.config, self.root)
+
+    def rl(self, pays_tokens: bool) -> RTOConfig:
+        return rl_config(self.config, self.root, "RTO" if pays_tokens else "PPO")
+
+    def judge(self, folder: Path | None) -> Judgement:
+        return self.judge_one(folder or self.root / "sft" / "model")
+
+    def truth(self) -> Truth:
+        return Truth(self.task)
+
+
+def learnt_rewards(judge: Judge, root: Path) -> tuple[dict[str, float], torch.Tensor]:
+    """How the learnt rewards correlate with the truth over the SFT model's samples: the reward model's score and the
+    DPO model's summed log-ratio; and the log-ratio of each token, [R] fp32."""
+    truth = torch.tensor(judge.base_rewards)
+    dpo = models.load_policy(str(root / "dpo" / "model"), argument="dpo", **judge.loading).eval()
+    ratios = [a - b for a, b in zip(judge.logps(dpo, judge.base), judge.logps(judge.sft, judge.base), strict=True)]
+    quality = {
+        "rm": correlation(reward_model(root / "rm" / "model").score(judge.base, NO_TEXTS), truth),
+        "dpo": correlation(torch.stack([r.sum() for r in ratios]), truth),
+    }
+    return quality, torch.cat(ratios)
+
+
+def reward_model(folder: Path) -> ModelReward:
+    """A reward model's scores of the policies' own tokens."""
+    attention, kernel = resolve_attention("auto", distributed.device(), torch.float32)
+    model = models.load_scalar(str(folder), argument="reward_model", dtype=torch.float32, attention=attention).eval()
+    return ModelReward("rm", model, Placement(distributed.device(), kernel, lockstep=False, micro_tokens=8192))
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's; NaN where one of them is constant."""
+    return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
+
+
+def preference_settings(world: World, cell: Cell, folder: Path) -> DPOConfig:
+    return dataclasses.replace(
+        world.preference(), objective=PREFERENCE[cell.method], lr=cell.lr, output_dir=str(folder), **dict(cell.change)
+    )
+
+
+def rl_settings(world: World, cell: Cell, folder: Path) -> RTOConfig:
+    """The method's settings; whatever it compares, each rollout has as many responses."""
+    base, own = world.rl(cell.method in PAYS_TOKENS), RL[cell.method]
+    return dataclasses.replace(
+        base, policy_lr=cell.lr, iterations=base.iterations // cell.part, output_dir=str(folder),
+        rollout_batch=base.rollout_batch // own.get("responses_per_prompt", 1), save_every=0, report=False,
+        report_samples=0, **own | dict(cell.change),
+    )  # fmt: skip
+
+
+def train(world: World, cell: Cell, folder: Path) -> tuple[Path, dict[str, list[float | None]]]:
+    """The trained model's folder, and the figures of each rollout."""
+    if cell.method in PREFERENCE:
+        return stages.train_dpo(preference_settings(world, cell, folder)), {}
+    trainer.train(rl_settings(world, cell, folder), world.truth())
+    rows = read_metrics(folder / METRICS)
+    names = {"samples": "samples", "kl": "kl/response", "reward": "true/reward", "score": "reward/score"}
+    return folder / "policy", {short: [rounded(r[name]) for r in rows] for short, name in names.items()}
+
+
+def run_cell(cell: Cell, make_world: Callable[[str, int], World], runs: Path, commit: str) -> dict[str, Any]:
+    """Trains and judges a cell; its result is written at the end, so that a killed cell starts anew.
+
+    A run that diverges is a result too: {"failed": why}.
+    """
+    world, folder, begin = make_world(cell.task, cell.seed), runs / cell.name, time.process_time()
+    found: dict[str, Any] = dataclasses.asdict(cell) | {"commit": commit}
+    if cell.method == "SFT":
+        found["quality"] = world.prepare()
+        found["judgement"] = dataclasses.asdict(world.judge(None))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            model, found["curve"] = train(world, cell, folder)
+            found["judgement"] = dataclasses.asdict(world.judge(model))
+        except Diverged as error:
+            found["failed"] = str(error)
+        shutil.rmtree(folder, ignore_errors=True)
+    found["cpu_s"] = round(time.process_time() - begin, 1)
+    found = finite_or_none(found)
+    write_atomic(runs / f"{cell.name}.json", json.dumps(found) + "\n")
+    return found
+
+
+def rounded(value: float | None) -> float | None:
+    """To five significant digits."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def start_worker(log: Path) -> None:
+    """A fresh process with one thread; what the library prints goes to a log."""
+    handle = os.open(log / f"worker-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    distributed.init()
