@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -331,14 +332,9 @@ def _model_reward(
     return ModelReward(name, model, placement, OwnText(own, load_template("auto", own), limit, prompts.prompts))
 
 
+@functools.lru_cache(maxsize=2)
 def _permutation(count: int, key: str) -> Sequence[int]:
-    """A shuffle of range(count) that depends on `key` alone."""
-    if key not in _permutations:
-        _permutations.clear()
-        order = list(range(count))
-        random.Random(key).shuffle(order)
-        _permutations[key] = order
-    return _permutations[key]
-
-
-_permutations: dict[str, list[int]] = {}
+    """A shuffle of range(count), the same for the same arguments in every process."""
+    order = list(range(count))
+    random.Random(key).shuffle(order)
+    return tuple(order)

@@ -91,6 +91,17 @@ def test_several_responses_share_a_prompt_and_no_seed(tiny, tmp_path):
     assert run.requests(0) == requests != run.requests(1)
 
 
+def test_the_order_of_prompts_is_each_runs_own(tiny, tmp_path):
+    """Two runs in one process on different numbers of prompts: the order of one is not lent to the other."""
+    first = run_rto(tiny, tmp_path / "first", iterations=1)
+    before = first.requests(0)
+    second = run_rto(tiny, tmp_path / "second", iterations=1, max_rows=24)
+    first.requests(0)
+    drawn = [r.row for i in range(3) for r in second.requests(i)]
+    assert sorted(drawn) == list(range(24)), "an epoch draws every prompt once"
+    assert first.requests(0) == before
+
+
 BROKEN = """
 calls = 0
 def sometimes(prompts, responses):
