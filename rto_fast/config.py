@@ -130,11 +130,12 @@ class SupervisedConfig(RunConfig):
     max_length: int = 2048
     """Tokens of prompt + response at most."""
     eval_fraction: float = 0.05
-    """Share of the rows held out for evaluation (when eval_data and eval_split are empty)."""
+    """Share of the rows held out for evaluation (when there is neither eval_data nor an eval_split of `data`)."""
     eval_data: str = ""
     """Data set to evaluate on; empty = `data` (its eval_split, else its held-out share)."""
     eval_split: str = ""
-    """Split to evaluate on; empty = data_split of eval_data, or the held-out share of `data`."""
+    """Split to evaluate on; empty = data_split of eval_data, or the held-out share of `data`. A file has no splits, and
+    its held-out share is taken."""
     prompt_key: str = "prompt"
     """Column of the prompt (string or message list)."""
 
@@ -145,6 +146,10 @@ class SupervisedConfig(RunConfig):
         require(self.batch >= 1, f"batch: must be at least 1, got {self.batch}")
         require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
         require(self.max_length >= 2, f"max_length: must be at least 2 tokens, got {self.max_length}")
+        require(
+            not self.eval_split or bool(self.eval_data) or self.eval_split != self.data_split,
+            f"eval_split: {self.eval_split!r} is data_split too, what is trained on; choose another, or give --eval-data",
+        )
         require(0 <= self.eval_fraction < 1, f"eval_fraction: must lie in [0, 1), got {self.eval_fraction}")
 
 

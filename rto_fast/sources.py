@@ -90,6 +90,12 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
     return data._fingerprint, lambda max_rows: _typed(argument, name, data, max_rows)
 
 
+def has_splits(name: str) -> bool:
+    """Whether a split can be chosen: of a Hub data set or a saved dictionary of them; a file has none."""
+    path = Path(name).expanduser()
+    return (path / datasets.config.DATASETDICT_JSON_FILENAME).exists() if path.exists() else True
+
+
 def _saved_folder(argument: str, name: str, path: Path, split: str) -> datasets.Dataset:
     try:
         data = datasets.load_from_disk(str(path))

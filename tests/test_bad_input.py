@@ -106,6 +106,9 @@ FLAGS = {
     "an empty batch": ("sft_llama3.py", ["--batch", "0"], r"batch: must be at least 1, got 0"),
     "no learning rate": ("rm_llama3.py", ["--lr", "0"], r"lr: must be positive, got 0"),
     "a negative coefficient": ("rto_llama3.py", ["--beta2", "-1"], r"beta2: must not be negative, got -1"),
+    "an evaluation on what is trained on": (
+        "rm_llama3.py", ["--eval-split", "train"], r"eval_split: 'train' is data_split too",
+    ),
     "no data": ("rto_llama3.py", ["--data", ""], r"data: no data set given; pass --data"),
     "no policy": ("ppo_llama3.py", ["--policy", ""], r"policy: no model given; pass --policy"),
     "no DPO model": ("rto_llama3.py", ["--dpo-model", ""], r"dpo_model: beta1 > 0 needs .*--dpo-model, or --beta1 0"),
