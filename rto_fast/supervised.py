@@ -203,6 +203,7 @@ def train_step(
         return value * (weight / count)
 
     result = engine.update(micro, loss, step=step)
+    logger.progress(sum(lens) - sum(lens[i] for part in mine for i in part))  # the other ranks'
     means = reduce_sums(sums)
     metrics = {f"train/{k}": v for k, v in means.items()}
     metrics |= {"train/grad_norm": result.grad_norm, "train/lr": engine.lr(step)}
