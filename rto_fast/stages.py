@@ -106,6 +106,7 @@ def _prepare(config: SupervisedConfig) -> _Common:
     model = models.load_config(config.model, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer)
+    models.check_weights(config.model, "model")
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")
     check_max_length(config.max_length, model, "max_length")
@@ -158,6 +159,7 @@ def train_dpo(config: DPOConfig) -> Path:
         ours = models.load_config(config.model, "model").vocab_size
         require(reference.vocab_size == ours, f"reference: {config.reference!r} has a vocabulary of "
                 f"{reference.vocab_size} tokens, the model's has {ours}")  # fmt: skip
+        models.check_weights(config.reference, "reference")
         check_template(config.reference, common.template, "reference")
         check_max_length(config.max_length, reference, "max_length (reference)")
     return _run(config, common, OBJECTIVES[config.objective](config, common))
