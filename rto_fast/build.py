@@ -202,7 +202,8 @@ def build(config: RTOConfig) -> Run:
     sampling = Sampling(config.max_response_length, config.temperature, stop_token_ids(config.policy, tokenizer))
     delimiters = _delimiters(config, tokenizer)
     prompts = data.load_prompts(config, tokenizer, template)
-    iterations = config.iterations or -(-round(config.epochs * len(prompts.prompt_ids)) // config.rollout_batch)
+    wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
+    iterations = config.iterations or -(-wanted // config.rollout_batch)
 
     dtype = DTYPES[config.dtype]
     attention, kernel = choose_attention(config, device)
@@ -277,6 +278,7 @@ def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor
 def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
     """Vocabularies, positions and templates of all models, from their configs alone."""
     policy = models.load_config(config.policy, "policy")
+    models.check_weights(config.policy, "policy")
     check_vocabulary(tokenizer, policy, "policy")
     check_template(config.policy, template, "policy")
     length = config.max_prompt_length + config.max_response_length
@@ -292,6 +294,7 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
                 f"{argument}: {path!r} has a vocabulary of {other.vocab_size} tokens, the policy's has "
                 f"{policy.vocab_size}; token rewards compare the two token by token",
             )
+            models.check_weights(path, argument)
             check_template(path, template, argument)
             check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
     for path in config.reward_model:

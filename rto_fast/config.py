@@ -7,6 +7,7 @@ constructing the config with another value; a user changes it by a flag of the f
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +105,10 @@ class RunConfig:
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in ("warmup_ratio", "lr_floor"):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+        require(all(0 <= b < 1 for b in self.adam_betas), f"adam_betas: must lie in [0, 1), got {self.adam_betas}")
+        for name, value in dataclasses.asdict(self).items():
+            for number in value if isinstance(value, tuple | list) else (value,):
+                require(not isinstance(number, float) or math.isfinite(number), f"{name}: must be finite, got {number}")
 
     def fingerprint(self) -> dict[str, object]:
         """The settings a checkpoint must share with the run that resumes it."""
@@ -148,7 +153,7 @@ class SupervisedConfig(RunConfig):
         require(self.max_length >= 2, f"max_length: must be at least 2 tokens, got {self.max_length}")
         require(
             not self.eval_split or bool(self.eval_data) or self.eval_split != self.data_split,
-            f"eval_split: {self.eval_split!r} is data_split too, what is trained on; choose another, or give --eval-data",
+            f"eval_split: {self.eval_split!r} is data_split too, which is trained on; choose another, or eval_data",
         )
         require(0 <= self.eval_fraction < 1, f"eval_fraction: must lie in [0, 1), got {self.eval_fraction}")
 
@@ -425,6 +430,7 @@ class RTOConfig(RunConfig):
         )
         for name in (
             "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
+            "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
@@ -432,11 +438,11 @@ class RTOConfig(RunConfig):
             "max_response_length", "rollout_tokens", "score_tokens", "kl_horizon", "vllm_max_sequences",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
-        require(self.iterations >= 0, f"iterations: must not be negative, got {self.iterations}")
-        require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
-        require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}")
         require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
-        for name in ("rollout_timeout_s", "vllm_start_timeout_s"):
+        for name in (
+            "epochs", "temperature", "policy_lr", "critic_lr", "reward_timeout_s", "rollout_timeout_s",
+            "vllm_start_timeout_s",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         require(0 < self.clip < 1, f"clip: must lie in (0, 1), got {self.clip}")
         for name in ("gamma", "lam"):

@@ -65,7 +65,13 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
     Both raise DataError.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+        if is_file:
+            path.open("rb").close()
+    except OSError as e:
+        raise DataError(f"{argument}: {name!r} cannot be read: {e.strerror}") from e
+    if is_file:
         if path.suffix.lower() not in SUFFIXES:
             expected = ", ".join(SUFFIXES)
             raise DataError(f"{argument}: {name!r} has unknown file type {path.suffix!r}; expected {expected}")

@@ -172,11 +172,12 @@ def load_template(config_chat_template: str, tokenizer: PreTrainedTokenizerBase)
         source = PLAIN
     else:
         path = Path(config_chat_template).expanduser()
-        require(
-            path.is_file(),
-            f"chat_template: no file {str(path)!r}{near_names(path)}; give auto, plain or a Jinja file",
-        )
-        source = path.read_text(encoding="utf-8")
+        near = "" if path.exists() else near_names(path)
+        require(path.is_file(), f"chat_template: no file {str(path)!r}{near}; give auto, plain or a Jinja file")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"chat_template: {str(path)!r} is no readable UTF-8 text: {e}") from e
         require(bool(source.strip()), f"chat_template: {str(path)!r} is empty")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     text = json.dumps([source, special], sort_keys=True, ensure_ascii=True)
