@@ -111,11 +111,18 @@ class RunConfig:
                 require(not isinstance(number, float) or math.isfinite(number), f"{name}: must be finite, got {number}")
 
     def fingerprint(self) -> dict[str, object]:
-        """The settings a checkpoint must share with the run that resumes it."""
+        """The settings a checkpoint must share with the run that resumes it.
+
+        Free are those that change nothing that is learnt, or its rounding alone: a run that has used up its memory
+        must be able to go on with less.
+        """
         free = {
             "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
-            "data_workers", "data_cache", "park_frozen", "report", "sync_proof", "rollout_timeout_s",
-            "vllm_url", "vllm_devices", "vllm_start_timeout_s",
+            "data_workers", "data_cache", "park_frozen", "report", "report_samples", "export_every", "sync_proof",
+            "attention", "gradient_checkpointing", "micro_tokens", "score_tokens", "rollout_tokens",
+            "reward_timeout_s", "reward_retries", "rollout_timeout_s", "vllm_url", "vllm_devices",
+            "vllm_start_timeout_s", "vllm_memory_share", "vllm_max_sequences", "vllm_prefix_caching",
+            "vllm_cuda_graphs",
         }  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 

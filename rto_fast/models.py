@@ -179,7 +179,8 @@ def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.
     try:
         model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{argument}: {path!r} does not load: {' '.join(str(error).split())[:300].strip()}") from error
+        reason = " ".join(str(error).split())[:300].strip()
+        raise ConfigError(f"{argument}: {path!r} does not load: {reason}") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

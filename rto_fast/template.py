@@ -236,10 +236,11 @@ def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBas
         raise ConfigError(f"{argument}: no tokenizer in {path!r}: {reason}") from e
 
 
-def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: all of generation_config.eos_token_id, else the tokenizer's EOS.
+def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[int, ...]:
+    """Ids that end a response: all of generation_config.eos_token_id, else the tokenizer's EOS, and the template's end.
 
-    Raises ConfigError when there is neither.
+    A base model's generation_config does not know the end of turn that its fine-tuning has taught; a policy sampled
+    past it would never stop. Raises ConfigError when nothing ends a response.
     """
     try:
         ids = GenerationConfig.from_pretrained(model_path).eos_token_id
@@ -248,6 +249,9 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     if ids is None:
         ids = tokenizer.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    end = template.encode_pair(tokenizer, "Hello", "Hi there")[1][-1]
+    if end == tokenizer.eos_token_id or getattr(tokenizer.added_tokens_decoder.get(end), "special", False):
+        ids.append(end)
     require(
         bool(ids),
         f"{model_path!r}: neither generation_config.json nor the tokenizer names an end-of-sequence token; "
