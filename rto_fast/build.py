@@ -26,7 +26,7 @@ from rto_fast.metrics import RunLogger
 from rto_fast.models import ScalarModel
 from rto_fast.packing import Placement
 from rto_fast.report_samples import report_samples
-from rto_fast.rewards import ResponseTexts, load_reward_sources
+from rto_fast.rewards import ResponseTexts, load_reward_sources, try_functions
 from rto_fast.rollout import Sampling, SyncStats, make_engine, sample_seed
 from rto_fast.scoring import ModelReward, OwnText, Scorers, same_tokenizer
 from rto_fast.sync import WeightSync
@@ -203,6 +203,7 @@ def build(config: RTOConfig) -> Run:
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
     delimiters = _delimiters(config, tokenizer)
     prompts = data.load_prompts(config, tokenizer, template)
+    try_functions(remote_and_functions, prompts.texts)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.rollout_batch)
 

@@ -459,7 +459,7 @@ REWARDS = '''
 """Reward functions that misbehave."""
 import math
 
-calls = [0]
+calls = [-1]  # the trial before the run
 
 def nan(prompts, responses):
     return [math.nan] * len(responses)
@@ -469,12 +469,23 @@ def inf_once(prompts, responses):
     return [math.inf if calls[0] == 2 else float(len(r)) for r in responses]
 
 def raises(prompts, responses):
-    if len(responses) > 1 or "fox" in prompts[0]:
+    raise KeyError("no such story")
+
+def late(prompts, responses):
+    if responses[0] != "A response.":
         raise KeyError("no such story")
-    return [0.0]
+    return [0.0] * len(responses)
+
+def leaves(prompts, responses):
+    if responses[0] != "A response.":
+        raise SystemExit(0)
+    return [0.0] * len(responses)
 
 def too_few(prompts, responses):
     return [0.0]
+
+async def later(prompts, responses):
+    return [0.0] * len(responses)
 
 def on_one_rank(prompts, responses):
     import os
@@ -522,13 +533,22 @@ def test_infinite_reward_is_skipped_and_counted(run, rewards, tmp_path):
     assert ["policy/loss" in row for row in rows] == [True, False, True, True]
 
 
-def test_reward_function_that_fails(run, rewards):
-    stopped(
-        run("rto_llama3.py", "--reward-fn", f"{rewards}:raises"),
-        r"reward function .*rewards.py:raises raised (at sample \d+|on the whole batch).*KeyError: 'no such story'",
-    )
-    stopped(run("ppo_llama3.py", "--resume", "auto", "--reward-fn", f"{rewards}:too_few"),
-            r"reward function .*rewards.py:too_few answered 1 scores for 8 responses")  # fmt: skip
+def test_reward_function_that_fails_at_once(refused, rewards):
+    """It is tried on a made-up response, before any model is loaded."""
+    for function, message in (
+        ("raises", r"raised at sample 0: KeyError: 'no such story'"),
+        ("too_few", "answered 1 scores for 2 responses"),
+        ("later", "answered a coroutine, not 2 numbers"),
+    ):
+        refused("rto_llama3.py", rf"reward_fn: tried on .*: reward function .*rewards.py:{function} {message}",
+                "--reward-fn", f"{rewards}:{function}")  # fmt: skip
+
+
+def test_reward_function_that_fails_in_the_run(run, rewards):
+    stopped(run("rto_llama3.py", "--reward-fn", f"{rewards}:late"),
+            r"reward function .*rewards.py:late raised at sample \d+: KeyError: 'no such story'")  # fmt: skip
+    stopped(run("ppo_llama3.py", "--resume", "auto", "--reward-fn", f"{rewards}:leaves"),
+            r"reward function .*rewards.py:leaves raised at sample \d+: SystemExit: 0")  # fmt: skip
 
 
 def test_remote_reward_without_an_answer(run):

@@ -96,7 +96,7 @@ def test_several_responses_share_a_prompt_and_no_seed(tiny, tmp_path):
 
 
 BROKEN = """
-calls = 0
+calls = -1  # the trial before the run
 def sometimes(prompts, responses):
     global calls
     calls += 1
