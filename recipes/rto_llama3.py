@@ -11,7 +11,6 @@ DEFAULTS = RTOConfig(
     dpo_model="RTO-RL/Llama3-8B-DPO",
     reward_model=("RTO-RL/Llama3.2-1B-RewardModel",),
     data="weqweasdas/ultra_train",
-    prompt_key="context_messages",
     output_dir="runs/rto_llama3",
 )
 

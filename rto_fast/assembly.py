@@ -67,6 +67,7 @@ def frozen(model: torch.nn.Module, config: RunConfig, *, parks: bool = False) ->
 
         settings = {k: v for k, v in deepspeed_config(config).items() if k != "gradient_clipping"}
         settings["zero_optimization"] = {"stage": 3}
+        distributed.barrier()  # see TrainEngine
         engine = deepspeed.initialize(model=model, config=settings)[0]
         engine.eval()
         return FrozenModel(engine, device, parks=False)

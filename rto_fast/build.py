@@ -27,7 +27,7 @@ from rto_fast.metrics import RunLogger
 from rto_fast.models import ScalarModel
 from rto_fast.packing import Placement
 from rto_fast.report_samples import report_samples
-from rto_fast.rewards import ResponseTexts, load_reward_sources
+from rto_fast.rewards import ResponseTexts, load_reward_sources, try_functions
 from rto_fast.rollout import Sampling, SyncStats, make_engine, sample_seed
 from rto_fast.scoring import ModelReward, OwnText, Scorers, same_tokenizer
 from rto_fast.sync import WeightSync
@@ -200,10 +200,13 @@ def build(config: RTOConfig) -> Run:
     tokenizer = load_tokenizer(config.policy, "policy")
     template = load_template(config.chat_template, tokenizer)
     _check_models(config, tokenizer, template)
-    sampling = Sampling(config.max_response_length, config.temperature, stop_token_ids(config.policy, tokenizer))
+    stop_ids = stop_token_ids(config.policy, tokenizer, template)
+    sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
     delimiters = _delimiters(config, tokenizer)
     prompts = data.load_prompts(config, tokenizer, template)
-    iterations = config.iterations or -(-round(config.epochs * len(prompts.prompt_ids)) // config.rollout_batch)
+    try_functions(remote_and_functions, prompts.texts)
+    wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
+    iterations = config.iterations or -(-wanted // config.rollout_batch)
 
     dtype = DTYPES[config.dtype]
     attention, kernel = choose_attention(config, device)
@@ -278,6 +281,7 @@ def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor
 def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
     """Vocabularies, positions and templates of all models, from their configs alone."""
     policy = models.load_config(config.policy, "policy")
+    models.check_weights(config.policy, "policy")
     check_vocabulary(tokenizer, policy, "policy")
     check_template(config.policy, template, "policy")
     length = config.max_prompt_length + config.max_response_length
@@ -293,6 +297,7 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
                 f"{argument}: {path!r} has a vocabulary of {other.vocab_size} tokens, the policy's has "
                 f"{policy.vocab_size}; token rewards compare the two token by token",
             )
+            models.check_weights(path, argument)
             check_template(path, template, argument)
             check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
     for path in config.reward_model:

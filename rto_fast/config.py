@@ -7,6 +7,7 @@ constructing the config with another value; a user changes it by a flag of the f
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,13 +105,24 @@ class RunConfig:
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in ("warmup_ratio", "lr_floor"):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
+        require(all(0 <= b < 1 for b in self.adam_betas), f"adam_betas: must lie in [0, 1), got {self.adam_betas}")
+        for name, value in dataclasses.asdict(self).items():
+            for number in value if isinstance(value, tuple | list) else (value,):
+                require(not isinstance(number, float) or math.isfinite(number), f"{name}: must be finite, got {number}")
 
     def fingerprint(self) -> dict[str, object]:
-        """The settings a checkpoint must share with the run that resumes it."""
+        """The settings a checkpoint must share with the run that resumes it.
+
+        Free are those that change nothing that is learnt, or its rounding alone: a run that has used up its memory
+        must be able to go on with less.
+        """
         free = {
             "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
-            "data_workers", "data_cache", "park_frozen", "report", "sync_proof", "rollout_timeout_s",
-            "vllm_url", "vllm_devices", "vllm_start_timeout_s",
+            "data_workers", "data_cache", "park_frozen", "report", "report_samples", "export_every", "sync_proof",
+            "attention", "gradient_checkpointing", "micro_tokens", "score_tokens", "rollout_tokens",
+            "reward_timeout_s", "reward_retries", "rollout_timeout_s", "vllm_url", "vllm_devices",
+            "vllm_start_timeout_s", "vllm_memory_share", "vllm_max_sequences", "vllm_prefix_caching",
+            "vllm_cuda_graphs",
         }  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
@@ -130,11 +142,12 @@ class SupervisedConfig(RunConfig):
     max_length: int = 2048
     """Tokens of prompt + response at most."""
     eval_fraction: float = 0.05
-    """Share of the rows held out for evaluation (when eval_data and eval_split are empty)."""
+    """Share of the rows held out for evaluation (when there is neither eval_data nor an eval_split of `data`)."""
     eval_data: str = ""
     """Data set to evaluate on; empty = `data` (its eval_split, else its held-out share)."""
     eval_split: str = ""
-    """Split to evaluate on; empty = data_split of eval_data, or the held-out share of `data`."""
+    """Split to evaluate on; empty = data_split of eval_data, or the held-out share of `data`. A file has no splits, and
+    its held-out share is taken."""
     prompt_key: str = "prompt"
     """Column of the prompt (string or message list)."""
 
@@ -145,6 +158,10 @@ class SupervisedConfig(RunConfig):
         require(self.batch >= 1, f"batch: must be at least 1, got {self.batch}")
         require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
         require(self.max_length >= 2, f"max_length: must be at least 2 tokens, got {self.max_length}")
+        require(
+            not self.eval_split or bool(self.eval_data) or self.eval_split != self.data_split,
+            f"eval_split: {self.eval_split!r} is data_split too, which is trained on; choose another, or eval_data",
+        )
         require(0 <= self.eval_fraction < 1, f"eval_fraction: must lie in [0, 1), got {self.eval_fraction}")
 
 
@@ -420,6 +437,7 @@ class RTOConfig(RunConfig):
         )
         for name in (
             "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
+            "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
@@ -427,11 +445,11 @@ class RTOConfig(RunConfig):
             "max_response_length", "rollout_tokens", "score_tokens", "kl_horizon", "vllm_max_sequences",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
-        require(self.iterations >= 0, f"iterations: must not be negative, got {self.iterations}")
-        require(self.epochs > 0, f"epochs: must be positive, got {self.epochs}")
-        require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}")
         require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
-        for name in ("rollout_timeout_s", "vllm_start_timeout_s"):
+        for name in (
+            "epochs", "temperature", "policy_lr", "critic_lr", "reward_timeout_s", "rollout_timeout_s",
+            "vllm_start_timeout_s",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         require(0 < self.clip < 1, f"clip: must lie in (0, 1), got {self.clip}")
         for name in ("gamma", "lam"):

@@ -45,7 +45,7 @@ from rto_fast.rows import (
     sft_columns,
     sft_row,
 )
-from rto_fast.sources import DataError, Table, open_source
+from rto_fast.sources import DataError, Table, has_splits, open_source
 from rto_fast.template import (
     ChatTemplate,
     Message,
@@ -214,8 +214,8 @@ def load_preferences(
     """(training pairs, held-out pairs), at most `config.max_length` tokens of prompt + longer response.
 
     Where chosen and rejected are whole conversations, their earlier turns are the prompt and must be the same
-    in both. Held out are the rows of `config.eval_data` (or of `config.eval_split`), else a share
-    `config.eval_fraction` chosen by the seed, whole prompts at a time, so that no held-out prompt is trained on.
+    in both. Held out are the rows of `config.eval_data` (or of `config.eval_split`, where `data` has splits), else a
+    share `config.eval_fraction` chosen by the seed, whole prompts at a time, so that no held-out prompt is trained on.
     Prints the counts. Raises DataError.
     """
     keys = {"prompt": config.prompt_key, "chosen": config.chosen_key, "rejected": config.rejected_key}
@@ -282,7 +282,7 @@ def _train_and_held_out(config: SupervisedConfig, encode: Encode, columns: Colum
         return _Part(rows.prompt_ids.take(kept), first, second, kept.tolist(), counts)
 
     train = part("data", config.data)
-    if config.eval_data or config.eval_split:
+    if config.eval_data or (config.eval_split and has_splits(config.data)):
         return train, part("eval_data", config.eval_data or config.data)
     held_out = _held_out(train.prompt_ids, config.eval_fraction, config.seed)
     return train.take(np.flatnonzero(~held_out)), train.take(np.flatnonzero(held_out))

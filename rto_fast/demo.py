@@ -281,7 +281,7 @@ def draw(
         Request(tuple(template.encode_prompt(tokenizer, prompt)), i, i, 0, seed)
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    sampling = Sampling(max_tokens, 1.0, stop_token_ids(str(model), tokenizer))
+    sampling = Sampling(max_tokens, 1.0, stop_token_ids(str(model), tokenizer, template))
     return engine.generate(requests, sampling, lambda tokens, sequences: None)
 
 

@@ -56,7 +56,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    # In bf16 sums over micro-batches would depend on how many there are. Stage 1 would change its optimiser for it.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if config.dtype == "bf16" and config.zero_stage >= 2 else {}
+    return sums | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
@@ -82,6 +84,7 @@ class TrainEngine:
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas
         )
+        distributed.barrier()  # DeepSpeed's own groups wait 10 minutes; one rank's download may take longer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
         self.model = model
 

@@ -183,9 +183,8 @@ def generate(config: GenerateConfig) -> Path:
     )  # fmt: skip
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
-    sampling = Sampling(
-        config.max_tokens, GREEDY if config.greedy else config.temperature, stop_token_ids(config.model, tokenizer)
-    )
+    stop_ids = stop_token_ids(config.model, tokenizer, template)
+    sampling = Sampling(config.max_tokens, GREEDY if config.greedy else config.temperature, stop_ids)
     columns = (TextColumn("answers"), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("answers", total=len(prompts), completed=len(done))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from rto_kernels import token_kl, token_logprobs
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from rto_fast.config import ConfigError
 from rto_fast.packing import PackedBatch
@@ -167,12 +170,28 @@ def load_config(path: str, argument: str) -> PretrainedConfig:
         raise ConfigError(f"{argument}: no model at {path!r} ({reason})") from error
 
 
+def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.Module, dict[str, Any]]:
+    """(model without dropout, loading info) of a folder or Hub id; ConfigError where its weights cannot be read.
+
+    With dropout PPO's first ratio would not be 1, and packed attention has none.
+    """
+    load_config(path, argument)
+    try:
+        model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300].strip()
+        raise ConfigError(f"{argument}: {path!r} does not load: {reason}") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # applied by a function, not a module
+            module.attention_dropout = 0.0
+    return model, info
+
+
 def load_policy(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> PolicyModel:
     """A causal LM folder or Hub id as a PolicyModel; ConfigError where weights are missing."""
-    load_config(path, argument)
-    lm, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
+    lm, info = _load(AutoModelForCausalLM, path, argument, dtype=dtype, attn_implementation=attention)
     if info["missing_keys"]:
         raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}")
     return PolicyModel(lm)
@@ -180,9 +199,8 @@ def load_policy(path: str, *, dtype: torch.dtype, attention: str, argument: str)
 
 def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> ScalarModel:
     """A reward model with its stored head; a missing head is an error, never random weights."""
-    load_config(path, argument)
-    classifier, info = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=dtype, attn_implementation=attention, output_loading_info=True,
+    classifier, info = _load(
+        AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention,
         key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
     )  # fmt: skip
     if any(k.startswith("score.") for k in info["missing_keys"]):
@@ -194,20 +212,35 @@ def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str)
     return ScalarModel(classifier)
 
 
-def check_reward_head(path: str, argument: str) -> None:
-    """ConfigError when the folder's safetensors name no reward head: read from their headers, before any model.
+def check_weights(path: str, argument: str) -> set[str]:
+    """Names of the tensors in a folder's safetensors, read from their headers, before any model is loaded.
 
-    A Hub id, or weights in another format, pass; `load_scalar` judges them.
+    Raises ConfigError where the folder has no weights, or a file of them is missing or torn. A Hub id, or weights in
+    another format, give no names; loading judges them.
     """
-    files = sorted(Path(path).glob("*.safetensors"))
+    folder = Path(path)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    files = set(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files and not index.exists() and not any(folder.glob("*.bin")):
+        raise ConfigError(f"{argument}: {path!r} holds no weights (*.safetensors or *.bin)")
+    if index.exists():
+        shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        if lost := sorted(shards - files):
+            raise ConfigError(f"{argument}: {path!r} lacks {_some(p.name for p in lost)}, which its index names")
     names: set[str] = set()
-    for file in files:
+    for file in sorted(files):
         try:
             with safe_open(file, "pt") as tensors:
                 names |= set(tensors.keys())
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{argument}: {str(file)!r} is no readable safetensors file ({error})") from error
-    if files and not any(f"{head}.weight" in names for head in SCORE_HEADS):
+    return names
+
+
+def check_reward_head(path: str, argument: str) -> None:
+    """ConfigError when the folder's safetensors name no reward head; see `check_weights`."""
+    names = check_weights(path, argument)
+    if names and not any(f"{head}.weight" in names for head in SCORE_HEADS):
         raise _no_head(path, argument)
 
 
@@ -220,9 +253,8 @@ def _no_head(path: str, argument: str) -> ConfigError:
 
 def new_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str, head_std: float = 0.0) -> ScalarModel:
     """A backbone from a causal LM with a new head: zeros, or normal with `head_std` (torch's current seed)."""
-    load_config(path, argument)
-    classifier, info = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    classifier, info = _load(
+        AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention
     )
     missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
     if missing:

@@ -14,7 +14,7 @@ from rto_fast.assembly import FrozenModel
 from rto_fast.config import DPOConfig, require
 from rto_fast.data import PreferenceData
 from rto_fast.packing import Placement
-from rto_fast.supervised import Row, RowBatch, Stage, Sums, held_out_batches
+from rto_fast.supervised import Row, RowBatch, Rows, Stage, Sums, held_out_batches
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,9 @@ class KTO(Stage):
         return loss.sum(), metrics
 
 
-def pair_rows(data: PreferenceData) -> list[Row]:
+def pair_rows(data: PreferenceData) -> Rows:
     """Rows of chosen and rejected."""
-    triples = zip(data.prompt_ids, data.chosen_ids, data.rejected_ids, strict=True)
-    return [Row(list(p), (list(c), list(r))) for p, c, r in triples]
+    return Rows(data.prompt_ids, data.chosen_ids, data.rejected_ids)
 
 
 def grouped_rows(data: PreferenceData) -> list[Row]:

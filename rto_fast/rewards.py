@@ -26,6 +26,7 @@ import tenacity
 import torch
 from torch import Tensor
 
+from rto_fast import distributed
 from rto_fast.batch import Rollout
 from rto_fast.config import ConfigError, RTOConfig
 
@@ -87,11 +88,35 @@ def load_reward_sources(config: RTOConfig) -> list[RewardSource]:
     return sources
 
 
+def try_functions(sources: Sequence[RewardSource], prompts: Sequence[str]) -> None:
+    """Has rank 0 ask each Python function for scores of made-up responses to the first prompts; collective.
+
+    Raises ConfigError, before any model is loaded, where one raises or answers otherwise than with numbers.
+    """
+    some = list(prompts[:2])
+    texts = ResponseTexts(some, [TRIAL] * len(some), [[] for _ in some])
+    failure = ""
+    for source in sources if distributed.rank() == 0 else ():
+        if isinstance(source, FunctionReward) and not failure:
+            try:
+                source.score_texts(texts)
+            except RewardError as error:
+                failure = f"reward_fn: tried on the response {TRIAL!r}: {error}"
+    if failure := distributed.broadcast_object(failure):
+        raise ConfigError(failure)
+
+
 # Python functions
+
+TRIAL = "A response."
+"""What a function is tried on before a run."""
 
 
 class FunctionReward:
-    """A Python function, called as fn(prompts=[...], responses=[...]) -> one number a response."""
+    """A Python function, called as fn(prompts=[...], responses=[...]) -> one number a response.
+
+    Rank 0 calls it once before the run (`try_functions`), each rank once an iteration for its own responses.
+    """
 
     def __init__(self, name: str, fn: Callable[..., Sequence[float]]) -> None:
         self.name = name
@@ -122,12 +147,15 @@ class FunctionReward:
         return cls(spec, fn)
 
     def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
+        return self.score_texts(texts)
+
+    def score_texts(self, texts: ResponseTexts) -> Tensor:
         """[B] fp32. Raises RewardError when the function raises, or answers anything but B numbers."""
         if not texts.responses:  # a rank without a share; users' functions need not know of it
             return torch.zeros(0)
         try:
             answer = self.fn(prompts=list(texts.prompts), responses=list(texts.responses))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit would end the run as if it were done
             raise RewardError(f"reward function {self.name} raised {self._blame(texts, error)}") from error
         count = len(texts.responses)
         if isinstance(answer, str | bytes | dict) or not hasattr(answer, "__len__"):
@@ -157,7 +185,7 @@ class FunctionReward:
         for i, (prompt, response) in enumerate(zip(texts.prompts, texts.responses, strict=True)):
             try:
                 self.fn(prompts=[prompt], responses=[response])
-            except Exception:
+            except (Exception, SystemExit):
                 return f"at sample {i}: {text} (response {response[:80]!r})"
         return f"on the whole batch of {len(texts.responses)}, on no sample alone: {text}"
 

@@ -151,6 +151,10 @@ def _text(value: Any, key: str) -> str:
         raise BadRow(NOT_TEXT, f"{key!r} is {type(value).__name__} where text was expected: {str(value)[:60]!r}")
     if not value.strip():
         raise BadRow(EMPTY, f"{key!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:  # half of a surrogate pair, which JSON can spell and no tokenizer reads
+        raise BadRow(NOT_TEXT, f"{key!r} holds {value[e.start]!a} at character {e.start}, half a character") from e
     return value
 
 

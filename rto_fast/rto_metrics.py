@@ -50,7 +50,7 @@ def of_sync(stats: SyncStats) -> dict[str, float]:
 
 def of_targets(targets: Targets, responses: int, beta2: float) -> dict[str, float]:
     tokens = max(1, targets.kl.numel())
-    mean, rstd = targets.whiten
+    advantages = targets.advantages.double()
     return {
         "reward/total": float(targets.rewards.sum()) / responses,
         "reward/dpo": float(targets.dpo_reward.sum()) / responses,
@@ -58,8 +58,8 @@ def of_targets(targets: Targets, responses: int, beta2: float) -> dict[str, floa
         "kl/token": float(targets.kl.sum()) / tokens,
         "kl/k3": float((torch.expm1(-targets.kl) + targets.kl).sum()) / tokens,
         "kl/beta2": beta2,
-        "advantage/mean": float(mean),
-        "advantage/std": 1 / float(rstd),
+        "advantage/mean": float(advantages.sum()) / tokens,
+        "advantage/std": float((advantages - advantages.sum() / tokens).square().sum() / tokens) ** 0.5,
     }
 
 

@@ -62,7 +62,8 @@ def score(
 ) -> tuple[Scores, dict[str, Tensor]]:
     """Scores of the global rollout, the same on every rank, and each reward source's own scores [B].
 
-    Each rank computes a share that is balanced by tokens; `progress` is told of tokens done. fp32, on the device.
+    Each rank computes a share that is balanced by tokens; `progress` is told of tokens done, at last of the other
+    ranks'. fp32, on the device.
     """
     owners = balance(rollout.seq_lens.tolist(), distributed.world_size())
     mine = owners[distributed.rank()]
@@ -74,6 +75,7 @@ def score(
     names = [f.name for f in fields(Scores) if f.name != "score"]
     # Column by column, so that a rank without any sequence takes part too.
     columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
+    progress(int(rollout.seq_lens.sum() - local.seq_lens.sum()))
     tensors = {n: torch.cat(c).to(placement.device) for n, c in zip(names, columns, strict=True)}
     if config.behaviour == "sampler" and config.temperature == 1:
         tensors["policy_logp"] = rollout.sampler_logp.to(placement.device)

@@ -65,7 +65,13 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
     Both raise DataError.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+        if is_file:
+            path.open("rb").close()
+    except OSError as e:
+        raise DataError(f"{argument}: {name!r} cannot be read: {e.strerror}") from e
+    if is_file:
         if path.suffix.lower() not in SUFFIXES:
             expected = ", ".join(SUFFIXES)
             raise DataError(f"{argument}: {name!r} has unknown file type {path.suffix!r}; expected {expected}")
@@ -88,6 +94,12 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
                 f"data set of this name with split {split!r}: {_one_line(e)}"
             ) from e
     return data._fingerprint, lambda max_rows: _typed(argument, name, data, max_rows)
+
+
+def has_splits(name: str) -> bool:
+    """Whether a split can be chosen: of a Hub data set or a saved dictionary of them; a file has none."""
+    path = Path(name).expanduser()
+    return (path / datasets.config.DATASETDICT_JSON_FILENAME).exists() if path.exists() else True
 
 
 def _saved_folder(argument: str, name: str, path: Path, split: str) -> datasets.Dataset:

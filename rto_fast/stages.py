@@ -29,7 +29,7 @@ from rto_fast.preference_stages import (
     pair_rows,
 )
 from rto_fast.reference_cache import cached_reference_logps
-from rto_fast.supervised import Row, RowBatch, Stage, Sums, fit, held_out_batches, steps_of
+from rto_fast.supervised import Row, RowBatch, Rows, Stage, Sums, fit, held_out_batches, steps_of
 from rto_fast.template import (
     ChatTemplate,
     check_max_length,
@@ -106,6 +106,7 @@ def _prepare(config: SupervisedConfig) -> _Common:
     model = models.load_config(config.model, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer)
+    models.check_weights(config.model, "model")
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")
     check_max_length(config.max_length, model, "max_length")
@@ -131,9 +132,7 @@ def train_sft(config: SFTConfig) -> Path:
     """Supervised fine-tuning; returns the model's folder. Raises ConfigError on input that cannot work."""
     common = _prepare(config)
     parts = data.load_sft(config, common.tokenizer, common.template)
-    train, held_out = (
-        [Row(list(p), (list(r),)) for p, r in zip(part.prompt_ids, part.response_ids, strict=True)] for part in parts
-    )
+    train, held_out = (Rows(part.prompt_ids, part.response_ids) for part in parts)
     model = models.load_policy(config.model, argument="model", **common.loading)
     return _run(config, common, SFT(model, train, held_out))
 
@@ -158,6 +157,7 @@ def train_dpo(config: DPOConfig) -> Path:
         ours = models.load_config(config.model, "model").vocab_size
         require(reference.vocab_size == ours, f"reference: {config.reference!r} has a vocabulary of "
                 f"{reference.vocab_size} tokens, the model's has {ours}")  # fmt: skip
+        models.check_weights(config.reference, "reference")
         check_template(config.reference, common.template, "reference")
         check_max_length(config.max_length, reference, "max_length (reference)")
     return _run(config, common, OBJECTIVES[config.objective](config, common))

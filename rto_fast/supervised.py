@@ -40,6 +40,23 @@ class Row:
         return sum(len(self.prompt) + len(r) for r in self.responses)
 
 
+class Rows(Sequence[Row]):
+    """Rows that are made when they are asked for; the tokens stay in the data's arrays.
+
+    As lists of Python's numbers they would take about nine times the memory, on every rank.
+    """
+
+    def __init__(self, prompts: Sequence[list[int]], *responses: Sequence[list[int]]) -> None:
+        """prompts: of each row; responses: the first one of each row, then the second one of each, and so on."""
+        self.prompts, self.responses = prompts, responses
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Row:
+        return Row(self.prompts[index], tuple(response[index] for response in self.responses))
+
+
 class Stage(Protocol):
     """What a supervised stage trains and how; the methods with a body are what most stages want."""
 
@@ -203,6 +220,7 @@ def train_step(
         return value * (weight / count)
 
     result = engine.update(micro, loss, step=step)
+    logger.progress(sum(lens) - sum(lens[i] for part in mine for i in part))  # the other ranks'
     means = reduce_sums(sums)
     metrics = {f"train/{k}": v for k, v in means.items()}
     metrics |= {"train/grad_norm": result.grad_norm, "train/lr": engine.lr(step)}
@@ -216,10 +234,11 @@ def evaluate(stage: Stage, engine: TrainEngine, placement: Placement) -> dict[st
         return {}
     stage.begin(engine.evaluate, range(len(stage.held_out)), True, placement)
     sums: Sums = {}
+    count = stage.count(stage.held_out)
     for batch in held_out_batches(stage.held_out, placement):
         value, metrics = stage.loss(engine.evaluate, batch)
         if batch.index:
-            add(sums, {"loss": value / stage.count(stage.held_out)})
+            add(sums, {"loss": value / count})
             add(sums, {k: v / len(stage.held_out) for k, v in metrics.items()})
     return {f"eval/{k}": v for k, v in reduce_sums(sums).items()}
 
@@ -231,7 +250,7 @@ def held_out_batches(rows: Sequence[Row], placement: Placement, *, held_out: boo
     if placement.lockstep:
         batches += [[]] * (max(distributed.gather_objects(len(batches))) - len(batches))
     for index in batches:
-        yield RowBatch([rows[i] for i in index] or [min(rows, key=lambda r: r.tokens)], index, held_out, placement)
+        yield RowBatch([rows[i] for i in index] or [rows[lens.index(min(lens))]], index, held_out, placement)
 
 
 def add(sums: Sums, more: Sums) -> None:

@@ -58,6 +58,7 @@ class WeightSync:
         """make: gives a new engine; called again when the first one fails."""
         self.config, self.make, self.policy, self.placement = config, make, policy, placement
         self.engine = make()
+        distributed.barrier()  # a push under ZeRO-3 is DeepSpeed's, which waits for an engine's start 10 minutes only
         self.version = 0
         self.limits = Gap(float("inf"), float("inf"))
 
@@ -107,6 +108,7 @@ class WeightSync:
                                "The last checkpoint is whole")  # fmt: skip
         self.close()
         self.engine = self.make()
+        distributed.barrier()
 
     def close(self) -> None:
         """Frees what the engine holds."""

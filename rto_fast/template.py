@@ -172,11 +172,12 @@ def load_template(config_chat_template: str, tokenizer: PreTrainedTokenizerBase)
         source = PLAIN
     else:
         path = Path(config_chat_template).expanduser()
-        require(
-            path.is_file(),
-            f"chat_template: no file {str(path)!r}{near_names(path)}; give auto, plain or a Jinja file",
-        )
-        source = path.read_text(encoding="utf-8")
+        near = "" if path.exists() else near_names(path)
+        require(path.is_file(), f"chat_template: no file {str(path)!r}{near}; give auto, plain or a Jinja file")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"chat_template: {str(path)!r} is no readable UTF-8 text: {e}") from e
         require(bool(source.strip()), f"chat_template: {str(path)!r} is empty")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     text = json.dumps([source, special], sort_keys=True, ensure_ascii=True)
@@ -235,10 +236,11 @@ def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBas
         raise ConfigError(f"{argument}: no tokenizer in {path!r}: {reason}") from e
 
 
-def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: all of generation_config.eos_token_id, else the tokenizer's EOS.
+def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[int, ...]:
+    """Ids that end a response: all of generation_config.eos_token_id, else the tokenizer's EOS, and the template's end.
 
-    Raises ConfigError when there is neither.
+    A base model's generation_config does not know the end of turn that its fine-tuning has taught; a policy sampled
+    past it would never stop. Raises ConfigError when nothing ends a response.
     """
     try:
         ids = GenerationConfig.from_pretrained(model_path).eos_token_id
@@ -247,6 +249,9 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple
     if ids is None:
         ids = tokenizer.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    end = template.encode_pair(tokenizer, "Hello", "Hi there")[1][-1]
+    if end == tokenizer.eos_token_id or getattr(tokenizer.added_tokens_decoder.get(end), "special", False):
+        ids.append(end)
     require(
         bool(ids),
         f"{model_path!r}: neither generation_config.json nor the tokenizer names an end-of-sequence token; "

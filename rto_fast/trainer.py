@@ -102,7 +102,9 @@ def sample(run: Run, iteration: int) -> Rollout:
     local = run.sync.sample(
         requests, run.sampling, lambda tokens, done: run.logger.progress(tokens, done=done, total=len(mine))
     )
-    return gathered(mine, local)
+    rollout = gathered(mine, local)
+    run.logger.progress(int(rollout.response_lens.sum() - local.response_lens.sum()))  # the other ranks'
+    return rollout
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
         with watched_gradients(engine) as gradients, logger.phase("train"):
             metrics, applied = train_step(config, objective, engine, placement, logger, 0)
         assert applied
+        assert distributed.rank() or logger._phases.take()[1]["train"] == sum(r.tokens for r in objective.train)
         out[name] = (metrics["train/loss"], dict(gradients), 0)
     logger.close()
     return out
@@ -122,8 +123,9 @@ def whole_iteration(paths: dict[str, str], responses: int, folder: Path) -> tupl
     run = build.build(RTOConfig(**settings))
     seen = []
     metrics = trainer.rto_iteration(run, 0, lambda rollout, texts: seen.append(rollout) or {})
+    tokens = run.logger._phases.tokens if distributed.rank() == 0 else {}
     run.logger.close()
-    return seen[0], metrics
+    return seen[0], metrics | {f"tokens of {phase}": count for phase, count in tokens.items()}
 
 
 def main() -> None:

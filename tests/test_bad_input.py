@@ -105,7 +105,21 @@ FLAGS = {
     "a train batch over the rollout": ("ppo_llama3.py", ["--train-batch", "16"], r"train_batch: 16 does not divide"),
     "an empty batch": ("sft_llama3.py", ["--batch", "0"], r"batch: must be at least 1, got 0"),
     "no learning rate": ("rm_llama3.py", ["--lr", "0"], r"lr: must be positive, got 0"),
+    "a negative learning rate": ("rto_llama3.py", ["--policy-lr", "-1"], r"policy_lr: must be positive, got -1"),
+    "no learning rate of the critic": ("ppo_llama3.py", ["--critic-lr", "0"], r"critic_lr: must be positive, got 0"),
+    "an infinite learning rate": ("sft_llama3.py", ["--lr", "inf"], r"lr: must be finite, got inf"),
+    "a weight that is no number": ("rto_llama3.py", ["--reward-weight", "nan"], r"reward_weight: must be finite"),
+    "a beta of 1": ("dpo_llama3.py", ["--adam-betas", "0.9", "1"], r"adam_betas: must lie in \[0, 1\), got \(0.9, 1"),
+    "a negative warm-up": ("rto_llama3.py", ["--critic-warmup", "-1"], r"critic_warmup: must not be negative"),
+    "negative retries": ("rto_llama3.py", ["--reward-retries", "-1"], r"reward_retries: must not be negative"),
+    "no time": ("rto_llama3.py", ["--reward-timeout-s", "0"], r"reward_timeout_s: must be positive, got 0"),
+    "negative samples": ("rto_llama3.py", ["--report-samples", "-1"], r"report_samples: must not be negative"),
+    "negative exports": ("rto_llama3.py", ["--export-every", "-1"], r"export_every: must not be negative"),
+    "a folder for a template": ("rm_llama3.py", ["--chat-template", "."], r"chat_template: no file '\.'; give auto"),
     "a negative coefficient": ("rto_llama3.py", ["--beta2", "-1"], r"beta2: must not be negative, got -1"),
+    "an evaluation on what is trained on": (
+        "rm_llama3.py", ["--eval-split", "train"], r"eval_split: 'train' is data_split too",
+    ),
     "no data": ("rto_llama3.py", ["--data", ""], r"data: no data set given; pass --data"),
     "no policy": ("ppo_llama3.py", ["--policy", ""], r"policy: no model given; pass --policy"),
     "no DPO model": ("rto_llama3.py", ["--dpo-model", ""], r"dpo_model: beta1 > 0 needs .*--dpo-model, or --beta1 0"),
@@ -200,6 +214,8 @@ def fields_of(recipe: str, monkeypatch) -> list[tuple[str, object, str]]:
 # ------------------------------------------------------------------------------------------------- rows
 
 GOOD = {"prompt": "Once there was a fox.", "chosen": "It ran to the hill.", "rejected": "It found a lamp."}
+HALF = GOOD | {"prompt": "Once \ud83e there was a fox."}
+"""JSON can spell half a character; no tokenizer takes it."""
 BAD_ROWS = {
     "missing key": ({"prompt": "A fox.", "chosen": "It ran."}, r"'rejected' is missing \(missing key"),
     "not text": (GOOD | {"chosen": 7}, r"'chosen' is int where text was expected: '7' \(not text"),
@@ -218,6 +234,26 @@ def test_bad_row(kind, refused, tmp_path):
     for recipe in ("rm_llama3.py", "dpo_llama3.py"):
         refused(recipe, rf"data: '{path}', line 3: {message}; the first of 2 .* in 4\); mend the data, or pass "
                         r"--invalid-rows skip", data=path)  # fmt: skip
+
+
+def test_half_a_character(refused, tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [GOOD, HALF])
+    refused("rm_llama3.py", rf"data: '{path}', line 2: 'prompt' holds '\\ud83e' at character 5", data=path)
+
+
+def test_files_that_cannot_be_read(refused, tmp_path, tiny, monkeypatch):
+    binary = tmp_path / "binary.jinja"
+    binary.write_bytes(b"\xff\xfe{{ messages }}")
+    refused("rm_llama3.py", r"chat_template: .*binary.jinja' is no readable UTF-8 text", chat_template=binary)
+    real = Path.open
+
+    def locked(path, *rest, **options):
+        if str(path) == tiny.pairs:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", locked)  # root reads everything, so that modes would not do
+    refused("rm_llama3.py", rf"data: '{tiny.pairs}' cannot be read: Permission denied")
 
 
 def test_bad_prompt_and_response(refused, tmp_path):
@@ -331,6 +367,34 @@ def test_template_of_another_run(refused, tiny, altered):
     refused("rto_llama3.py", r"reward_model: .* was trained with chat template a+", reward_model=reward)
 
 
+def test_weights_that_are_not_there(refused, tiny, altered):
+    """No weights, a torn file, a shard that the index names and the folder lacks: found before any data is read."""
+    none, torn, lacking = (altered(tiny.dpo) for _ in range(3))
+    (none / "model.safetensors").unlink()
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:5000])
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (lacking / "model.safetensors.index.json").write_text(json.dumps(index))
+    for folder, message in (
+        (none, r"holds no weights \(\*.safetensors or \*.bin\)"),
+        (torn, r"model.safetensors' is no readable safetensors file"),
+        (lacking, "lacks model-00001-of-00002.safetensors, which its index names"),
+    ):
+        refused("sft_llama3.py", rf"model: '{folder}.*{message}", model=folder)
+        refused("dpo_llama3.py", rf"reference: '{folder}.*{message}", reference=folder)
+        for argument in ("policy", "dpo_model", "dpo_ref", "reference"):
+            refused("rto_llama3.py", rf"{argument}: '{folder}.*{message}", **{argument: folder})
+
+
+def test_weights_in_another_format_that_do_not_load(run, tiny, altered, settings):
+    """Only loading can judge them; still one message, and nothing written."""
+    folder = altered(tiny.policy)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"not tensors")
+    code, _, stderr = run("rm_llama3.py", model=folder)
+    assert re.search(rf"model: '{folder}' does not load: ", message_of(stderr))
+    assert (code, settings["rm_llama3.py"]["output_dir"].exists()) == (REFUSED, False)
+
+
 def test_reward_model_without_a_head(refused, tiny, altered):
     refused("rto_llama3.py", rf"reward_model: '{tiny.policy}' has no reward head \(looked for score and value_head\)",
             reward_model=tiny.policy)  # fmt: skip
@@ -377,7 +441,8 @@ def test_checkpoint_goes_on_with_other_free_settings(run):
     """The twin of the test above: what may change does, so that refusing is no accident."""
     settings = {"epochs": 0.5, "eval_fraction": 0}
     assert run("rm_llama3.py", save_every=2, **settings)[0] == 0
-    code, stdout, _ = run("rm_llama3.py", save_every=1, keep_last=1, resume="auto", **settings)
+    memory = {"micro_tokens": 64, "gradient_checkpointing": True}
+    code, stdout, _ = run("rm_llama3.py", save_every=1, keep_last=1, resume="auto", **settings, **memory)
     assert (code, "from step 4" in stdout) == (0, True)
 
 
@@ -394,7 +459,7 @@ REWARDS = '''
 """Reward functions that misbehave."""
 import math
 
-calls = [0]
+calls = [-1]  # the trial before the run
 
 def nan(prompts, responses):
     return [math.nan] * len(responses)
@@ -404,12 +469,23 @@ def inf_once(prompts, responses):
     return [math.inf if calls[0] == 2 else float(len(r)) for r in responses]
 
 def raises(prompts, responses):
-    if len(responses) > 1 or "fox" in prompts[0]:
+    raise KeyError("no such story")
+
+def late(prompts, responses):
+    if responses[0] != "A response.":
         raise KeyError("no such story")
-    return [0.0]
+    return [0.0] * len(responses)
+
+def leaves(prompts, responses):
+    if responses[0] != "A response.":
+        raise SystemExit(0)
+    return [0.0] * len(responses)
 
 def too_few(prompts, responses):
     return [0.0]
+
+async def later(prompts, responses):
+    return [0.0] * len(responses)
 
 def on_one_rank(prompts, responses):
     import os
@@ -457,13 +533,22 @@ def test_infinite_reward_is_skipped_and_counted(run, rewards, tmp_path):
     assert ["policy/loss" in row for row in rows] == [True, False, True, True]
 
 
-def test_reward_function_that_fails(run, rewards):
-    stopped(
-        run("rto_llama3.py", "--reward-fn", f"{rewards}:raises"),
-        r"reward function .*rewards.py:raises raised (at sample \d+|on the whole batch).*KeyError: 'no such story'",
-    )
-    stopped(run("ppo_llama3.py", "--resume", "auto", "--reward-fn", f"{rewards}:too_few"),
-            r"reward function .*rewards.py:too_few answered 1 scores for 8 responses")  # fmt: skip
+def test_reward_function_that_fails_at_once(refused, rewards):
+    """It is tried on a made-up response, before any model is loaded."""
+    for function, message in (
+        ("raises", r"raised at sample 0: KeyError: 'no such story'"),
+        ("too_few", "answered 1 scores for 2 responses"),
+        ("later", "answered a coroutine, not 2 numbers"),
+    ):
+        refused("rto_llama3.py", rf"reward_fn: tried on .*: reward function .*rewards.py:{function} {message}",
+                "--reward-fn", f"{rewards}:{function}")  # fmt: skip
+
+
+def test_reward_function_that_fails_in_the_run(run, rewards):
+    stopped(run("rto_llama3.py", "--reward-fn", f"{rewards}:late"),
+            r"reward function .*rewards.py:late raised at sample \d+: KeyError: 'no such story'")  # fmt: skip
+    stopped(run("ppo_llama3.py", "--resume", "auto", "--reward-fn", f"{rewards}:leaves"),
+            r"reward function .*rewards.py:leaves raised at sample \d+: SystemExit: 0")  # fmt: skip
 
 
 def test_remote_reward_without_an_answer(run):

@@ -528,6 +528,24 @@ def test_held_out_file(tmp_path, tokenizer, template, capsys):
     ]
 
 
+def test_split_to_evaluate_on(tmp_path, tokenizer, template):
+    """Of a saved dictionary its rows; a file or a folder without splits must not be evaluated on what it trains."""
+    file, saved, folder = write_jsonl(tmp_path / "d.jsonl", ROWS * 4), tmp_path / "saved", tmp_path / "plain"
+    parts = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS[:2]), test=datasets.Dataset.from_list(ROWS[2:]))
+    parts.save_to_disk(str(saved))
+    datasets.Dataset.from_list(ROWS * 4).save_to_disk(str(folder))
+
+    def split(data):
+        config = PreferenceConfig(data=str(data), model="m", max_length=200, eval_fraction=0.4, eval_split="test")
+        return load_preferences(config, tokenizer, template)
+
+    assert [part.rows for part in split(saved)] == [[0, 1], [0]]
+    for data in (file, folder):
+        train, held_out = split(data)
+        assert len(held_out) == 4
+        assert sorted(train.rows + held_out.rows) == list(range(12))
+
+
 # ---------------------------------------------------------------------------------------------- cache and ranks
 
 

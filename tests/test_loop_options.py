@@ -53,6 +53,10 @@ def test_warm_up_trains_the_critic_alone(tiny, tmp_path):
     assert all("policy/loss" not in row for row in figures(tmp_path / "run"))
 
 
+def test_less_than_a_rollout_of_prompts_is_one_iteration(tiny, tmp_path):
+    assert run_rto(tiny, tmp_path / "run", iterations=0, epochs=0.001, report=False, sync_proof=False).iterations == 1
+
+
 def test_the_policys_schedule_starts_after_the_warm_up(tiny, tmp_path):
     run_rto(tiny, tmp_path / "run", iterations=3, critic_warmup=1, policy_lr=1e-3, warmup_ratio=0.0, lr_floor=0.0)
     rows = figures(tmp_path / "run")
@@ -103,7 +107,7 @@ def test_the_order_of_prompts_is_each_runs_own(tiny, tmp_path):
 
 
 BROKEN = """
-calls = 0
+calls = -1  # the trial before the run
 def sometimes(prompts, responses):
     global calls
     calls += 1

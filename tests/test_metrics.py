@@ -393,3 +393,19 @@ def test_token_texts_keep_spaces_newlines_and_special_names():
             return "".join(tokens).replace("▁", " ").strip()
 
     assert token_texts(SentencePiece(), range(6)) == [" the", "ing", "</s>", "\n", "<0xF0>", "<5>"]
+
+
+@pytest.mark.parametrize("whiten", [(0.0, 1.0), (2.5, 0.5)])
+def test_moments_of_the_advantages_are_their_own(whiten):
+    """Of estimators that are not whitened, mean 0 and deviation 1, too."""
+    import torch
+
+    from rto_fast import rto_metrics
+    from rto_fast.batch import Targets
+
+    zeros = torch.zeros(4)
+    advantages = torch.tensor([1.0, 3.0, 3.0, 7.0])
+    moments = tuple(torch.tensor(x, dtype=torch.float64) for x in whiten)
+    found = rto_metrics.of_targets(Targets(zeros, zeros, zeros, advantages, zeros, moments), 2, 0.01)
+    assert found["advantage/mean"] == 3.5
+    assert found["advantage/std"] == pytest.approx(float(advantages.std(correction=0)))

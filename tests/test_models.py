@@ -66,6 +66,26 @@ def test_a_language_model_is_no_reward_model(tiny):
         models.load_scalar(tiny.policy, **LOADING)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_dropout_is_off(tiny, tmp_path, family):
+    """In training a policy gives the log-probs that it was scored with, dropout by modules (GPT-2) or functions."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 87, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**sizes)),
+        "gpt_neox": lambda: GPTNeoXForCausalLM(
+            GPTNeoXConfig(**sizes, intermediate_size=64, attention_dropout=0.5, hidden_dropout=0.5)
+        ),
+    }[family]()
+    model.save_pretrained(tmp_path)
+    policy = models.load_policy(str(tmp_path), **LOADING)
+    batch = PackedBatch.make(TOKENS, [1, 1], torch.device("cpu"), "sdpa")
+    with torch.no_grad():
+        trained, scored = (policy.train(mode)(batch)[0] for mode in (True, False))
+    assert torch.equal(trained, scored)
+
+
 def run_with(tiny, folder, **settings):
     return build.build(RTOConfig(**small_run(tiny, folder, prompt_key="prompt", **settings)))
 

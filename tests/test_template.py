@@ -258,17 +258,31 @@ def test_stored_template_is_checked(tmp_path):
 # ---------------------------------------------------------------------------------------------- tokenizer and model
 
 
-@pytest.mark.parametrize(("in_config", "expected"), [([5, 2, 5], (5, 2)), (4, (4,)), (None, (1,)), ("no file", (1,))])
+@pytest.mark.parametrize(
+    ("in_config", "expected"), [([5, 2, 5], (5, 2, 1)), (4, (4, 1)), (1, (1,)), (None, (1,)), ("no file", (1,))]
+)
 def test_stop_token_ids(tmp_path, in_config, expected):
+    """Those of the generation_config, and the EOS (1) that the plain template ends a response in."""
     tokenizer = byte_tokenizer()
     if in_config != "no file":
         GenerationConfig(eos_token_id=in_config).save_pretrained(tmp_path)
-    assert stop_token_ids(str(tmp_path), tokenizer) == expected
+    assert stop_token_ids(str(tmp_path), tokenizer, load_template("plain", tokenizer)) == expected
+
+
+def test_the_templates_end_of_turn_stops(tmp_path):
+    """A base model's generation_config does not name it; an end in ordinary text stops nothing."""
+    tokenizer = byte_tokenizer(CHATML)
+    GenerationConfig(eos_token_id=5).save_pretrained(tmp_path)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_token_ids(str(tmp_path), tokenizer, load_template("auto", tokenizer)) == (5, end)
+    tokenizer = byte_tokenizer(BARE, eos_token=None)
+    assert stop_token_ids(str(tmp_path), tokenizer, load_template("auto", tokenizer)) == (5,)
 
 
 def test_no_stop_token(tmp_path):
+    tokenizer = byte_tokenizer(eos_token=None)
     with pytest.raises(ConfigError, match="neither generation_config"):
-        stop_token_ids(str(tmp_path), byte_tokenizer(eos_token=None))
+        stop_token_ids(str(tmp_path), tokenizer, load_template("plain", tokenizer))
 
 
 def test_load_tokenizer_names_the_argument(tmp_path):
