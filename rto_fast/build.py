@@ -30,6 +30,7 @@ from rto_fast.report_samples import report_samples
 from rto_fast.rewards import ResponseTexts, load_reward_sources, try_functions
 from rto_fast.rollout import Sampling, SyncStats, make_engine, sample_seed
 from rto_fast.scoring import ModelReward, OwnText, Scorers, same_tokenizer
+from rto_fast.shares import Share
 from rto_fast.sync import WeightSync
 from rto_fast.template import (
     ChatTemplate,
@@ -88,13 +89,18 @@ class Run:
     def requests(self, iteration: int) -> list[Request]:
         """The iteration's requests. Prompts come in a new order each epoch; seeds know neither rank nor batch."""
         config, requests = self.config, []
-        for index in range(iteration * config.rollout_batch, (iteration + 1) * config.rollout_batch):
+        for index in range(iteration * config.drawn_prompts, (iteration + 1) * config.drawn_prompts):
             epoch, place = divmod(index, len(self.prompts.prompt_ids))
             row = _permutation(len(self.prompts.prompt_ids), f"prompts/{config.seed}/{epoch}")[place]
             for j in range(config.responses_per_prompt):
                 seed = sample_seed(config.seed, index, epoch, j)
                 requests.append(Request(tuple(self.prompts.prompt_ids[row]), row, index, j, seed))
         return requests
+
+    def share(self, iteration: int) -> Share:
+        """What this rank's engine samples of the iteration's requests."""
+        keep = self.config.rollout_batch if self.config.rollout_oversample else None
+        return self.sync.share(self.requests(iteration), self.sampling, keep)
 
     def texts(self, rollout: Rollout) -> ResponseTexts:
         """What reward sources see of a rollout."""
@@ -194,6 +200,11 @@ def build(config: RTOConfig) -> Run:
     """
     config.validate()
     device = distributed.init()
+    require(
+        distributed.world_size() % config.vllm_tensor_parallel == 0,
+        f"vllm_tensor_parallel: {config.vllm_tensor_parallel} does not divide the {distributed.world_size()} ranks of "
+        "this launch",
+    )
     checkpoints = open_output(config)
     found = checkpoints.read()
     remote_and_functions = load_reward_sources(config)
@@ -206,7 +217,7 @@ def build(config: RTOConfig) -> Run:
     prompts = data.load_prompts(config, tokenizer, template)
     try_functions(remote_and_functions, prompts.texts)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
-    iterations = config.iterations or -(-wanted // config.rollout_batch)
+    iterations = config.iterations or -(-wanted // config.drawn_prompts)
 
     dtype = DTYPES[config.dtype]
     attention, kernel = choose_attention(config, device)
@@ -262,6 +273,11 @@ def build(config: RTOConfig) -> Run:
         state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
     )  # fmt: skip
     logger.message(f"rollouts: {type(sync.engine).__name__}")
+    if config.rollout_oversample:
+        logger.warn(
+            f"rollout_oversample: {config.drawn_prompts} prompts are drawn for every {config.rollout_batch}, and those "
+            "whose responses end last are dropped. What is trained on is biased towards short responses"
+        )
     if found:
         run.restore(*found)
     else:

@@ -25,9 +25,10 @@ from rto_fast.config import ConfigError, RunConfig
 from rto_fast.engine import Diverged
 from rto_fast.rewards import RewardError
 from rto_fast.rollout import RolloutError, SyncError
+from rto_fast.watchdog import STOPPED
 
 C = TypeVar("C", bound=RunConfig)
-REFUSED, STOPPED = 2, 3
+REFUSED = 2
 # One rank speaks; the others give it this long before the launcher sees them fail and stops everyone.
 _QUIET_SECONDS = 3.0
 

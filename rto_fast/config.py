@@ -122,7 +122,7 @@ class RunConfig:
             "attention", "gradient_checkpointing", "micro_tokens", "score_tokens", "rollout_tokens",
             "reward_timeout_s", "reward_retries", "rollout_timeout_s", "vllm_url", "vllm_devices",
             "vllm_start_timeout_s", "vllm_memory_share", "vllm_max_sequences", "vllm_prefix_caching",
-            "vllm_cuda_graphs",
+            "vllm_cuda_graphs", "vllm_tensor_parallel",
         }  # fmt: skip
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
 
@@ -295,6 +295,9 @@ class RTOConfig(RunConfig):
     """Prompts a rollout, over all ranks."""
     responses_per_prompt: int = 1
     """Responses sampled from each prompt."""
+    rollout_oversample: float = 0.0
+    """Share of prompts drawn beyond rollout_batch; sampling stops when the batch is complete, and the prompts with
+    responses still under way are dropped, which favours short ones. 0 = off."""
     temperature: float = 1.0
     """Sampling temperature; PPO's ratio uses it, KL and DPO terms use 1."""
     max_prompt_length: int = 1024
@@ -305,7 +308,8 @@ class RTOConfig(RunConfig):
     """Engine that samples; auto: vLLM in this process where it is installed and knows the model, else transformers.
     vllm-serve: vLLM servers, in processes and on devices of their own."""
     rollout_timeout_s: float = 1800.0
-    """Seconds a step of vLLM (vllm-serve: any response) may take before the engine counts as hung."""
+    """Seconds a step of vLLM (vllm-serve: any response) may take before the engine counts as hung. In the training
+    process a step that has not returned after twice that ends the run."""
     vllm_url: tuple[str, ...] = ()
     """vllm-serve: running servers; empty = the recipe starts its own. Whoever reaches a server can take it over:
     loopback or a private network only."""
@@ -317,8 +321,11 @@ class RTOConfig(RunConfig):
     """Show at the start that weights pushed to the engine reach its log-probs, and set the limits of later checks."""
     vllm_memory_share: float = 0.4
     """Share of the device's memory for vLLM's weights and cache (on a CPU: of the free memory, for the cache)."""
+    vllm_tensor_parallel: int = 1
+    """Ranks in a row that hold one vLLM together, a part of every matrix each; must divide the ranks. For a model that
+    does not fit beside the trainer on one device."""
     vllm_max_sequences: int = 256
-    """Sequences vLLM samples at once on one rank."""
+    """Sequences one vLLM samples at once."""
     vllm_prefix_caching: bool = True
     """Responses to one prompt share its keys and values."""
     vllm_cuda_graphs: bool = True
@@ -390,6 +397,12 @@ class RTOConfig(RunConfig):
         return self.rollout_batch * self.responses_per_prompt
 
     @property
+    def drawn_prompts(self) -> int:
+        """Prompts drawn for a rollout, over all ranks; it keeps rollout_batch of them."""
+        more = self.rollout_batch * self.rollout_oversample
+        return self.rollout_batch + (max(1, round(more)) if more else 0)
+
+    @property
     def uses_critic(self) -> bool:
         return self.policy_update == "ppo" and self.advantage == "gae"
 
@@ -438,11 +451,13 @@ class RTOConfig(RunConfig):
         for name in (
             "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
             "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
+            "rollout_oversample",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
             "rollout_batch", "responses_per_prompt", "train_batch", "ppo_epochs", "max_prompt_length",
             "max_response_length", "rollout_tokens", "score_tokens", "kl_horizon", "vllm_max_sequences",
+            "vllm_tensor_parallel",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
         require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
@@ -473,6 +488,15 @@ class RTOConfig(RunConfig):
             require(len(set(given)) == len(given), f"{name}: one of {', '.join(given)} comes twice")
         require(
             not (self.vllm_url and self.vllm_devices), "vllm_devices: for servers that the recipe starts, not vllm_url"
+        )
+        require(
+            self.vllm_tensor_parallel == 1 or self.rollout_engine == "vllm",
+            f"vllm_tensor_parallel: is for --rollout-engine vllm, not {self.rollout_engine!r}",
+        )
+        require(
+            not self.rollout_oversample or self.rollout_engine != "vllm-serve",
+            "rollout_oversample: servers answer in no fixed order, so what is dropped would change from run to run; "
+            "use another --rollout-engine, or 0",
         )
         require(
             not self.rollout_lag or self.rollout_engine == "vllm-serve",

@@ -85,8 +85,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> Rollout:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress, keep: int | None = None
+    ) -> Rollout:
         """Samples one response a request; the Rollout keeps the order of the requests.
+
+        keep: stop when that many prompts have all their responses, and leave the other prompts out (see shares.py);
+        None = sample all.
 
         Raises:
             ValueError: a prompt is empty, has an unknown token, or leaves no room for the response.

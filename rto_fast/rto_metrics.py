@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rto_fast.batch import Rollout, Scores, Targets
+from rto_fast.config import RTOConfig
 from rto_fast.ppo_update import UpdateStats
 from rto_fast.rollout import SyncStats
 
@@ -30,6 +31,12 @@ def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor]) -> 
         "response/empty": float((rollout.response_lens == 0).float().mean()),
         **of_sampler(rollout, scores),
     }
+
+
+def of_dropped(config: RTOConfig, kept: int) -> dict[str, float]:
+    """Responses that were begun and left out; kept: those of the rollout."""
+    drawn = config.drawn_prompts * config.responses_per_prompt
+    return {"rollout/dropped": float(drawn - kept), "rollout/dropped_share": (drawn - kept) / drawn}
 
 
 def of_sampler(rollout: Rollout, scores: Scores) -> dict[str, float]:

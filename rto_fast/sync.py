@@ -23,8 +23,9 @@ from rto_fast.batch import Request, Rollout
 from rto_fast.config import RTOConfig
 from rto_fast.engine import TrainEngine
 from rto_fast.fingerprint import Fingerprint
-from rto_fast.packing import Placement, balance
+from rto_fast.packing import Placement
 from rto_fast.rollout import EngineFailure, RolloutEngine, RolloutError, Sampling, SyncError, SyncStats
+from rto_fast.shares import Share, share_out
 
 PROOF_RESPONSES, PROOF_TOKENS = 16, 32
 """Responses (over all ranks) and tokens each that a comparison at the start samples."""
@@ -110,17 +111,44 @@ class WeightSync:
         self.engine = self.make()
         distributed.barrier()
 
+    def share(self, requests: Sequence[Request], sampling: Sampling, keep: int | None = None) -> Share:
+        """What this rank's engine is to sample of the requests of all; keep: prompts that are enough, None = all."""
+        ranks = self.config.vllm_tensor_parallel
+        return share_out(requests, sampling.max_tokens, distributed.world_size() // ranks, keep)[
+            distributed.rank() // ranks
+        ]
+
+    def gather(self, share: Share, local: Rollout) -> Rollout:
+        """The rollout of all engines, the same on every rank, in the order of its requests.
+
+        Raises RolloutError where the ranks of one engine have sampled different tokens.
+        """
+        parts = distributed.gather_objects((share.kept(local.sample_index.tolist()), local))
+        ranks = self.config.vllm_tensor_parallel
+        for i, (places, part) in enumerate(parts):
+            first = parts[i - i % ranks]
+            if places != first[0] or not torch.equal(part.tokens, first[1].tokens):
+                raise RolloutError(
+                    f"ranks {i - i % ranks} and {i} are one vLLM (vllm_tensor_parallel {ranks}) and sampled different "
+                    "tokens. The last checkpoint is whole"
+                )
+        order = torch.tensor([place for places, _ in parts[::ranks] for place in places])
+        return Rollout.cat([part for _, part in parts[::ranks]]).select(order.argsort())
+
     def close(self) -> None:
         """Frees what the engine holds."""
         getattr(self.engine, "close", lambda: None)()
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling, report: Report = lambda *_: None) -> Rollout:
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, report: Report = lambda *_: None, keep: int | None = None
+    ) -> Rollout:
         """This rank's rollout. An engine that fails is made anew once, on all ranks, and samples again.
 
+        keep: prompts that are enough; None = all.
         Raises SyncError when the rollout is not of the version pushed last, RolloutError on the second failure.
         """
         for attempt in (1, 2):
-            rollout, failure = self._attempt(requests, sampling, report)
+            rollout, failure = self._attempt(requests, sampling, report, keep)
             failed = [f for f in distributed.gather_objects(failure) if f]
             if not failed:
                 break
@@ -139,7 +167,7 @@ class WeightSync:
 
         def attempt() -> None:
             try:
-                outcome.set_result(self._attempt(requests, sampling, lambda *_: None))
+                outcome.set_result(self._attempt(requests, sampling, lambda *_: None, None))
             except BaseException as error:
                 outcome.set_exception(error)
 
@@ -152,11 +180,13 @@ class WeightSync:
 
         return finish
 
-    def _attempt(self, requests: Sequence[Request], sampling: Sampling, report: Report) -> tuple[Rollout | None, str]:
+    def _attempt(
+        self, requests: Sequence[Request], sampling: Sampling, report: Report, keep: int | None
+    ) -> tuple[Rollout | None, str]:
         """(rollout, "") or (None, how the engine failed)."""
         try:
             self.engine.wake()
-            rollout = self.engine.generate(requests, sampling, report)
+            rollout = self.engine.generate(requests, sampling, report, keep)
             self.engine.sleep()
         except EngineFailure as error:
             return None, str(error)
@@ -170,8 +200,7 @@ class WeightSync:
         """
         requests = requests[:PROOF_RESPONSES]
         sampling = Sampling(min(PROOF_TOKENS, sampling.max_tokens), sampling.temperature, sampling.stop_ids)
-        mine = balance([len(q.prompt) for q in requests], distributed.world_size())[distributed.rank()]
-        own, version = [requests[i] for i in sorted(mine)], self.version
+        own, version = self.share(requests, sampling).requests, self.version
         move(self.policy.model)
         try:
             blind = self._gap(self.sample(own, sampling), sampling.temperature)

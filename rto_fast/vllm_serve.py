@@ -170,8 +170,10 @@ class VLLMServeEngine(VLLMEngine):
     # Sampling
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None
-    ) -> Rollout:
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None,
+        keep: None = None,
+    ) -> Rollout:  # fmt: skip
+        """As the contract says, but always all of the requests: the config refuses to keep a part of them."""
         check_requests(
             requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
         )

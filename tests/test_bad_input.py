@@ -143,6 +143,21 @@ FLAGS = {
     "an unknown function": ("rto_llama3.py", ["--reward-fn", "json:dump5"], r"reward_fn: json has no 'dump5'; did yo"),
     "a function of other arguments": ("rto_llama3.py", ["--reward-fn", "json:loads"], r"reward_fn: json:loads.*cannot"),
     "a missing function file": ("rto_llama3.py", ["--reward-fn", "no/f.py:g"], r"reward_fn: file no/f.py .*not exist"),
+    "a shared engine that is not vLLM's": (
+        "rto_llama3.py", ["--vllm-tensor-parallel", "2"],
+        r"vllm_tensor_parallel: is for --rollout-engine vllm, not 'auto'",
+    ),
+    "an engine for more ranks than there are": (
+        "rto_llama3.py", ["--rollout-engine", "vllm", "--vllm-tensor-parallel", "2"],
+        r"vllm_tensor_parallel: 2 does not divide the 1 ranks of this launch",
+    ),
+    "over-sampling from servers": (
+        "ppo_llama3.py", ["--rollout-engine", "vllm-serve", "--rollout-oversample", "0.5"],
+        r"rollout_oversample: servers answer in no fixed order",
+    ),
+    "less than no over-sampling": (
+        "rto_llama3.py", ["--rollout-oversample", "-0.5"], r"rollout_oversample: must not be negative, got -0.5",
+    ),
     "a URL that is none": ("rto_llama3.py", ["--reward-url", "ftp://x"], r"reward_url: 'ftp://x' must start with http"),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from loop_helpers import small_run
+from loop_helpers import ROOT, small_run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -104,6 +104,59 @@ def test_the_order_of_prompts_is_each_runs_own(tiny, tmp_path):
     drawn = [r.row for i in range(3) for r in second.requests(i)]
     assert sorted(drawn) == list(range(24)), "an epoch draws every prompt once"
     assert first.requests(0) == before
+
+
+def test_the_longest_are_dropped_and_the_data_go_on_where_they_would(tiny, tmp_path, monkeypatch):
+    """Half as many prompts again are drawn; pairs stay whole; a run that was stopped draws what it would have drawn."""
+    from rto_fast import build
+
+    settings = {"rollout_oversample": 0.5, "rollout_batch": 4, "responses_per_prompt": 2, "policy_update": "rebel",
+                "iterations": 3, "policy_lr": 1e-3, "save_every": 1, "resume": "auto"}  # fmt: skip
+    seen = []
+    monkeypatch.setattr(build.Run, "keep_samples", lambda run, iteration, rollout, *_: seen.append(rollout))
+    run_rto(tiny, tmp_path / "run", **settings)
+    for iteration, rollout in enumerate(seen):
+        index = rollout.sample_index.tolist()
+        assert index == sorted(index)
+        assert all(index.count(i) == 2 and i in range(6 * iteration, 6 * iteration + 6) for i in index)
+        assert len(index) == 8
+    rows = figures(tmp_path / "run")
+    assert [(row["rollout/dropped"], row["rollout/dropped_share"]) for row in rows] == [(4, pytest.approx(1 / 3))] * 3
+
+    class Stopped(Exception):
+        pass
+
+    def stop(run):
+        save(run)
+        raise Stopped
+
+    save, first = build.Run.save_if_due, list(seen)
+    with monkeypatch.context() as patch:
+        patch.setattr(build.Run, "save_if_due", stop)
+        with pytest.raises(Stopped):
+            run_rto(tiny, tmp_path / "again", **settings)
+    run_rto(tiny, tmp_path / "again", **settings)
+    assert len(seen) == 6
+    for a, b in zip(first, seen[3:], strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.sample_index, b.sample_index)
+    weights = [load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("run", "again")]
+    assert all((weights[0][n] == weights[1][n]).all() for n in weights[0])
+
+
+def test_over_sampling_is_said_to_be_a_bias(tiny, tmp_path, capsys):
+    run_rto(tiny, tmp_path / "run", rollout_oversample=0.1, iterations=1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: rollout_oversample: 9 prompts are drawn for every 8" in printed
+    assert "biased towards short responses" in printed
+
+
+def test_two_ranks_drop_by_quotas(tiny, tmp_path, launch):
+    settings = small_run(tiny, tmp_path / "run", rollout_oversample=0.5, responses_per_prompt=2, train_batch=4,
+                         rollout_engine="transformers", report_samples=0)  # fmt: skip
+    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps([settings])], ranks=2)
+    assert result.returncode == 0, result.output
+    assert [(row["rollout/dropped"], row["samples"]) for row in figures(tmp_path / "run")] == [(8, 16), (8, 32)]
 
 
 BROKEN = """

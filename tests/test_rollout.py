@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,59 @@ def test_global_random_state_is_left_alone():
     engine_of(model_path("llama")).generate(requests_of(4, 40), Sampling(4, 1.0, ()), quiet)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
+
+
+# Early release
+
+
+STOPS = (2, 7, 11, 13, 17)
+"""So many that hardly a response of 30 tokens is cut."""
+
+
+def longest_of(rollout) -> dict[int, int]:
+    """sample index -> response tokens of its longest response."""
+    out: dict[int, int] = {}
+    for index, length in zip(rollout.sample_index.tolist(), rollout.response_lens.tolist(), strict=True):
+        out[index] = max(length, out.get(index, 0))
+    return out
+
+
+def pairs_of(count: int) -> list[Request]:
+    return [replace(q, sample_index=i // 2) for i, q in enumerate(requests_of(2 * count, 40))]
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_sampling_stops_when_enough_prompts_are_whole(family, check_every, monkeypatch):
+    """The kept ones are those whose longest response is shortest, with the tokens that they always have."""
+    monkeypatch.setattr(transformers_engine, "CHECK_EVERY", check_every)
+    engine, requests, sampling, spent = engine_of(model_path(family)), pairs_of(20), Sampling(30, 1.0, STOPS), []
+    whole = engine.generate(requests, sampling, quiet)
+    kept = engine.generate(requests, sampling, lambda tokens, ended: spent.append(tokens), keep=12)
+    longest = longest_of(whole)
+    shortest = set(sorted(longest, key=longest.__getitem__)[:12])
+    assert_same(kept, whole.select([i for i, q in enumerate(requests) if q.sample_index in shortest]))
+    assert kept.response_lens.max() < whole.response_lens.max()
+    assert sum(spent) < whole.response_lens.sum()
+
+
+def test_what_is_enough_counts_over_batches():
+    """The batches of longer prompts run to their ends; the one that completes the quota stops there."""
+    engine, requests, sampling = (
+        engine_of(model_path("llama"), rollout_tokens=600),
+        pairs_of(20),
+        Sampling(30, 1.0, STOPS),
+    )
+    whole, spent = engine.generate(requests, sampling, quiet), []
+    kept = engine.generate(requests, sampling, lambda tokens, ended: spent.append(tokens), keep=15)
+    prompts = kept.sample_index.tolist()
+    assert len(set(prompts)) == 15
+    assert prompts == sorted(prompts)
+    assert len(prompts) == 30
+    assert_same(kept, whole.select([i for i, q in enumerate(requests) if q.sample_index in set(prompts)]))
+    assert sum(spent) < whole.response_lens.sum()
+    assert len(engine.generate(requests, sampling, quiet, keep=0)) == 0
+    assert_same(engine.generate(requests, sampling, quiet, keep=20), whole)
 
 
 # Speed

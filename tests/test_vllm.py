@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from rto_fast import trainer, vllm_engine
 from rto_fast.batch import Request
 from rto_fast.config import ConfigError, RTOConfig
 from rto_fast.generate import GenerateConfig, generate
-from rto_fast.rollout import GREEDY, RolloutError, Sampling, SyncError, make_engine, sample_seed
+from rto_fast.rollout import GREEDY, EngineFailure, RolloutError, Sampling, SyncError, make_engine, sample_seed
 from rto_fast.transformers_engine import TransformersEngine
 from rto_fast.vllm_engine import VLLMEngine
 
@@ -143,6 +145,25 @@ def test_tokens_come_from_the_policys_softmax(tied, make, temperature):
         assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 8, (statistic, freedom)
 
 
+def test_sampling_stops_when_enough_prompts_are_whole(tied, make):
+    """The kept prompts are those whose longest response is shortest; what was dropped leaves no trace."""
+    engine, sampling, spent = make(tied.policy), Sampling(30, 1.0, tuple(range(2, 10))), []
+    requests = [replace(q, sample_index=i // 2) for i, q in enumerate(requests_of(24, 80))]
+    full = engine.generate(requests, sampling, quiet)
+    longest = full.response_lens.view(12, 2).max(1).values
+    kept = engine.generate(requests, sampling, lambda tokens, ended: spent.append(tokens), keep=7)
+    shortest = set(longest.sort(stable=True).indices[:7].tolist())
+    expected = full.select([i for i in range(24) if i // 2 in shortest])
+    assert torch.equal(kept.tokens, expected.tokens)
+    assert torch.equal(kept.sampler_logp, expected.sampler_logp)
+    assert torch.equal(kept.truncated, expected.truncated)
+    assert sum(spent) < full.response_lens.sum()
+    engine.push(moved(tied.policy, 0.0).items(), 1)  # no request holds on to the cache
+    again = engine.generate(requests, sampling, quiet)
+    assert torch.equal(again.tokens, full.tokens)
+    assert len(engine.generate(requests, sampling, quiet, keep=0)) == 0
+
+
 # Pushes
 
 
@@ -167,6 +188,27 @@ def test_a_push_of_other_weights_is_refused(tied, make, change, message):
 def test_too_little_memory_for_one_sequence(tied, one_rank):
     with pytest.raises(ConfigError, match=r"vllm_memory_share: vLLM does not start .*No available memory"):
         VLLMEngine(tied.policy, CPU, torch.float32, max_length=64, memory_share=1e-8)
+
+
+def test_a_model_that_cannot_be_split(tied, one_rank):
+    with pytest.raises(ConfigError, match="vllm_tensor_parallel: 2 attention heads cannot be split over 3 ranks"):
+        VLLMEngine(tied.policy, CPU, torch.float32, max_length=64, tensor_parallel=3)
+
+
+def test_a_step_that_hangs_ends_the_process(tied, make, monkeypatch):
+    """One that returns late, for that matter, gives way to a new engine; here both come to pass."""
+    engine, codes = make(tied.policy), []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit  # ends the watchdog's thread alone
+
+    engine.timeout_s, step = 0.2, engine.llm.llm_engine.step
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr(engine.llm.llm_engine, "step", lambda: (time.sleep(2), step())[1])
+    with pytest.raises(EngineFailure, match=r"one step of vLLM took longer than 0\.2 s"):
+        engine.generate(requests_of(2, 80), Sampling(2, 1.0, ()), quiet)
+    assert codes == [3]
 
 
 def test_temperatures(tied, make):
@@ -207,6 +249,34 @@ def test_every_token_agrees_after_each_of_three_steps(tied, untied, tmp_path, la
         assert all(row["sampler/logp_diff_max"] < (5e-5 if exact else 0.25) for row in log), (settings, log)
         assert log[-1]["kl/response"] > 0.1, settings  # the weights did move
         assert all(row["sync/bytes"] > 0 for row in log), settings
+
+
+def test_ranks_that_share_an_engine_agree_with_the_trainer(tied, untied, tmp_path, launch, whole):
+    """As above, with half of every matrix on each of two ranks; the vocabulary of 87 fills 64 rows and 23.
+
+    What is sampled is what one rank alone samples; dropping the longest and a push that lacks a tensor act the same.
+    """
+    cases = {(zero, name): {} for zero in (2, 3) for name in ("tied", "untied")}
+    cases[2, "untied"] = {"rollout_oversample": 0.5}
+    runs = [
+        small_run({"tied": tied, "untied": untied}[name], tmp_path / f"{zero}-{name}", **VLLM, vllm_tensor_parallel=2,
+                  iterations=4, zero_stage=zero, report_samples=0, **more)
+        for (zero, name), more in cases.items()
+    ]  # fmt: skip
+    lost = "model.layers.1.mlp.up_proj.weight"
+    broken = runs[0] | {"output_dir": str(tmp_path / "broken"), "loses": lost}
+    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps([*runs, broken])], ranks=2)
+    assert result.returncode == 0, result.output
+    for settings in runs:
+        log = rows(Path(settings["output_dir"]))
+        assert len(log) == 4, settings
+        assert all(row["sampler/logp_diff_max"] < 5e-5 for row in log), (settings, log)
+        assert log[-1]["kl/response"] > 0.1, settings  # the weights did move
+        assert all(row.get("rollout/dropped", 0) == 8 * settings.get("rollout_oversample", 0) for row in log)
+    first, alone = rows(tmp_path / "2-tied")[0], rows(whole)[0]
+    assert first["response/length"] == alone["response/length"]
+    assert first["reward/score"] == pytest.approx(alone["reward/score"], abs=1e-4)
+    assert re.search(r"version 2: .*(up_proj|gate_up)", (tmp_path / "broken" / "error").read_text())
 
 
 def skipped(monkeypatch):

@@ -1,13 +1,42 @@
-"""Training runs one after the other, on the ranks that tests start: vllm_worker.py '[settings, ...]'."""
+"""Training runs one after the other, on the ranks that tests start: vllm_worker.py '[settings, ...]'.
+
+Settings with "loses": a parameter's name; the engine never gets it from the second push on, and the run's SyncError
+goes into `error` in its folder.
+"""
 
 import json
 import sys
+from pathlib import Path
 
 from rto_fast import report, trainer
 from rto_fast.config import RTOConfig
+from rto_fast.rollout import SyncError
+from rto_fast.vllm_engine import VLLMEngine
+
+
+def train(settings: dict) -> None:
+    trainer.train(RTOConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
+
+
+def train_without(name: str, settings: dict) -> None:
+    plain = VLLMEngine._checked
+
+    def checked(engine, weights):
+        return plain(engine, (pair for pair in weights if engine.version < 1 or pair[0] != name))
+
+    VLLMEngine._checked = checked
+    try:
+        train(settings)
+    except SyncError as error:
+        (Path(settings["output_dir"]) / "error").write_text(str(error))
+    finally:
+        VLLMEngine._checked = plain
+
 
 if __name__ == "__main__":
     report.report_run = lambda folder, **_: folder  # nobody looks at it
     for settings in json.loads(sys.argv[1]):
-        config = RTOConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-        trainer.train(config)
+        if lost := settings.pop("loses", ""):
+            train_without(lost, settings)
+        else:
+            train(settings)
