@@ -9,6 +9,7 @@ with fp32 accumulators and nothing added atomically.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -109,7 +110,7 @@ def linear_dlogits_kernel(
 @triton.jit
 def linear_dlogits_saved_kernel(
     saved_ptr, shift_ptr, order_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
-    count_ptr, dz, start, rows, col_start, columns, vocab, saved_rows, stride_saved, stride_dz,
+    count_ptr, dz, start, rows, col_start, columns, kept_columns, saved_rows, stride_saved, stride_dz,
     temperature, softcap,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -132,19 +133,19 @@ def linear_dlogits_saved_kernel(
             grad_entropy_ptr,
             start + r,
             active,
-            vocab,
+            kept_columns,
             ENTROPY,
         )
         row = tl.load(order_ptr + start + r, mask=active, other=0)
         at = saved_ptr + row[:, None] * stride_saved + cols[None, :]
-        kept = tl.load(at, mask=active[:, None] & (cols < vocab)[None, :], other=0.0).to(tl.float32)
+        e = tl.load(at, mask=active[:, None] & (cols < kept_columns)[None, :], other=0.0).to(tl.float32)
         shift = tl.load(shifts + row, mask=active, other=0.0) - lse
-        log_p = tl.maximum(tl.log2(kept), FLOOR) + shift[:, None]
+        log_p = tl.maximum(tl.log2(e), FLOOR) + shift[:, None]
         slope = 1.0 / temperature
         if SOFTCAP:
             bent = (log_p + lse[:, None]) * (temperature / (softcap * LOG2E))
             slope = tl.maximum(1.0 - bent * bent, 0.0) / temperature
-        p = kept * tl.exp2(shift)[:, None]
+        p = e * tl.exp2(shift)[:, None]
         d = _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY)
         store_block(dz, d, row0 + first, col0 - col_start, rows, columns, stride_dz, False)
 
@@ -263,8 +264,8 @@ def linear_backward_triton(
     t, lse, g, entropy, ge = (
         x if x is None or x.shape[0] != n else x[order] for x in (targets, stats.lse, g, stats.entropy, ge)
     )
-    use_saved = stats.saved.numel() > 0
     run = LinearLaunch(h, head)
+    kept = min(stats.saved.shape[1], run.vocab) if stats.saved.numel() else 0  # columns whose exp(z) was kept
     tile, product = run.tiles.full, run.tiles.product
     wide = n > BACKWARD_TOKENS  # several token blocks add up in fp32
     if into is not None:
@@ -284,16 +285,17 @@ def linear_backward_triton(
         dz = torch.empty((rows, min(chunk, -(-run.vocab // 128) * 128)), dtype=hidden.dtype, device=device)
         dh = torch.zeros((rows, width), dtype=f32, device=device) if need_hidden else None
         accumulate = into is not None or n0 > 0
-        for v0 in range(0, run.vocab, chunk):
-            columns = min(chunk, run.vocab - v0)
-            w = run.weight[v0 : v0 + columns]
+        starts = [*range(0, kept, chunk), *range(kept, run.vocab, chunk)]
+        for v0, end in pairwise([*starts, run.vocab]):
+            columns = end - v0
+            w = run.weight[v0:end]
             dz_part = dz[:, :columns]
-            if use_saved:
+            if v0 < kept:
                 part = tile.part
                 with launching("linear_dlogits_saved", device):
                     linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, part))](
                         stats.saved, stats.shift, order, t, lse, entropy, g, g if ge is None else ge, count,
-                        dz, n0, rows, v0, columns, run.vocab, n, stats.saved.stride(0), dz.stride(0),
+                        dz, n0, rows, v0, columns, kept, n, stats.saved.stride(0), dz.stride(0),
                         head.temperature, head.softcap,
                         ENTROPY=ge is not None, SOFTCAP=head.softcap > 0, BM=tile.rows, WIDTH=part,
                         ROWS=min(16, tile.rows),
@@ -318,7 +320,7 @@ def linear_backward_triton(
                         ACCUMULATE=accumulate, BM=16, BN=128, num_warps=4, **tiles.FUSION,
                     )  # fmt: skip
             if need_weight:
-                _product(run, product, dz_part, hc, d_weight[v0 : v0 + columns], count, n0, True, accumulate)
+                _product(run, product, dz_part, hc, d_weight[v0:end], count, n0, True, accumulate)
             if need_hidden:
                 _product(run, product, dz_part, w, dh, count, n0, False, True)
         if need_hidden:

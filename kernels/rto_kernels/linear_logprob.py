@@ -27,9 +27,10 @@ IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column
 class Passes(NamedTuple):
     """The two vocabulary-sized passes of a backend, and how much of exp(z) may be held between them."""
 
-    forward: Callable[..., LinearStats]  # (hidden, targets, head, ignore_index, want_entropy, save_dtype)
+    # (hidden, targets, head, ignore_index, want_entropy, save_dtype, save_share)
+    forward: Callable[..., LinearStats]
     backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
-    saved_shapes: Callable[[Tensor, int], tuple]  # (hidden, vocabulary) → shapes of what is kept
+    saved_shapes: Callable[[Tensor, int, float], tuple]  # (hidden, vocabulary, share) → shapes of what is kept
     chunk_tokens: Callable[[int], int]  # vocabulary → tokens of a chunk of fused_linear_ppo_loss
     chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → what such a chunk keeps; None: nothing
 
@@ -70,19 +71,19 @@ def _linear_logprob(
     softcap: float,
     ignore_index: int,
     entropy: bool,
-    save_probs: bool,
+    save_share: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, softcap)
-    keep = torch.bfloat16 if save_probs else None
-    return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep))
+    keep = torch.bfloat16 if save_share else None
+    return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep, save_share))
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend):
+def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_share, backend):
     n, vocab = hidden.shape[0], weight.shape[0]
     row = hidden.new_empty(n, dtype=compute_dtype(hidden))
-    saved, shift = linear_passes(backend).saved_shapes(hidden, vocab) if save_probs else ((0,), (0,))
+    saved, shift = linear_passes(backend).saved_shapes(hidden, vocab, save_share) if save_share else ((0,), (0,))
     return (
         row,
         torch.empty_like(row) if entropy else row.new_empty(0),
@@ -160,11 +161,11 @@ class _ShardedLogprob(torch.autograd.Function):
     """The same over a vocabulary split across `group`: every rank gets every row's result, the same bits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_probs, backend, group):
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_share, backend, group):
         # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
         head = Head(weight, bias, temperature, softcap)
-        keep = torch.bfloat16 if save_probs else None
-        stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep)
+        keep = torch.bfloat16 if save_share else None
+        stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep, save_share)
         here = targets >= 0
         target_logit = torch.where(here, stats.logp + stats.lse, -torch.inf)
         mine = torch.stack([stats.lse, target_logit, stats.entropy, here.to(stats.lse.dtype)])
@@ -249,6 +250,7 @@ def token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     save_probs: bool | torch.dtype = False,
+    save_share: float = 1.0,
     process_group=None,
     vocab_start: int | None = None,
     backend: str | None = None,
@@ -265,7 +267,9 @@ def token_logprobs(
     frozen weight) is not computed, and rows with a zero upstream gradient are skipped.
 
     `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix
-    product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
+    product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name. `save_share`, in
+    (0, 1], keeps that share of the vocabulary, in whole blocks, and computes the rest again: memory and time
+    lie between.
 
     `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;
     d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the
@@ -285,7 +289,9 @@ def token_logprobs(
         )
     if save_probs not in (True, False, torch.bfloat16):
         raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
-    temperature, softcap, save = float(temperature), float(softcap or 0.0), bool(save_probs)
+    if not 0 < save_share <= 1:
+        raise ValueError(f"save_share must be in (0, 1], got {save_share}")
+    temperature, softcap, save = float(temperature), float(softcap or 0.0), float(save_share) if save_probs else 0.0
     if not sharded:
         logp, entropy, *_ = _linear_logprob(
             hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, backend

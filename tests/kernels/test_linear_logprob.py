@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, bits, check_error
-from rto_kernels import _dispatch, linear_backward, linear_kernels, reference, tiles
+from rto_kernels import _chunked, _dispatch, linear_backward, linear_kernels, reference, tiles
 from rto_kernels import linear_logprob as module
 from rto_kernels._dispatch import INTERPRET, count_launches
 
@@ -105,6 +105,44 @@ def test_probabilities_kept_in_bf16_are_close(backend, softcap):
     for name, a, b in zip(names(problem, True), got, truth, strict=True):
         bound = 1e-5 if name in ("logp", "entropy") else 0.01 * float(b.abs().max())
         assert float((a - b).abs().max()) <= bound, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_share_of_the_probabilities_kept(backend, dtype, share, monkeypatch):
+    monkeypatch.setattr(_chunked, "BLOCK_VOCAB", 32)  # the interpreter's tiles have as many columns
+    problem = Problem(21, 24, 150, dtype, bias=True)
+    kw = {"temperature": 0.8, "backend": backend}
+    got = problem.run(rk.token_logprobs, save_probs=torch.bfloat16, save_share=share, **kw)
+    for name, limits in (("kept", {"save_probs": torch.bfloat16}), ("computed", {})):
+        whole = problem.run(rk.token_logprobs, **limits, **kw)
+        border = {0.01: 32, 0.5: 64, 0.99: 128}[share]
+        side = slice(0, border) if name == "kept" else slice(border, None)
+        # Each column's gradient is that of the way it was computed.
+        assert bits(got[3][side], got[4][side]) == bits(whole[3][side], whole[4][side]), name
+        other = slice(border, None) if name == "kept" else slice(0, border)
+        assert bits(got[3][other]) != bits(whole[3][other]), name
+    truth = problem.run(reference.token_logprobs, lambda x: x.double(), temperature=0.8)
+    for name, a, b in zip(names(problem, True), got, truth, strict=True):
+        bound = 1e-5 if name in ("logp", "entropy") else 0.01 * float(b.abs().max())
+        assert float((a - b).abs().max()) <= bound, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_share_kept_is_the_memory_kept(backend, monkeypatch):
+    monkeypatch.setattr(_chunked, "BLOCK_VOCAB", 32)
+    problem = Problem(5, 8, 150, torch.bfloat16)
+    logp = rk.token_logprobs(
+        problem.hidden.requires_grad_(),
+        problem.weight,
+        problem.targets,
+        save_probs=True,
+        save_share=0.5,
+        backend=backend,
+    )
+    saved = [x for x in logp.grad_fn.saved_tensors if x is not None and x.ndim == 2 and x.shape[0] == 5]
+    assert [list(x.shape) for x in saved if x.dtype == torch.bfloat16 and x.shape[1] != 8] == [[5, 64]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,7 +266,7 @@ def test_opcheck(backend):
     problem = Problem(5, 8, 40, bias=True)
     leaves = [x.requires_grad_() for x in problem.leaves]
     args = (*leaves[:2], problem.targets, leaves[2], 0.9, 0.0, -100)
-    for entropy, save in ((False, False), (True, True)):
+    for entropy, save in ((False, 0.0), (True, 1.0), (True, 0.5)):
         torch.library.opcheck(module._linear_logprob, (*args, entropy, save, backend))
 
 
@@ -274,6 +312,7 @@ def test_targets_outside_the_vocabulary(backend, monkeypatch):
         ({"softcap": -1.0}, "softcap must be a positive number"),
         ({"save_probs": True}, "pass save_probs=torch.bfloat16"),
         ({"save_probs": torch.float16}, "save_probs must be"),
+        ({"save_probs": torch.bfloat16, "save_share": 0.0}, r"save_share must be in \(0, 1\]"),
         ({"backend": "cuda"}, "backend must be"),
     ],
 )
