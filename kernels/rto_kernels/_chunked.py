@@ -41,6 +41,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float  # 0: off
+    by_row: bool = False  # a product for each row: see `product`
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """Hidden in the compute dtype; a linear z takes its 1/temperature here, where it costs least."""
@@ -54,8 +55,19 @@ class Head(NamedTuple):
             bias = None if self.bias is None else self.bias[columns].to(dtype)
             yield index, columns, self.weight[columns].to(dtype), bias
 
+    def product(self, h: Tensor, weight: Tensor, out: Tensor) -> None:
+        """h · weightᵀ into out. The order in which a vendor's matrix product adds up depends on the number of
+        rows and on a row's place among them; `by_row` multiplies each by itself, in memory of one alignment,
+        so that its bits depend on nothing else."""
+        if not self.by_row:
+            torch.mm(h, weight.t(), out=out)
+            return
+        x, y = h.new_empty(h.shape[1]), h.new_empty(weight.shape[0])
+        for row in range(h.shape[0]):
+            out[row] = torch.mv(weight, x.copy_(h[row]), out=y)
+
     def logits(self, h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        torch.mm(h, weight.t(), out=out)
+        self.product(h, weight, out)
         if bias is not None:
             out.add_(bias if self.softcap else bias / self.temperature)
         if self.softcap:

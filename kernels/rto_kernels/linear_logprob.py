@@ -16,7 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._chunked import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
-from ._dispatch import FLOATS, FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
+from ._dispatch import (
+    FLOATS,
+    FLOATS_TORCH,
+    INDICES,
+    batch_invariant,
+    check_tensor,
+    describe,
+    resolve_backend,
+    values_checked,
+)
 from ._layout import compute_dtype
 from .linear_backward import linear_backward_triton
 from .linear_kernels import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
@@ -72,15 +81,16 @@ def _linear_logprob(
     ignore_index: int,
     entropy: bool,
     save_share: float,
+    by_row: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, temperature, softcap)
+    head = Head(weight, bias, temperature, softcap, by_row)
     keep = torch.bfloat16 if save_share else None
     return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep, save_share))
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_share, backend):
+def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_share, by_row, backend):
     n, vocab = hidden.shape[0], weight.shape[0]
     row = hidden.new_empty(n, dtype=compute_dtype(hidden))
     saved, shift = linear_passes(backend).saved_shapes(hidden, vocab, save_share) if save_share else ((0,), (0,))
@@ -126,7 +136,7 @@ def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, 
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, backend = inputs
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, _, backend = inputs
     _, entropy, lse, saved, shift = output
     ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, saved, shift)
     ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
@@ -143,7 +153,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     temperature, softcap, ignore_index, backend = ctx.args
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
-        return (None,) * 10
+        return (None,) * 11
     ignored = targets == ignore_index
     grads = _linear_logprob_backward(
         hidden, weight, targets, bias, temperature, softcap, lse, entropy,
@@ -151,7 +161,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
         saved, shift, needs, backend,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return d_hidden, d_weight, None, d_bias, *(None,) * 6
+    return d_hidden, d_weight, None, d_bias, *(None,) * 7
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -161,9 +171,9 @@ class _ShardedLogprob(torch.autograd.Function):
     """The same over a vocabulary split across `group`: every rank gets every row's result, the same bits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_share, backend, group):
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_share, by_row, backend, group):
         # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
-        head = Head(weight, bias, temperature, softcap)
+        head = Head(weight, bias, temperature, softcap, by_row)
         keep = torch.bfloat16 if save_share else None
         stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep, save_share)
         here = targets >= 0
@@ -203,7 +213,7 @@ class _ShardedLogprob(torch.autograd.Function):
             dist.all_reduce(d_hidden, group=group)
             d_hidden = d_hidden.to(hidden.dtype)
         grads = (g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True))
-        return *grads, *(None,) * 6
+        return *grads, *(None,) * 7
 
 
 def _shard_start(rows: int, group) -> int:
@@ -253,6 +263,7 @@ def token_logprobs(
     save_share: float = 1.0,
     process_group=None,
     vocab_start: int | None = None,
+    deterministic: str | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token: `log_softmax(z)[i, targets[i]]`, z as at the top of this file.
@@ -275,11 +286,16 @@ def token_logprobs(
     d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the
     first id of this rank's rows, found by one exchange of sizes when None.
 
+    The same input gives the same bits, always. `deterministic="batch"` promises more: a row's logp and entropy
+    have the same bits whatever rows stand beside it. The Triton path does that anyway; the PyTorch path then
+    gives up the vendor's matrix product in the forward pass for one row at a time, several times slower.
+
     Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and,
     where values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
     """
     check_tensor("hidden", hidden)
     backend = resolve_backend(backend, hidden)
+    by_row = batch_invariant(deterministic)
     sharded = process_group is not None
     check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded)
     if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
@@ -294,7 +310,7 @@ def token_logprobs(
     temperature, softcap, save = float(temperature), float(softcap or 0.0), float(save_share) if save_probs else 0.0
     if not sharded:
         logp, entropy, *_ = _linear_logprob(
-            hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, backend
+            hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, by_row, backend
         )
     else:
         start = _shard_start(weight.shape[0], process_group) if vocab_start is None else vocab_start
@@ -302,6 +318,6 @@ def token_logprobs(
         local = torch.where((local >= 0) & (local < weight.shape[0]), local, ELSEWHERE)
         local = torch.where(targets == ignore_index, IGNORED, local)
         logp, entropy = _ShardedLogprob.apply(
-            hidden, weight, bias, local, temperature, softcap, save, backend, process_group
+            hidden, weight, bias, local, temperature, softcap, save, by_row, backend, process_group
         )
     return (logp, entropy) if return_entropy else logp
