@@ -31,7 +31,7 @@ class LinearStats(NamedTuple):
     entropy: Tensor  # [N], 0 where ignored; [0] when not asked for
     lse: Tensor  # [N], anything where ignored
     saved: Tensor  # [N, K] bf16 or the compute dtype, K the first columns that are kept; or [0]
-    shift: Tensor  # [vocabulary blocks of the K, N], or [0]
+    shift: Tensor  # [vocabulary blocks, N], the K columns' first, or [0]
 
 
 class Head(NamedTuple):

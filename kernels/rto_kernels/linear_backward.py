@@ -110,7 +110,7 @@ def linear_dlogits_kernel(
 @triton.jit
 def linear_dlogits_saved_kernel(
     saved_ptr, shift_ptr, order_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
-    count_ptr, dz, start, rows, col_start, columns, kept_columns, saved_rows, stride_saved, stride_dz,
+    count_ptr, dz, start, rows, col_start, columns, vocab, saved_rows, stride_saved, stride_dz,
     temperature, softcap,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -133,19 +133,19 @@ def linear_dlogits_saved_kernel(
             grad_entropy_ptr,
             start + r,
             active,
-            kept_columns,
+            vocab,
             ENTROPY,
         )
         row = tl.load(order_ptr + start + r, mask=active, other=0)
         at = saved_ptr + row[:, None] * stride_saved + cols[None, :]
-        e = tl.load(at, mask=active[:, None] & (cols < kept_columns)[None, :], other=0.0).to(tl.float32)
+        kept = tl.load(at, mask=active[:, None] & (cols < vocab)[None, :], other=0.0).to(tl.float32)
         shift = tl.load(shifts + row, mask=active, other=0.0) - lse
-        log_p = tl.maximum(tl.log2(e), FLOOR) + shift[:, None]
+        log_p = tl.maximum(tl.log2(kept), FLOOR) + shift[:, None]
         slope = 1.0 / temperature
         if SOFTCAP:
             bent = (log_p + lse[:, None]) * (temperature / (softcap * LOG2E))
             slope = tl.maximum(1.0 - bent * bent, 0.0) / temperature
-        p = e * tl.exp2(shift)[:, None]
+        p = kept * tl.exp2(shift)[:, None]
         d = _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY)
         store_block(dz, d, row0 + first, col0 - col_start, rows, columns, stride_dz, False)
 
@@ -256,7 +256,7 @@ def linear_backward_triton(
     if g is None:
         g = torch.zeros_like(ge)
     active = g != 0 if ge is None else (g != 0) | (ge != 0)
-    order = torch.argsort(~active, stable=True)
+    order = torch.argsort((~active).view(torch.uint8), stable=True)  # a sort of bytes exists on every device
     count = active.sum(dtype=torch.int32)
     # Gathered rows without a gradient are emptied: they may hold NaN, and 0 · NaN would reach d(weight).
     live = torch.arange(n, device=device) < count

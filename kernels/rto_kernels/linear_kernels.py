@@ -133,8 +133,7 @@ def _absorb(
         kept = (e * tl.exp2(base - k)[:, None]).to(tl.bfloat16)
         store_block(saved, kept, row0, col0, rows, kept_columns, stride_saved, TMA)
         r = row0 + tl.arange(0, acc.shape[0])
-        there = r < tl.where(col0 < kept_columns, rows, 0)
-        tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, k, mask=there)
+        tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, k, mask=r < rows)
     return new, total, weighted, picked
 
 
@@ -258,11 +257,11 @@ def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
 
 
 def saved_shapes_triton(hidden: Tensor, vocab: int, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of `saved` and `shift`: a shift for each row and part of a column tile."""
+    """Shapes of `saved` and `shift`: rows of whole 16 bytes; a shift for each row and part of a column tile, of
+    those that are not kept too, which spares the kernel the register that would tell them apart."""
     full = tiles_of(hidden, vocab)[1].full
     kept = kept_columns(vocab, share, full.columns)
-    # A shift for each part of a tile; rows of whole 16 bytes.
-    return (hidden.shape[0], -(-kept // 8) * 8), (-(-kept // full.part), hidden.shape[0])
+    return (hidden.shape[0], -(-kept // 8) * 8), (full.parts * -(-vocab // full.columns), hidden.shape[0])
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from ._chunked import Head, LinearGrads
 from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, resolve_backend
 from ._layout import check_layout, compute_dtype
 from .linear_logprob import check_linear, linear_passes
-from .ppo_loss import INF, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
+from .ppo_loss import INF, UNCAPPED, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
 
 
 class LinearPPOLoss(NamedTuple):
@@ -272,7 +272,7 @@ def fused_linear_ppo_loss(
         float(softcap or 0.0),
         ignore_index,
         list(_bounds("clip", clip)),
-        float(is_cap or INF),
+        float(is_cap or UNCAPPED),
         float(entropy_coef),
         return_entropy or entropy_coef != 0,
         aggregation,

@@ -113,7 +113,7 @@ def test_same_bits_every_time_and_as_its_parts(backend, kind):
     assert bits(*rk.token_rewards(*logps, scores, **kw)) == bits(*first)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_batch_determinism(backend):
     layout = sample("packed")
     hiddens = [of_models(layout, 1, 13, torch.float32)[0] for _ in range(3)]
