@@ -30,8 +30,8 @@ class LinearStats(NamedTuple):
     logp: Tensor  # [N], 0 where the target is ignore_index, NaN where it selects no column
     entropy: Tensor  # [N], 0 where ignored; [0] when not asked for
     lse: Tensor  # [N], anything where ignored
-    saved: Tensor  # [N, V] bf16 or the compute dtype, or [0]
-    shift: Tensor  # [vocabulary blocks, N], or [0]
+    saved: Tensor  # [N, K] bf16 or the compute dtype, K the first columns that are kept; or [0]
+    shift: Tensor  # [vocabulary blocks, N], the K columns' first, or [0]
 
 
 class Head(NamedTuple):
@@ -41,6 +41,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float  # 0: off
+    by_row: bool = False  # a product for each row: see `product`
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """Hidden in the compute dtype; a linear z takes its 1/temperature here, where it costs least."""
@@ -54,8 +55,19 @@ class Head(NamedTuple):
             bias = None if self.bias is None else self.bias[columns].to(dtype)
             yield index, columns, self.weight[columns].to(dtype), bias
 
+    def product(self, h: Tensor, weight: Tensor, out: Tensor) -> None:
+        """h · weightᵀ into out. The order in which a vendor's matrix product adds up depends on the number of
+        rows and on a row's place among them; `by_row` multiplies each by itself, in memory of one alignment,
+        so that its bits depend on nothing else."""
+        if not self.by_row:
+            torch.mm(h, weight.t(), out=out)
+            return
+        x, y = h.new_empty(h.shape[1]), h.new_empty(weight.shape[0])
+        for row in range(h.shape[0]):
+            out[row] = torch.mv(weight, x.copy_(h[row]), out=y)
+
     def logits(self, h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        torch.mm(h, weight.t(), out=out)
+        self.product(h, weight, out)
         if bias is not None:
             out.add_(bias if self.softcap else bias / self.temperature)
         if self.softcap:
@@ -68,9 +80,15 @@ class Head(NamedTuple):
         return z.clamp_(min=0).div_(self.temperature)
 
 
-def saved_shapes(hidden: Tensor, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def kept_columns(vocab: int, share: float, block: int) -> int:
+    """How many columns a share of the vocabulary is: all, or whole blocks of it, at least one."""
+    return vocab if share >= 1 else min(vocab, max(1, int(share * vocab) // block) * block)
+
+
+def saved_shapes(hidden: Tensor, vocab: int, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `saved` and `shift`."""
-    return (hidden.shape[0], vocab), (-(-vocab // BLOCK_VOCAB), hidden.shape[0])
+    kept = kept_columns(vocab, share, BLOCK_VOCAB)
+    return (hidden.shape[0], kept), (-(-kept // BLOCK_VOCAB), hidden.shape[0])
 
 
 def _token_blocks(tokens: int) -> list[slice]:
@@ -100,6 +118,7 @@ def linear_forward(
     ignore_index: int,
     want_entropy: bool = False,
     save_dtype: torch.dtype | None = None,
+    save_share: float = 1.0,
 ) -> LinearStats:
     """hidden [N, H], targets [N] → the rows' statistics in the compute dtype."""
     ignored = targets == ignore_index
@@ -120,15 +139,16 @@ def linear_forward(
     total = h.new_zeros(n)
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
     target_logit = h.new_full((n,), torch.nan)
-    kept, shifts = saved_shapes(hidden, vocab) if save_dtype else (0, 0)
-    saved = h.new_empty(kept, dtype=save_dtype or torch.bfloat16)
+    shape, shifts = saved_shapes(hidden, vocab, save_share) if save_dtype else ((0, 0), 0)
+    saved = h.new_empty(shape if save_dtype else 0, dtype=save_dtype or torch.bfloat16)
     shift = h.new_empty(shifts)
     in_place = save_dtype == dtype and not want_entropy
-    scratch = None if in_place else _Scratch(h, n, vocab)
+    scratch = None if in_place and shape[1] == vocab else _Scratch(h, n, vocab)
     for index, columns, w, b in head.blocks(dtype):
         for rows in _token_blocks(n):
             size = (rows.stop - rows.start, columns.stop - columns.start)
-            z = head.logits(h[rows], w, b, saved[rows, columns] if in_place else scratch.matrix(*size))
+            kept = columns.stop <= shape[1]
+            z = head.logits(h[rows], w, b, saved[rows, columns] if in_place and kept else scratch.matrix(*size))
             local, here = _columns_of(targets[rows], columns)
             picked = z.gather(1, local.clamp(0, size[1] - 1).long()[:, None])[:, 0]
             target_logit[rows] = torch.where(here, picked, target_logit[rows])
@@ -146,7 +166,7 @@ def linear_forward(
                 e = z.exp_()
             total[rows] = total[rows] * decay + e.sum(1)
             peak[rows] = new
-            if save_dtype:
+            if kept:
                 shift[index, rows] = base
                 if not in_place:
                     saved[rows, columns] = e
@@ -208,8 +228,8 @@ def linear_backward(
     else:
         d_weight = head.weight.new_empty(head.weight.shape) if need_weight else None
         d_bias = h.new_zeros(vocab) if need_bias else None
-    use_saved = stats.saved.numel() > 0
-    in_place = use_saved and keep is None and stats.saved.dtype == dtype
+    kept = stats.saved.shape[1] if stats.saved.numel() else 0
+    in_place = keep is None and stats.saved.dtype == dtype
     scratch = _Scratch(h, n, vocab)
     for index, columns, w, b in head.blocks(dtype):
         if not need_weight:
@@ -222,7 +242,8 @@ def linear_backward(
             dw.zero_()
         for rows in _token_blocks(n):
             size = (rows.stop - rows.start, columns.stop - columns.start)
-            z = stats.saved[rows, columns] if in_place else scratch.matrix(*size)
+            use_saved = columns.stop <= kept
+            z = stats.saved[rows, columns] if use_saved and in_place else scratch.matrix(*size)
             centre = lse[rows, None]
             if use_saved:
                 if not in_place:

@@ -70,6 +70,13 @@ def values_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("RTO_KERNELS_CHECK", "0") == "1"
 
 
+def batch_invariant(deterministic: str | None) -> bool:
+    """Whether a row's bits shall depend on nothing but the row; ValueError unless None or "batch"."""
+    if deterministic not in (None, "batch"):
+        raise ValueError(f"deterministic must be None or 'batch', got {deterministic!r}")
+    return deterministic == "batch"
+
+
 def describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 

@@ -253,6 +253,7 @@ def fused_token_rewards(
     score_clip: float | None = 10.0,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
+    deterministic: str | None = None,
     backend: str | None = None,
 ) -> TokenRewards:
     """`token_rewards` from hidden states of policy, reference and DPO model (a fourth: its reference), no
@@ -292,6 +293,7 @@ def fused_token_rewards(
                 temperature=temperature,
                 softcap=softcap,
                 ignore_index=ignore_index,
+                deterministic=deterministic,
                 backend=backend,
             )
         logps.append(logp.reshape(targets.shape))

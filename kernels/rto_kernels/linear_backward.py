@@ -9,6 +9,7 @@ with fp32 accumulators and nothing added atomically.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -255,7 +256,7 @@ def linear_backward_triton(
     if g is None:
         g = torch.zeros_like(ge)
     active = g != 0 if ge is None else (g != 0) | (ge != 0)
-    order = torch.argsort(~active, stable=True)
+    order = torch.argsort((~active).view(torch.uint8), stable=True)  # a sort of bytes exists on every device
     count = active.sum(dtype=torch.int32)
     # Gathered rows without a gradient are emptied: they may hold NaN, and 0 · NaN would reach d(weight).
     live = torch.arange(n, device=device) < count
@@ -263,8 +264,8 @@ def linear_backward_triton(
     t, lse, g, entropy, ge = (
         x if x is None or x.shape[0] != n else x[order] for x in (targets, stats.lse, g, stats.entropy, ge)
     )
-    use_saved = stats.saved.numel() > 0
     run = LinearLaunch(h, head)
+    kept = min(stats.saved.shape[1], run.vocab) if stats.saved.numel() else 0  # columns whose exp(z) was kept
     tile, product = run.tiles.full, run.tiles.product
     wide = n > BACKWARD_TOKENS  # several token blocks add up in fp32
     if into is not None:
@@ -284,16 +285,17 @@ def linear_backward_triton(
         dz = torch.empty((rows, min(chunk, -(-run.vocab // 128) * 128)), dtype=hidden.dtype, device=device)
         dh = torch.zeros((rows, width), dtype=f32, device=device) if need_hidden else None
         accumulate = into is not None or n0 > 0
-        for v0 in range(0, run.vocab, chunk):
-            columns = min(chunk, run.vocab - v0)
-            w = run.weight[v0 : v0 + columns]
+        starts = [*range(0, kept, chunk), *range(kept, run.vocab, chunk)]
+        for v0, end in pairwise([*starts, run.vocab]):
+            columns = end - v0
+            w = run.weight[v0:end]
             dz_part = dz[:, :columns]
-            if use_saved:
+            if v0 < kept:
                 part = tile.part
                 with launching("linear_dlogits_saved", device):
                     linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, part))](
                         stats.saved, stats.shift, order, t, lse, entropy, g, g if ge is None else ge, count,
-                        dz, n0, rows, v0, columns, run.vocab, n, stats.saved.stride(0), dz.stride(0),
+                        dz, n0, rows, v0, columns, kept, n, stats.saved.stride(0), dz.stride(0),
                         head.temperature, head.softcap,
                         ENTROPY=ge is not None, SOFTCAP=head.softcap > 0, BM=tile.rows, WIDTH=part,
                         ROWS=min(16, tile.rows),
@@ -318,7 +320,7 @@ def linear_backward_triton(
                         ACCUMULATE=accumulate, BM=16, BN=128, num_warps=4, **tiles.FUSION,
                     )  # fmt: skip
             if need_weight:
-                _product(run, product, dz_part, hc, d_weight[v0 : v0 + columns], count, n0, True, accumulate)
+                _product(run, product, dz_part, hc, d_weight[v0:end], count, n0, True, accumulate)
             if need_hidden:
                 _product(run, product, dz_part, w, dh, count, n0, False, True)
         if need_hidden:

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
-from ._chunked import Head, LinearStats
+from ._chunked import Head, LinearStats, kept_columns
 from ._dispatch import INTERPRET, launching
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -110,7 +110,7 @@ def tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS: tl.const
 @triton.jit
 def _absorb(
     acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-    rows, vocab, stride_saved, temperature, softcap,
+    rows, vocab, kept_columns, stride_saved, temperature, softcap,
     ENTROPY: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc."""
@@ -131,7 +131,7 @@ def _absorb(
         # A whole power of two as shift: what scales by it later is exact.
         k = tl.ceil(base)
         kept = (e * tl.exp2(base - k)[:, None]).to(tl.bfloat16)
-        store_block(saved, kept, row0, col0, rows, vocab, stride_saved, TMA)
+        store_block(saved, kept, row0, col0, rows, kept_columns, stride_saved, TMA)
         r = row0 + tl.arange(0, acc.shape[0])
         tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, k, mask=r < rows)
     return new, total, weighted, picked
@@ -140,7 +140,7 @@ def _absorb(
 @triton.jit
 def linear_stats_kernel(
     h, w, bias_ptr, targets_ptr, parts_ptr, saved, shift_ptr,
-    rows, vocab, width, stride_h, stride_w, stride_saved, temperature, softcap,
+    rows, vocab, width, kept_columns, stride_h, stride_w, stride_saved, temperature, softcap,
     SPLITS: tl.constexpr, PER_SPLIT: tl.constexpr, ENTROPY: tl.constexpr, SAVE: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -168,12 +168,12 @@ def linear_stats_kernel(
             acc, right = halves(acc, BM, BN)
         peak, total, weighted, picked = _absorb(
             acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-            rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+            rows, vocab, kept_columns, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
         )  # fmt: skip
         if PARTS == 2:
             peak, total, weighted, picked = _absorb(
                 right, row0, col0 + PART, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-                rows, vocab, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+                rows, vocab, kept_columns, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
             )  # fmt: skip
     out = parts_ptr + tl.cast(split, tl.int64) * rows + r
     plane = tl.cast(rows, tl.int64) * SPLITS
@@ -256,11 +256,12 @@ def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
     return descriptors, tiles.choose(hidden.shape[1], vocab, size, chip, descriptors)
 
 
-def saved_shapes_triton(hidden: Tensor, vocab: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of `saved` and `shift`: a shift for each row and part of a column tile."""
+def saved_shapes_triton(hidden: Tensor, vocab: int, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of `saved` and `shift`: rows of whole 16 bytes; a shift for each row and part of a column tile, of
+    those that are not kept too, which spares the kernel the register that would tell them apart."""
     full = tiles_of(hidden, vocab)[1].full
-    # A shift for each part of a tile; rows of whole 16 bytes.
-    return (hidden.shape[0], -(-vocab // 8) * 8), (full.parts * -(-vocab // full.columns), hidden.shape[0])
+    kept = kept_columns(vocab, share, full.columns)
+    return (hidden.shape[0], -(-kept // 8) * 8), (full.parts * -(-vocab // full.columns), hidden.shape[0])
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -279,6 +280,7 @@ def linear_forward_triton(
     ignore_index: int,
     want_entropy: bool = False,
     save_dtype: torch.dtype | None = None,
+    save_share: float = 1.0,
 ) -> LinearStats:
     """hidden [N, H], targets [N] → the rows' statistics, fp32."""
     n, vocab = hidden.shape[0], head.weight.shape[0]
@@ -288,14 +290,15 @@ def linear_forward_triton(
     splits, per_split = tiles.splits_of(vocab, tile)
     logp, lse = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty(n if want_entropy else 0, dtype=torch.float32, device=hidden.device)
-    shape, shifts = saved_shapes_triton(hidden, vocab) if save_dtype else ((0, 8), 0)
+    shape, shifts = saved_shapes_triton(hidden, vocab, save_share) if save_dtype else ((0, 8), 0)
+    columns = min(shape[1], vocab)
     saved = torch.empty(shape, dtype=torch.bfloat16, device=hidden.device)
     shift = torch.empty(shifts, dtype=torch.float32, device=hidden.device)
     step = n if save_dtype else FORWARD_TOKENS
     for n0 in range(0, n, max(step, 1)):
         h, t = hidden[n0 : n0 + step], targets[n0 : n0 + step]
         rows = h.shape[0]
-        kept = saved[:, :vocab]
+        kept = saved[:, :columns]
         if save_dtype is not None:
             kept = run.operand(kept, [tile.rows, tile.part])
         parts = torch.empty((3 + want_entropy, splits, rows), dtype=torch.float32, device=hidden.device)
@@ -303,7 +306,7 @@ def linear_forward_triton(
             linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
                 run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
                 run.bias, t, parts, kept, shift,
-                rows, vocab, run.width, h.stride(0), run.weight.stride(0), saved.stride(0),
+                rows, vocab, run.width, columns, h.stride(0), run.weight.stride(0), saved.stride(0),
                 head.temperature, head.softcap,
                 SPLITS=splits, PER_SPLIT=per_split, ENTROPY=want_entropy,
                 SAVE=save_dtype is not None, GROUP=GROUP,

@@ -7,14 +7,14 @@
 
 Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB] as in `_chunked`, the arithmetic is fp32 (fp64 for fp64 inputs). The
 backward pass computes both blocks of logits again; rows without upstream gradient are left out. The function is
-plain PyTorch on every device.
+plain PyTorch on every device, on a GPU too, with the vendor's matrix product.
 """
 
 import torch
 from torch import Tensor
 
 from ._chunked import Head, _token_blocks
-from ._dispatch import FLOATS_TORCH, check_tensor
+from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor
 from ._layout import compute_dtype
 
 
@@ -68,9 +68,10 @@ def _backward(
 
 class _TokenKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, softcap, ref_hidden, ref_weight, ref_bias, ref_softcap):
+    def forward(ctx, hidden, weight, bias, softcap, ref_hidden, ref_weight, ref_bias, ref_softcap, by_row):
         dtype = compute_dtype(hidden)
-        head, ref_head = Head(weight, bias, 1.0, softcap), Head(ref_weight, ref_bias, 1.0, ref_softcap)
+        head = Head(weight, bias, 1.0, softcap, by_row)
+        ref_head = Head(ref_weight, ref_bias, 1.0, ref_softcap, by_row)
         kl, lse, lse_ref = _forward(hidden.to(dtype), head, ref_hidden.to(dtype), ref_head)
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse, lse_ref)
         ctx.softcaps = softcap, ref_softcap
@@ -93,7 +94,7 @@ class _TokenKL(torch.autograd.Function):
             d_weight = d_weight.to(weight.dtype)
         if d_bias is not None:
             d_bias = d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, *(None,) * 5
+        return d_hidden, d_weight, d_bias, *(None,) * 6
 
 
 def token_kl(
@@ -106,15 +107,17 @@ def token_kl(
     ref_bias: Tensor | None = None,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    deterministic: str | None = None,
 ) -> Tensor:
     """KL(p_ref ‖ p) of each token's next-token distribution, nats; see the top of this file.
 
-    hidden      [N, H] bf16, fp16, fp32 or fp64; weight [V, H] of its dtype; bias [V] or None
-    ref_hidden  [N, H'] of the same dtype; ref_weight [V, H'] (H' may differ, the vocabulary may not); ref_bias
-    returns     [N] fp32 (fp64 for fp64)
+        hidden      [N, H] bf16, fp16, fp32 or fp64; weight [V, H] of its dtype; bias [V] or None
+        ref_hidden  [N, H'] of the same dtype; ref_weight [V, H'] (H' may differ, the vocabulary may not); ref_bias
+        returns     [N] fp32 (fp64 for fp64)
 
-    Differentiable once, in hidden, weight and bias; the reference takes no gradient. Peak memory beyond inputs and
-    gradients is a few blocks, whatever N · V. Raises ValueError for a wrong shape, dtype or device.
+        Differentiable once, in hidden, weight and bias; the reference takes no gradient. Peak memory beyond inputs and
+        gradients is a few blocks, whatever N · V. `deterministic="batch"`: a token's bits do not depend on the others,
+    at the cost of one row a product. Raises ValueError for a wrong shape, dtype or device.
     """
     check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
     n, width = hidden.shape
@@ -134,5 +137,5 @@ def token_kl(
         raise ValueError("weight must have at least one row (a vocabulary), got [0, ...]")
     return _TokenKL.apply(
         hidden, weight, bias, float(softcap or 0.0), ref_hidden.detach(), ref_weight.detach(),
-        None if ref_bias is None else ref_bias.detach(), float(ref_softcap or 0.0),
+        None if ref_bias is None else ref_bias.detach(), float(ref_softcap or 0.0), batch_invariant(deterministic),
     )  # fmt: skip

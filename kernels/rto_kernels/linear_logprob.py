@@ -16,7 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._chunked import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
-from ._dispatch import FLOATS, FLOATS_TORCH, INDICES, check_tensor, describe, resolve_backend, values_checked
+from ._dispatch import (
+    FLOATS,
+    FLOATS_TORCH,
+    INDICES,
+    batch_invariant,
+    check_tensor,
+    describe,
+    resolve_backend,
+    values_checked,
+)
 from ._layout import compute_dtype
 from .linear_backward import linear_backward_triton
 from .linear_kernels import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
@@ -27,9 +36,10 @@ IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column
 class Passes(NamedTuple):
     """The two vocabulary-sized passes of a backend, and how much of exp(z) may be held between them."""
 
-    forward: Callable[..., LinearStats]  # (hidden, targets, head, ignore_index, want_entropy, save_dtype)
+    # (hidden, targets, head, ignore_index, want_entropy, save_dtype, save_share)
+    forward: Callable[..., LinearStats]
     backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
-    saved_shapes: Callable[[Tensor, int], tuple]  # (hidden, vocabulary) → shapes of what is kept
+    saved_shapes: Callable[[Tensor, int, float], tuple]  # (hidden, vocabulary, share) → shapes of what is kept
     chunk_tokens: Callable[[int], int]  # vocabulary → tokens of a chunk of fused_linear_ppo_loss
     chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → what such a chunk keeps; None: nothing
 
@@ -70,19 +80,20 @@ def _linear_logprob(
     softcap: float,
     ignore_index: int,
     entropy: bool,
-    save_probs: bool,
+    save_share: float,
+    by_row: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, temperature, softcap)
-    keep = torch.bfloat16 if save_probs else None
-    return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep))
+    head = Head(weight, bias, temperature, softcap, by_row)
+    keep = torch.bfloat16 if save_share else None
+    return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep, save_share))
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_probs, backend):
+def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_share, by_row, backend):
     n, vocab = hidden.shape[0], weight.shape[0]
     row = hidden.new_empty(n, dtype=compute_dtype(hidden))
-    saved, shift = linear_passes(backend).saved_shapes(hidden, vocab) if save_probs else ((0,), (0,))
+    saved, shift = linear_passes(backend).saved_shapes(hidden, vocab, save_share) if save_share else ((0,), (0,))
     return (
         row,
         torch.empty_like(row) if entropy else row.new_empty(0),
@@ -125,7 +136,7 @@ def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, 
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, backend = inputs
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, _, backend = inputs
     _, entropy, lse, saved, shift = output
     ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, saved, shift)
     ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
@@ -142,7 +153,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     temperature, softcap, ignore_index, backend = ctx.args
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
-        return (None,) * 10
+        return (None,) * 11
     ignored = targets == ignore_index
     grads = _linear_logprob_backward(
         hidden, weight, targets, bias, temperature, softcap, lse, entropy,
@@ -150,7 +161,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
         saved, shift, needs, backend,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return d_hidden, d_weight, None, d_bias, *(None,) * 6
+    return d_hidden, d_weight, None, d_bias, *(None,) * 7
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -160,11 +171,11 @@ class _ShardedLogprob(torch.autograd.Function):
     """The same over a vocabulary split across `group`: every rank gets every row's result, the same bits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_probs, backend, group):
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_share, by_row, backend, group):
         # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
-        head = Head(weight, bias, temperature, softcap)
-        keep = torch.bfloat16 if save_probs else None
-        stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep)
+        head = Head(weight, bias, temperature, softcap, by_row)
+        keep = torch.bfloat16 if save_share else None
+        stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep, save_share)
         here = targets >= 0
         target_logit = torch.where(here, stats.logp + stats.lse, -torch.inf)
         mine = torch.stack([stats.lse, target_logit, stats.entropy, here.to(stats.lse.dtype)])
@@ -202,7 +213,7 @@ class _ShardedLogprob(torch.autograd.Function):
             dist.all_reduce(d_hidden, group=group)
             d_hidden = d_hidden.to(hidden.dtype)
         grads = (g if need else None for g, need in zip((d_hidden, d_weight, d_bias), needs, strict=True))
-        return *grads, *(None,) * 6
+        return *grads, *(None,) * 7
 
 
 def _shard_start(rows: int, group) -> int:
@@ -249,8 +260,10 @@ def token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     save_probs: bool | torch.dtype = False,
+    save_share: float = 1.0,
     process_group=None,
     vocab_start: int | None = None,
+    deterministic: str | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token: `log_softmax(z)[i, targets[i]]`, z as at the top of this file.
@@ -265,17 +278,24 @@ def token_logprobs(
     frozen weight) is not computed, and rows with a zero upstream gradient are skipped.
 
     `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix
-    product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name.
+    product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name. `save_share`, in
+    (0, 1], keeps that share of the vocabulary, in whole blocks, and computes the rest again: memory and time
+    lie between.
 
     `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;
     d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the
     first id of this rank's rows, found by one exchange of sizes when None.
+
+    The same input gives the same bits, always. `deterministic="batch"` promises more: a row's logp and entropy
+    have the same bits whatever rows stand beside it. The Triton path does that anyway; the PyTorch path then
+    gives up the vendor's matrix product in the forward pass for one row at a time, several times slower.
 
     Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and,
     where values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
     """
     check_tensor("hidden", hidden)
     backend = resolve_backend(backend, hidden)
+    by_row = batch_invariant(deterministic)
     sharded = process_group is not None
     check_linear(backend, hidden, weight, targets, bias, temperature, softcap, ignore_index, sharded)
     if save_probs is True and hidden.dtype not in (torch.bfloat16, torch.float16):
@@ -285,10 +305,12 @@ def token_logprobs(
         )
     if save_probs not in (True, False, torch.bfloat16):
         raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
-    temperature, softcap, save = float(temperature), float(softcap or 0.0), bool(save_probs)
+    if not 0 < save_share <= 1:
+        raise ValueError(f"save_share must be in (0, 1], got {save_share}")
+    temperature, softcap, save = float(temperature), float(softcap or 0.0), float(save_share) if save_probs else 0.0
     if not sharded:
         logp, entropy, *_ = _linear_logprob(
-            hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, backend
+            hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, by_row, backend
         )
     else:
         start = _shard_start(weight.shape[0], process_group) if vocab_start is None else vocab_start
@@ -296,6 +318,6 @@ def token_logprobs(
         local = torch.where((local >= 0) & (local < weight.shape[0]), local, ELSEWHERE)
         local = torch.where(targets == ignore_index, IGNORED, local)
         logp, entropy = _ShardedLogprob.apply(
-            hidden, weight, bias, local, temperature, softcap, save, backend, process_group
+            hidden, weight, bias, local, temperature, softcap, save, by_row, backend, process_group
         )
     return (logp, entropy) if return_entropy else logp

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._chunked import Head, LinearGrads
-from ._dispatch import FLOATS_TORCH, check_tensor, resolve_backend
+from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, resolve_backend
 from ._layout import check_layout, compute_dtype
 from .linear_logprob import check_linear, linear_passes
-from .ppo_loss import INF, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
+from .ppo_loss import INF, UNCAPPED, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
 
 
 class LinearPPOLoss(NamedTuple):
@@ -82,11 +82,12 @@ def _linear_ppo(
     want_entropy: bool,
     aggregation: str,
     needs: list[bool],
+    by_row: bool,
     backend: str,
 ) -> list[Tensor]:
     """[loss, statistics, logp, entropy, d(hidden), d(weight), d(bias)]; what is not needed is [0]."""
     shape, dtype = targets.shape, compute_dtype(hidden)
-    head = Head(weight, bias, temperature, softcap)
+    head = Head(weight, bias, temperature, softcap, by_row)
     passes = linear_passes(backend)
     inside = targets != ignore_index
     if mask is not None:
@@ -147,7 +148,7 @@ def _linear_ppo(
 
 @_linear_ppo.register_fake
 def _(hidden, weight, bias, targets, *args):
-    want_entropy, _, needs, _ = args[-4:]
+    want_entropy, _, needs, *_ = args[-5:]
     new = hidden.new_empty
     dtype = compute_dtype(hidden)
     grads = (hidden, weight, bias)
@@ -205,6 +206,7 @@ def fused_linear_ppo_loss(
     denominator: Tensor | float | None = None,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
+    deterministic: str | None = None,
     backend: str | None = None,
 ) -> LinearPPOLoss:
     """The policy loss of `ppo_loss` over the log-probs of `token_logprobs`, with no logits and no second
@@ -220,6 +222,7 @@ def fused_linear_ppo_loss(
     Returns LinearPPOLoss. The gradients are computed with the loss and kept until its backward pass, which
     can run once; where no input requires a gradient only the loss is computed. d(weight) is one tensor of the
     weight's size, and an fp32 one beside it for 16-bit weights whose tokens take several chunks.
+    `deterministic="batch"`, as in `token_logprobs`, is about logp and entropy.
 
     Raises ValueError as `token_logprobs` and `ppo_loss` do.
     """
@@ -269,11 +272,12 @@ def fused_linear_ppo_loss(
         float(softcap or 0.0),
         ignore_index,
         list(_bounds("clip", clip)),
-        float(is_cap or INF),
+        float(is_cap or UNCAPPED),
         float(entropy_coef),
         return_entropy or entropy_coef != 0,
         aggregation,
         needs,
+        batch_invariant(deterministic),
         backend,
     )
     if any(needs):

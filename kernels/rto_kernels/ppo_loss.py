@@ -31,6 +31,8 @@ from ._token_torch import ppo_loss_torch
 from .gae import WHITEN_MIN_VAR, combine_moments, whiten_moments
 
 INF = float("inf")
+# The cap of importance weights that have none: a finite weight times a zero advantage is 0.
+UNCAPPED = torch.finfo(torch.float32).max
 
 
 class PPOStats(NamedTuple):
@@ -501,7 +503,7 @@ def run_ppo_loss(
         denominator,
         *_bounds("clip", clip),
         bound,
-        float(is_cap or INF),
+        float(is_cap or UNCAPPED),
         float(entropy_coef),
         aggregation,
         correction,

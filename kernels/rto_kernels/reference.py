@@ -304,7 +304,7 @@ def ppo_loss(
         a = a.to(dtype)
         raw_weight = torch.ones_like(a) if sampler is None else (old[inside] - sampler[inside]).exp()
         weight = raw_weight.clamp(max=is_cap or torch.inf).detach()
-        gain = weight * a
+        gain = torch.where(a == 0, 0, weight * a)
         # A token without gain costs 0 whatever its ratio; hiding it from exp keeps 0·inf out of the gradient.
         log_ratio = lp[inside] - old[inside]
         ratio = torch.where(gain == 0, 0, log_ratio).exp()

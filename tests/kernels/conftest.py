@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from rto_kernels import _layout
+from rto_kernels import _chunked, _layout, logprob
 from rto_kernels._dispatch import INTERPRET
 
 settings.register_profile(
@@ -37,10 +37,16 @@ def nan_filled_memory():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """The interpreter scans a token at a time; blocks of 16 keep it quick, and 17 tokens cross one."""
+    """The interpreter scans a token at a time; blocks of 16 keep it quick, and 17 tokens cross one.
+
+    The PyTorch path's blocks are as small, so that a problem of a few tokens and words has several.
+    """
     if INTERPRET:
         monkeypatch.setattr(_layout, "BLOCK", 16)
         monkeypatch.setattr(_layout, "MERGE_ROWS", 2)
+    monkeypatch.setattr(_chunked, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(_chunked, "BLOCK_VOCAB", 32)
+    monkeypatch.setattr(logprob, "BLOCK_ELEMENTS", 256)
 
 
 @pytest.fixture(autouse=True)

@@ -118,4 +118,4 @@ def largest(*tensors) -> float:
 
 
 def bits(*tensors: torch.Tensor) -> list[bytes]:
-    return [t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors if t.numel()]
+    return [t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t.numel()]

@@ -1,5 +1,6 @@
 """Which backend runs, launch counting, and what a wrong argument is told."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -15,6 +16,50 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 def test_public_names_are_all_there():
     for name in rk.__all__:
         assert callable(getattr(rk, name))
+
+
+# What other codebases call: these arguments, in this order, with these defaults. Further ones are keywords.
+SIGNATURES = {
+    "token_logprobs": """hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
+        return_entropy=False, save_probs=False, process_group=None, vocab_start=None""",
+    "logprobs_from_logits": """logits, targets, *, temperature=1.0, ignore_index=-100, return_entropy=False,
+        inplace_backward=False""",
+    "token_rewards": """policy_logp, ref_logp, dpo_logp, scores, *, beta1, beta2, beta3=1.0, dpo_clip=0.0,
+        score_clip=10.0, dpo_ref_logp=None, cu_seqlens=None, mask=None""",
+    "logits_token_rewards": """policy_logits, ref_logits, dpo_logits, targets, scores, *, beta1, beta2, beta3=1.0,
+        temperature=1.0, dpo_clip=0.0, score_clip=10.0, cu_seqlens=None, mask=None""",
+    "fused_token_rewards": """hiddens, weights, targets, scores, *, beta1, beta2, beta3=1.0, temperature=1.0,
+        dpo_clip=0.0, score_clip=10.0, cu_seqlens=None, mask=None""",
+    "gae": 'rewards, values, *, gamma=1.0, lam=0.95, cu_seqlens=None, mask=None, gaps="zero", bootstrap=None',
+    "rewards_gae": """policy_logp, ref_logp, dpo_logp, scores, values, *, beta1, beta2, beta3=1.0, dpo_clip=0.0,
+        score_clip=10.0, dpo_ref_logp=None, gamma=1.0, lam=0.95, cu_seqlens=None, mask=None, gaps="zero",
+        bootstrap=None""",
+    "whiten_moments": "moments, group=None, *, correction=0",
+    "ppo_loss": """logp, old_logp, advantages, values=None, old_values=None, returns=None, *, clip=0.2, value_clip=0.2,
+        whiten=None, entropy=None, entropy_coef=0.0, sampler_logp=None, is_cap=None, aggregation="sequence",
+        denominator=None, cu_seqlens=None, mask=None""",
+    "gae_ppo_loss": """logp, old_logp, rewards, old_values, values=None, *, gamma=1.0, lam=0.95, gaps="zero",
+        bootstrap=None, clip=0.2, value_clip=0.2, entropy=None, entropy_coef=0.0, sampler_logp=None, is_cap=None,
+        aggregation="sequence", denominator=None, cu_seqlens=None, mask=None""",
+    "fused_linear_ppo_loss": """hidden, weight, targets, old_logp, advantages, *, bias=None, temperature=1.0,
+        softcap=None, ignore_index=-100, clip=0.2, whiten=None, entropy_coef=0.0, sampler_logp=None, is_cap=None,
+        aggregation="sequence", denominator=None, cu_seqlens=None, mask=None""",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_what_others_call(name):
+    def arguments(function):
+        return {k: (p.kind, p.default) for k, p in inspect.signature(function).parameters.items()}
+
+    promised = {}
+    exec(f"def f({SIGNATURES[name]}): pass", promised)
+    promised, ours = arguments(promised["f"]), arguments(getattr(rk, name))
+    assert {k: ours.get(k) for k in promised} == promised
+    positional = [k for k, (kind, _) in ours.items() if kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert positional == [k for k, (kind, _) in promised.items() if kind is not inspect.Parameter.KEYWORD_ONLY]
+    extra = {k: ours[k] for k in ours.keys() - promised.keys()}
+    assert all(default is not inspect.Parameter.empty for _, default in extra.values())
 
 
 def test_backend_follows_the_device():

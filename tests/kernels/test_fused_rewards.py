@@ -113,6 +113,22 @@ def test_same_bits_every_time_and_as_its_parts(backend, kind):
     assert bits(*rk.token_rewards(*logps, scores, **kw)) == bits(*first)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_batch_determinism(backend):
+    layout = sample("packed")
+    hiddens = [of_models(layout, 1, 13, torch.float32)[0] for _ in range(3)]
+    weights = [torch.randn(7, 13, generator=layout.generator).to(DEVICE) for _ in range(3)]
+    targets, scores = targets_of(layout, 7), layout.sequences()
+    kw = {**COEFFICIENTS, "deterministic": "batch", "backend": backend}
+    whole = rk.fused_token_rewards(hiddens, weights, targets, scores, cu_seqlens=layout.cu_seqlens, **kw)
+    for row, positions in enumerate(layout.rows):
+        at = torch.tensor(positions, dtype=torch.long, device=DEVICE)
+        alone = rk.fused_token_rewards(
+            [h[at][None] for h in hiddens], weights, targets[at][None], scores[row : row + 1], **kw
+        )
+        assert bits(*alone) == bits(*(x[at] for x in whole))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_targets_inside_the_mask(backend):
     layout = sample("packed")

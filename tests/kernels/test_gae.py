@@ -80,6 +80,20 @@ def test_equals_the_definition(backend, layout, dtype, gamma, lam, gaps, bootstr
     torch.testing.assert_close(out.moments.cpu(), moments_of(layout, out.advantages), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_arrival_counter_is_left_as_it_was_found(backend, module, monkeypatch):
+    """On a GPU one counter serves all launches of a stream: a launch that left it dirty would break the next."""
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for name in ("gae", "ppo_loss"):
+        monkeypatch.setattr(module(name), "arrival_counter", lambda device: counter)
+    layout = sample("packed")
+    x = [layout.tokens() for _ in range(5)]
+    runs = [rk.gae_ppo_loss(*x, **layout.kw, backend=backend) for _ in range(3)]
+    assert counter.item() == 0
+    for loss, estimate in runs[1:]:
+        assert bits(*estimate, *loss[:2], *loss.stats) == bits(*runs[0][1], *runs[0][0][:2], *runs[0][0].stats)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gaps", ["zero", "carry"])
 def test_a_gap_of_whole_blocks(backend, gaps):

@@ -98,6 +98,14 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
     assert largest <= BLOCK_TOKENS * BLOCK_VOCAB < n * vocab
 
 
+def test_batch_determinism():
+    x = inputs(40, 7, 13, 11, torch.float32)
+    whole = token_kl(**x, deterministic="batch")
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 20), slice(16, 40)):
+        part = token_kl(**(x | {k: x[k][rows] for k in ("hidden", "ref_hidden")}), deterministic="batch")
+        assert torch.equal(part.view(torch.int32), whole[rows].view(torch.int32))
+
+
 def test_bad_input_is_named():
     x = inputs(4, 9, 3, 2, torch.float32)
     with pytest.raises(ValueError, match="ref_hidden must have shape"):
@@ -108,3 +116,5 @@ def test_bad_input_is_named():
         token_kl(**(x | {"ref_weight": x["ref_weight"].bfloat16()}))
     with pytest.raises(ValueError, match="softcap must be"):
         token_kl(**x, softcap=-1.0)
+    with pytest.raises(ValueError, match="deterministic must be None or 'batch'"):
+        token_kl(**x, deterministic="yes")

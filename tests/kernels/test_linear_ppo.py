@@ -172,6 +172,28 @@ def test_same_bits_every_time(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_determinism(backend, monkeypatch):
+    """A token's log-prob and entropy have the same bits alone, and in chunks of another size."""
+    problem = Problem(sample("packed"), 13, 7)
+    kw = {"bias": problem.bias, "return_entropy": True, "deterministic": "batch", "backend": backend}
+    row = problem.hidden, problem.targets, problem.old_logp, problem.advantages
+
+    def run(rows, ends):
+        hidden, *rest = (x[rows] for x in row)
+        ends = torch.tensor(ends, device=DEVICE)
+        out = rk.fused_linear_ppo_loss(hidden, problem.weight, *rest, cu_seqlens=ends, **kw)
+        return out.logp, out.entropy
+
+    whole = run(slice(None), [0, 17, 56])
+    step = 16 if INTERPRET else 5  # numpy, the interpreter's product, adds up by a row's place in the tile
+    for rows in (slice(0, 17), slice(step, step + 1), slice(2 * step, 56)):
+        assert bits(*run(rows, [0, rows.stop - rows.start])) == bits(*(x[rows] for x in whole))
+    passes = module.linear_passes(backend)
+    monkeypatch.setattr(module, "linear_passes", lambda _: passes._replace(chunk_tokens=lambda vocab: 4 * step))
+    assert bits(*run(slice(None), [0, 17, 56])) == bits(*whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gradient_is_kept_without_a_copy_and_used_once(backend):
     problem = Problem(sample("packed"), 8, 40)
     leaves = [x.detach().requires_grad_() for x in problem.leaves]
@@ -238,7 +260,7 @@ def test_opcheck_and_one_graph(backend):
         module._linear_ppo,
         (hidden, weight, bias, problem.targets, problem.old_logp, problem.advantages, None, None, None,
          problem.layout.cu_seqlens, None, None, 1.0, 0.0, -100, [0.2, 0.2], 2.0, 0.0, False, "sequence",
-         [True, True, True], backend),
+         [True, True, True], False, backend),
     )  # fmt: skip
 
     def f(hidden, weight, targets, old_logp, advantages, **kw):

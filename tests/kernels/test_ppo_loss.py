@@ -209,6 +209,15 @@ def test_zero_advantage_is_exactly_zero_where_the_ratio_overflows(backend):
     assert logp.grad[0, 2] != 0
     off = rk.ppo_loss(logp, torch.zeros(1, 3, device=DEVICE), advantages * 0, clip=None, backend=backend)
     assert off.policy_loss == 0
+    # Nor where the importance weight overflows.
+    logp = torch.zeros(1, 3, device=DEVICE, requires_grad=True)
+    sampler = torch.tensor([[-500.0, 0.0, 0.0]], device=DEVICE)
+    for function in (rk.ppo_loss, reference.ppo_loss):
+        kw = {"backend": backend} if function is rk.ppo_loss else {}
+        out = function(logp, torch.zeros(1, 3, device=DEVICE), advantages, sampler_logp=sampler, **kw)
+        (grad,) = torch.autograd.grad(out.policy_loss, logp)
+        torch.testing.assert_close(out.policy_loss.item(), -1.0)
+        torch.testing.assert_close(grad, torch.tensor([[0.0, -2 / 3, -1 / 3]], device=DEVICE))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,6 +13,7 @@ FUNCTIONS = [name for name in rk.__all__ if name[0].islower()]
 ONLY_PUBLIC = {
     "backend",
     "save_probs",
+    "save_share",
     "process_group",
     "vocab_start",
     "inplace_backward",
