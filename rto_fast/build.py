@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import random
@@ -167,9 +168,9 @@ class Run:
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Continues from checkpoint `step`."""
         tensors = self.checkpoints.load(step, self.engines)
-        self.average.weights = tensors["average"]
-        torch.set_rng_state(tensors["rng"])
-        self.ahead = Rollout(**tensors["ahead"]) if tensors.get("ahead") else None
+        self.average.load(tensors["average"])
+        torch.set_rng_state(tensors["rng"].clone())
+        self.ahead = Rollout(**copy.deepcopy(tensors["ahead"])) if tensors.get("ahead") else None
         self.state = State(step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"])
         self.sync.push(version=step)
 

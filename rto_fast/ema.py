@@ -27,3 +27,8 @@ class WeightAverage:
                 self.weights[name].lerp_(new, 1 - self.decay)
             else:
                 self.weights[name] = new.clone()
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """A copy of the average that a checkpoint holds, where this rank keeps it."""
+        if self.holds:
+            self.weights = {name: tensor.clone() for name, tensor in weights.items()}

@@ -223,10 +223,13 @@ class Checkpoints:
         return step, record["state"]
 
     def load(self, step: int, engines: dict[str, TrainEngine]) -> dict[str, Any]:
-        """Loads the engines' state and returns the tensors saved beside them."""
+        """Loads the engines' state and returns the tensors saved beside them.
+
+        Those are maps of the file, so that no rank holds what it does not need: copy what is kept.
+        """
         for name, engine in engines.items():
             engine.load(self._folder(step), name)
-        return torch.load(self._folder(step) / "tensors.pt", weights_only=False)
+        return torch.load(self._folder(step) / "tensors.pt", weights_only=False, mmap=True)
 
     def _check(self, record: dict[str, Any], path: Path) -> None:
         theirs = record["config"]

@@ -53,8 +53,10 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index: int) -> Row:
-        return Row(self.prompts[index], tuple(response[index] for response in self.responses))
+    def __getitem__(self, index):
+        """An int gives a Row, a slice other Rows."""
+        parts = self.prompts[index], *(response[index] for response in self.responses)
+        return Rows(*parts) if isinstance(index, slice) else Row(parts[0], parts[1:])
 
 
 class Stage(Protocol):

@@ -44,6 +44,23 @@ def test_average_of_the_policy(tiny, tmp_path, monkeypatch):
     assert any((ema[n] != seen[-1][n]).any() for n in ema)
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_average_comes_back_to_the_rank_that_keeps_it(tiny, tmp_path, monkeypatch, holds):
+    """On the others it would take the memory of a model in fp32 for nothing."""
+    from rto_fast import build
+    from rto_fast.config import RTOConfig
+    from rto_fast.ema import WeightAverage
+
+    settings = {"iterations": 1, "save_every": 1, "ema_decay": 0.75, "report": False, "sync_proof": False}
+    saved = run_rto(tiny, tmp_path / "run", **settings).average.weights
+    monkeypatch.setattr(build, "WeightAverage", lambda decay, **_: WeightAverage(decay, holds=holds))
+    config = RTOConfig(**small_run(tiny, tmp_path / "run", prompt_key="prompt", **settings, resume="auto"))
+    resumed = build.build(config)
+    resumed.logger.close()
+    assert resumed.average.weights.keys() == (saved.keys() if holds else set())
+    assert all(torch.equal(t, saved[n]) for n, t in resumed.average.weights.items())
+
+
 def test_warm_up_trains_the_critic_alone(tiny, tmp_path):
     run_rto(tiny, tmp_path / "run", iterations=2, critic_warmup=2, policy_lr=1e-2, critic_lr=1e-2)
     policy, start = (load_file(f"{f}/model.safetensors") for f in (tmp_path / "run" / "policy", tiny.policy))

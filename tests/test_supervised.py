@@ -31,6 +31,7 @@ def test_rows_leave_their_tokens_in_the_datas_arrays():
     assert taken < 100_000
     assert len(rows) == ROWS
     assert rows[7] == Row(prompts[7], (chosen[7], rejected[7]))
+    assert list(rows[6:9]) == [rows[i] for i in (6, 7, 8)]
     assert sum(row.tokens for row in rows) == ROWS * 4 * LENGTH
     with pytest.raises(IndexError):
         rows[ROWS]
