@@ -207,11 +207,9 @@ def test_a_row_has_the_bits_it_has_alone(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "vocab"), [(13, 7), (24, 97), (64, 2100)])
+@pytest.mark.parametrize(("width", "vocab"), [(13, 7), (24, 97)])
 @pytest.mark.parametrize("kw", [{}, {"softcap": 3.0}, {"save_probs": torch.bfloat16}], ids=["", "softcap", "kept"])
 def test_batch_determinism_holds_on_both_paths(backend, dtype, width, vocab, kw):
-    if backend == "triton" and vocab > 100:
-        pytest.skip("takes the interpreter minutes")
     problem = Problem(40, width, vocab, dtype, bias=True, ignored=0)
     assert not bits_change(problem, deterministic="batch", backend=backend, **kw)
 
