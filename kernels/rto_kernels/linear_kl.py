@@ -111,12 +111,12 @@ def token_kl(
 ) -> Tensor:
     """KL(p_ref ‖ p) of each token's next-token distribution, nats; see the top of this file.
 
-        hidden      [N, H] bf16, fp16, fp32 or fp64; weight [V, H] of its dtype; bias [V] or None
-        ref_hidden  [N, H'] of the same dtype; ref_weight [V, H'] (H' may differ, the vocabulary may not); ref_bias
-        returns     [N] fp32 (fp64 for fp64)
+    hidden      [N, H] bf16, fp16, fp32 or fp64; weight [V, H] of its dtype; bias [V] or None
+    ref_hidden  [N, H'] of the same dtype; ref_weight [V, H'] (H' may differ, the vocabulary may not); ref_bias
+    returns     [N] fp32 (fp64 for fp64)
 
-        Differentiable once, in hidden, weight and bias; the reference takes no gradient. Peak memory beyond inputs and
-        gradients is a few blocks, whatever N · V. `deterministic="batch"`: a token's bits do not depend on the others,
+    Differentiable once, in hidden, weight and bias; the reference takes no gradient. Peak memory beyond inputs and
+    gradients is a few blocks, whatever N · V. `deterministic="batch"`: a token's bits do not depend on the others,
     at the cost of one row a product. Raises ValueError for a wrong shape, dtype or device.
     """
     check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
