@@ -31,6 +31,8 @@ VLLM = {"rollout_engine": "vllm", "vllm_max_sequences": 16, "policy_lr": 0.01}
 RESUMABLE = {"iterations": 3, "save_every": 1, "resume": "auto"}
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 """The smallest heads that vLLM's attention on a CPU has."""
+ROUNDING = 5e-5
+"""Nats by which fp32 log-probs of these models may differ from fp64; on one kind of processor it was 2.4e-5."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_log_probs_before_and_after_a_push(models, make, tmp_path):
     engine, requests, sampling = make(models.policy), requests_of(12, 80), Sampling(16, 0.7, (2,))
     first = engine.generate(requests, sampling, quiet)
     torch.testing.assert_close(
-        first.sampler_logp.double(), reference_logp(models.policy, first, 0.7), atol=2e-5, rtol=0
+        first.sampler_logp.double(), reference_logp(models.policy, first, 0.7), atol=ROUNDING, rtol=0
     )
     weights = moved(models.policy, 0.3)
     stats = engine.push(weights.items(), 4)
@@ -115,7 +117,9 @@ def test_log_probs_before_and_after_a_push(models, make, tmp_path):
     second = engine.generate(requests, sampling, quiet)
     assert (first.version, second.version) == (0, 4)
     assert (reference_logp(models.policy, second, 0.7) - second.sampler_logp).abs().max() > 0.1
-    torch.testing.assert_close(second.sampler_logp.double(), reference_logp(tmp_path, second, 0.7), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        second.sampler_logp.double(), reference_logp(tmp_path, second, 0.7), atol=ROUNDING, rtol=0
+    )
     turned = engine.generate(requests[::-1], sampling, quiet).select(range(11, -1, -1))
     assert torch.equal(turned.tokens, second.tokens)
     assert torch.equal(turned.sampler_logp, second.sampler_logp)
@@ -195,6 +199,7 @@ def test_a_model_that_cannot_be_split(tied, one_rank):
         VLLMEngine(tied.policy, CPU, torch.float32, max_length=64, tensor_parallel=3)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_step_that_hangs_ends_the_process(tied, make, monkeypatch):
     """One that returns late, for that matter, gives way to a new engine; here both come to pass."""
     engine, codes = make(tied.policy), []
@@ -246,7 +251,7 @@ def test_every_token_agrees_after_each_of_three_steps(tied, untied, tmp_path, la
     for settings in runs:
         log, exact = rows(Path(settings["output_dir"])), settings["dtype"] == "fp32"
         assert len(log) == 4, settings
-        assert all(row["sampler/logp_diff_max"] < (5e-5 if exact else 0.25) for row in log), (settings, log)
+        assert all(row["sampler/logp_diff_max"] < (ROUNDING if exact else 0.25) for row in log), (settings, log)
         assert log[-1]["kl/response"] > 0.1, settings  # the weights did move
         assert all(row["sync/bytes"] > 0 for row in log), settings
 
@@ -270,7 +275,7 @@ def test_ranks_that_share_an_engine_agree_with_the_trainer(tied, untied, tmp_pat
     for settings in runs:
         log = rows(Path(settings["output_dir"]))
         assert len(log) == 4, settings
-        assert all(row["sampler/logp_diff_max"] < 5e-5 for row in log), (settings, log)
+        assert all(row["sampler/logp_diff_max"] < ROUNDING for row in log), (settings, log)
         assert log[-1]["kl/response"] > 0.1, settings  # the weights did move
         assert all(row.get("rollout/dropped", 0) == 8 * settings.get("rollout_oversample", 0) for row in log)
     first, alone = rows(tmp_path / "2-tied")[0], rows(whole)[0]
