@@ -188,7 +188,7 @@ def style(method: str) -> dict[str, Any]:
 
 def draw_curves(results: Results, path: Path) -> None:
     """True reward against samples and against KL."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for method in RL:
         if cells := results.of(method):
             left.plot(*mean_curve(cells, "samples"), label=method, **style(method))
@@ -203,7 +203,7 @@ def draw_curves(results: Results, path: Path) -> None:
             right.annotate(method, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
     left.set(xlabel="responses drawn", ylabel="true reward")
     right.set(xlabel="KL to SFT, nats a response", ylabel="true reward", xscale="symlog")
-    left.legend(fontsize=7, ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     save(figure, path)
 
 
