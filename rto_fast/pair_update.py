@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from rto_fast.packing import PackedBatch
 from rto_fast.ppo_update import Share, TrainBatch, UpdateStats
 
 
-class PairBatch(TrainBatch):
+class PairBatch(TrainBatch, ABC):
     """The pairs of one optimiser step, each within one micro-batch; losses are divided by the batch's pairs."""
 
     def __init__(self, run: Run, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
@@ -23,9 +25,9 @@ class PairBatch(TrainBatch):
         lens = rollout.response_lens.to(run.placement.device)
         self.totals = torch.segment_reduce(targets.rewards, "sum", lengths=lens)
 
+    @abstractmethod
     def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, algo.PairStats]:
         """[P, 2] log(pi / pi_old) of the two responses, [P] difference of their rewards -> the batch's share."""
-        raise NotImplementedError
 
     def update_policy(self, step: int) -> UpdateStats:
         config, policy = self.run.config, self.run.policy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,16 +43,16 @@ REFERENCED: dict[str, Callable[[Pairs, DPOConfig], Tensor]] = {
 """Objectives that need the reference's summed log-probs and nothing more."""
 
 
-class PairStage(Stage):
+class PairStage(Stage, ABC):
     """Pairs of responses with a loss and two implicit rewards each."""
 
     def __init__(self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig) -> None:
         self.name = config.objective.upper().replace("_", "-")
         self.model, self.train, self.held_out, self.config = model, train, held_out, config
 
+    @abstractmethod
     def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         """[P] each: the pairs' losses, and the implicit rewards of chosen and rejected."""
-        raise NotImplementedError
 
     def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
         loss, chosen, rejected = self.judge(model, batch)
