@@ -27,9 +27,8 @@ from rto_fast.reference_cache import reference_logps
 from rto_fast.stages import SFT, RewardModel
 from rto_fast.supervised import Row, train_step
 
-BUDGETS = (1, 512, 4096)
-"""Tokens of a micro-batch: every sequence alone, some together, all together."""
-STAGES = (2, 3)
+CASES = ((2, 1), (2, 512), (2, 4096), (3, 1), (3, 512))
+"""(ZeRO stage, tokens of a micro-batch): every sequence alone, some together, all together."""
 RESPONSES = (1, 7)
 """Responses of a whole iteration: fewer than ranks, and an odd number."""
 SEQUENCES = 23
@@ -133,13 +132,12 @@ def main() -> None:
     distributed.init()
     torch.set_num_threads(1)
     found = {}
-    for stage in STAGES:
-        for budget in BUDGETS:
-            with tempfile.TemporaryDirectory() as folder:
-                root = Path(distributed.broadcast_object(folder))
-                found[stage, budget] = rl(paths, stage, budget, root / "rl")
-                found[stage, budget] |= supervised(paths, stage, budget, root / "supervised")
-                distributed.barrier()
+    for stage, budget in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(distributed.broadcast_object(folder))
+            found[stage, budget] = rl(paths, stage, budget, root / "rl")
+            found[stage, budget] |= supervised(paths, stage, budget, root / "supervised")
+            distributed.barrier()
     for responses in RESPONSES:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(distributed.broadcast_object(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from recipe_helpers import SHARED, flags_of, needs_shared, run_deepspeed
+from recipe_helpers import SHARED, flags_of, needs_shared, run_deepspeed, run_recipe
 
 pytestmark = needs_shared
 MODEL, STORIES, MESSAGES = (
@@ -84,9 +84,8 @@ def test_messages_that_do_not_fit_are_skipped_and_counted(tmp_path):
     assert figures(tmp_path / "dpo")[-1]["eval/loss"] > 0
 
 
-def test_a_length_beyond_the_models_positions_is_refused(tmp_path):
+def test_a_length_beyond_the_models_positions_is_refused(tmp_path, one_rank, monkeypatch, capsys):
     settings = SHORT | {"model": MODEL, "data": MESSAGES, "output_dir": tmp_path / "dpo", "max_length": 513}
-    result = run_deepspeed("dpo_llama3.py", flags_of(settings))
-    assert result.returncode == 2, result.output
-    assert result.output.count("error: max_length") == 1
+    assert run_recipe("dpo_llama3.py", flags_of(settings), monkeypatch) == 2
+    assert capsys.readouterr().err.count("error: max_length") == 1
     assert not (tmp_path / "dpo").exists()
