@@ -185,12 +185,17 @@ SECTIONS = {
 }
 
 
+def _heed_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and what they start would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(command: Command, seconds: float, log: Path) -> tuple[int | None, str]:
     """(exit status, output); None where it was stopped at its limit, with every process it had started."""
     with log.open("a") as out:
         process = subprocess.Popen(
             command.argv, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **command.env}, stdout=out,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts,
         )  # fmt: skip
         try:
             status = process.wait(timeout=max(1.0, seconds))
