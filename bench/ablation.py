@@ -62,11 +62,15 @@ def without_packing() -> Iterator[None]:
         yield
 
 
-def _head_on_every_position(self, batch, *, temperatures=(1.0,), entropy=False):
-    hidden = models._hidden(self.lm.base_model, batch)
+def _head_on_every_position(self, batch, read=None):
+    """The head reads every other position too, forward only, and that is dropped."""
+    hidden, head = models._hidden(self.lm.base_model, batch), self.lm.get_output_embeddings()
     following = torch.cat([batch.tokens[1:], batch.tokens[:1]])
-    logps, surprise = self.lm.get_output_embeddings()(hidden, following, temperatures, entropy)
-    return logps[:, batch.state_positions], surprise[batch.state_positions]
+    others = torch.ones_like(following, dtype=torch.bool)
+    others[batch.state_positions] = False
+    with torch.no_grad():
+        head(hidden[others], following[others], models.token_logprobs)
+    return head(hidden[batch.state_positions], batch.response_tokens, read or models.token_logprobs)
 
 
 def without_response_only_head():
@@ -85,10 +89,22 @@ def _eager_token_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0
     return logp, -(log_p.exp() * log_p).sum(-1)
 
 
+def _eager_linear_ppo_loss(
+    hidden, weight, targets, old_logp, advantages, *, bias, temperature, softcap, entropy_coef, return_entropy, **how
+):
+    assert return_entropy
+    logp, entropy = _eager_token_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, return_entropy=True
+    )
+    entropy = entropy if entropy_coef else entropy.detach()
+    return rto_kernels.ppo_loss(logp, old_logp, advantages, entropy=entropy, entropy_coef=entropy_coef, **how)
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(models, "token_logprobs", _eager_token_logprobs))
+        stack.enter_context(mock.patch.object(rto_kernels, "fused_linear_ppo_loss", _eager_linear_ppo_loss))
         for name in ("token_rewards", "gae", "ppo_loss"):
             plain = partial(getattr(rto_kernels, name), backend="torch")
             stack.enter_context(mock.patch.object(rto_kernels, name, plain))

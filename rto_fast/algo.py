@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import rto_kernels
 import torch
-from rto_kernels import PPOLoss
+from rto_kernels import LinearPPOLoss, PPOLoss
 from torch import Tensor
 
 from rto_fast.advantages import ESTIMATORS, pair
@@ -49,6 +49,31 @@ def targets(
 
 
 def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    old_logp: Tensor,
+    advantages: Tensor,
+    whiten: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor,
+    denominator: Tensor,
+    config: RTOConfig,
+) -> LinearPPOLoss:
+    """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus, read from the lm_head.
+
+    hidden [R, H], weight [V, H]; all token tensors [R]. The gradients come with the loss: no logits are computed twice.
+    """
+    return rto_kernels.fused_linear_ppo_loss(
+        hidden, weight, targets, old_logp, advantages, bias=bias, temperature=config.temperature, softcap=softcap,
+        clip=config.clip, whiten=whiten, entropy_coef=config.entropy_coef, return_entropy=True,
+        aggregation=config.loss_aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def sampled_policy_loss(
     logp: Tensor,
     entropy: Tensor,
     old_logp: Tensor,
@@ -57,19 +82,15 @@ def policy_loss(
     cu_seqlens: Tensor,
     denominator: Tensor,
     config: RTOConfig,
-    sampler_logp: Tensor | None = None,
+    sampler_logp: Tensor,
 ) -> PPOLoss:
-    """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus; all token tensors [R].
-
-    sampler_logp: where given, each token is weighted by min(exp(old_logp - sampler_logp), is_cap).
-    """
+    """The same from log-probs, each token weighted by min(exp(old_logp - sampler_logp), is_cap); token tensors [R]."""
     if not config.entropy_coef:  # logged alone: its backward pass is spared
         entropy = entropy.detach()
     return rto_kernels.ppo_loss(
         logp, old_logp, advantages, clip=config.clip, whiten=whiten, entropy=entropy,
         entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation, denominator=denominator,
-        cu_seqlens=cu_seqlens, sampler_logp=sampler_logp,
-        is_cap=config.is_cap if sampler_logp is not None else None,
+        cu_seqlens=cu_seqlens, sampler_logp=sampler_logp, is_cap=config.is_cap,
     )  # fmt: skip
 
 

@@ -337,7 +337,7 @@ class Judge:
         """B tensors of the response tokens' log-probs under `policy`, fp32, nats."""
         out: list[torch.Tensor] = [torch.empty(0)] * len(rollout)
         for index, batch in self.placement.micro(rollout.sequences(), rollout.prompt_lens.tolist()):
-            for i, logp in zip(index, policy(batch)[0][0].split(batch.cu_responses.diff().tolist()), strict=True):
+            for i, logp in zip(index, policy(batch).split(batch.cu_responses.diff().tolist()), strict=True):
                 out[i] = logp
         return out
 

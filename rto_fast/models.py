@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,16 @@ SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
 _LOGIT_SCALES = ("logits_scaling", "logit_scale")
 
 
-class LogProbHead(nn.Linear):
-    """The lm_head, asked for log-probs instead of logits: [N, V] never exists.
+Read = Callable[..., Any]
+"""What an lm_head is asked for in place of logits, on R positions: a function of
+
+    hidden [R, H], weight [V, H], targets [R] int64, *, bias [V] or None, softcap
+
+such as a kernel, or one with its other arguments filled in."""
+
+
+class LMHead(nn.Linear):
+    """The lm_head that lends its weight to a kernel: [N, V] logits never exist.
 
     Called as a module, so that DeepSpeed's ZeRO-3 hooks gather and release its weight.
     """
@@ -34,52 +42,42 @@ class LogProbHead(nn.Linear):
     softcap: float | None
 
     @classmethod
-    def share(cls, linear: nn.Linear, softcap: float | None) -> LogProbHead:
+    def share(cls, linear: nn.Linear, softcap: float | None) -> LMHead:
         """A head on the same parameters (a tied embedding stays tied)."""
         head = cls(1, 1, bias=False, device="meta")
         head.in_features, head.out_features = linear.in_features, linear.out_features
         head.weight, head.bias, head.softcap = linear.weight, linear.bias, softcap
         return head
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor, temperatures: tuple[float, ...], entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [R, H], targets [R] int64 -> log-probs [len(temperatures), R] and entropy [R], fp32.
-
-        The entropy is that at the first temperature, and zeros unless asked for.
-        """
-        logps, mean_surprise = [], torch.zeros(targets.shape, device=targets.device)
-        for temperature in temperatures:
-            out = token_logprobs(
-                hidden, self.weight, targets,
-                bias=self.bias, temperature=temperature, softcap=self.softcap,
-                return_entropy=entropy and not logps,
-            )  # fmt: skip
-            if isinstance(out, tuple):
-                out, mean_surprise = out
-            logps.append(out)
-        return torch.stack(logps), mean_surprise
+    def forward(self, hidden: Tensor, targets: Tensor, read: Read) -> Any:
+        return read(hidden, self.weight, targets, bias=self.bias, softcap=self.softcap)
 
 
-class TokenKLHead(LogProbHead):
-    """The lm_head, asked for log-probs and for the divergence from a reference's whole distribution."""
+def logps_at(temperatures: Sequence[float]) -> Read:
+    """A read of the targets' log-probs (nats) at each temperature, [len(temperatures), R] fp32."""
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor, ref_hidden: Tensor, ref_head: LogProbHead
-    ) -> tuple[Tensor, Tensor]:
-        """hidden, ref_hidden [R, H], targets [R] int64 -> log-probs [R] and KL(pi_ref || pi) [R], fp32, nats."""
-        logp = token_logprobs(hidden, self.weight, targets, bias=self.bias, softcap=self.softcap)
+    def read(*args: Tensor, **head: Any) -> Tensor:
+        return torch.stack([token_logprobs(*args, temperature=t, **head) for t in temperatures])
+
+    return read
+
+
+def logp_and_kl(ref_hidden: Tensor, ref_head: LMHead) -> Read:
+    """A read of log-probs [R] and of KL(pi_ref || pi) [R], fp32, nats; ref_hidden [R, H] and its head: `states`."""
+
+    def read(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
+        logp = token_logprobs(hidden, weight, targets, **head)
         kl = token_kl(
-            hidden, self.weight, ref_hidden, ref_head.weight, bias=self.bias, ref_bias=ref_head.bias,
-            softcap=self.softcap, ref_softcap=ref_head.softcap,
+            hidden, weight, ref_hidden, ref_head.weight,
+            ref_bias=ref_head.bias, ref_softcap=ref_head.softcap, **head,
         )  # fmt: skip
         return logp, kl
 
+    return read
+
 
 class PolicyModel(nn.Module):
-    """A causal language model that answers with log-probs of given tokens at given positions."""
-
-    head_type = LogProbHead
+    """A causal language model that answers with what a kernel reads at the positions before given tokens."""
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
@@ -89,39 +87,21 @@ class PolicyModel(nn.Module):
         for name in _LOGIT_SCALES:
             if getattr(lm.config, name, None) not in (None, 1, 1.0):
                 raise ConfigError(f"model: {type(lm).__name__} scales its logits ({name}); it is not supported")
-        softcap = getattr(lm.config, "final_logit_softcapping", None)
-        if not isinstance(head, self.head_type):
-            lm.set_output_embeddings(self.head_type.share(head, softcap))
+        lm.set_output_embeddings(LMHead.share(head, getattr(lm.config, "final_logit_softcapping", None)))
         self.lm = lm
 
-    def forward(
-        self, batch: PackedBatch, *, temperatures: tuple[float, ...] = (1.0,), entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs (nats) of the R response tokens, and the entropy (nats) of the distributions they came from.
-
-        -> [len(temperatures), R] and [R] (zeros unless asked for; at the first temperature), fp32.
-        """
+    def forward(self, batch: PackedBatch, read: Read | None = None) -> Any:
+        """What `read` finds at the R response tokens; by default their log-probs (nats), [R] fp32."""
         hidden = _hidden(self.lm.base_model, batch)[batch.state_positions]
-        return self.lm.get_output_embeddings()(hidden, batch.response_tokens, temperatures, entropy)
+        return self.lm.get_output_embeddings()(hidden, batch.response_tokens, read or token_logprobs)
 
-    def states(self, batch: PackedBatch) -> tuple[Tensor, LogProbHead, Tensor]:
+    def states(self, batch: PackedBatch) -> tuple[Tensor, LMHead, Tensor]:
         """Hidden states [R, H] before the response tokens, the head that reads them, and the log-probs [R] fp32.
 
         For a model whose weights are whole on this rank.
         """
         hidden, head = _hidden(self.lm.base_model, batch)[batch.state_positions], self.lm.get_output_embeddings()
-        return hidden, head, head(hidden, batch.response_tokens, (1.0,), False)[0][0]
-
-
-class TokenKLPolicy(PolicyModel):
-    """A policy that also says how far each of its next-token distributions is from a reference's."""
-
-    head_type = TokenKLHead
-
-    def forward(self, batch: PackedBatch, ref_hidden: Tensor, ref_head: LogProbHead) -> tuple[Tensor, Tensor]:
-        """ref_hidden, ref_head: from the reference's `states` -> log-probs [R] and KL(pi_ref || pi) [R], fp32, nats."""
-        hidden = _hidden(self.lm.base_model, batch)[batch.state_positions]
-        return self.lm.get_output_embeddings()(hidden, batch.response_tokens, ref_hidden, ref_head)
+        return hidden, head, head(hidden, batch.response_tokens, token_logprobs)
 
 
 class ScalarHead(nn.Linear):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 
 import torch
+from rto_kernels import token_logprobs
 from torch import Tensor
 
 from rto_fast import algo
@@ -33,8 +35,8 @@ class PairBatch(TrainBatch, ABC):
         config, policy = self.run.config, self.run.policy
 
         def loss(batch: PackedBatch, share: Share) -> tuple[Tensor, algo.PairStats]:
-            logp, _ = policy(batch, temperatures=(config.temperature,))
-            change = logp[0] - self.scores.old_logp[share.tokens]
+            logp = policy(batch, partial(token_logprobs, temperature=config.temperature))
+            change = logp - self.scores.old_logp[share.tokens]
             log_ratios = torch.segment_reduce(change, "sum", lengths=batch.cu_responses.diff()).view(-1, 2)
             first, second = self.totals[share.sequences].view(-1, 2).unbind(1)
             return self.pair_loss(log_ratios, first - second)

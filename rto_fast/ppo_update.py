@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rto_kernels import PPOStats
@@ -70,11 +71,12 @@ class TrainBatch:
 
         def loss(batch: PackedBatch, share: Share) -> LossAndStats:
             r = share.tokens
-            logp, entropy = policy(batch, temperatures=(config.temperature,), entropy=True)
-            out = algo.policy_loss(
-                logp[0], entropy, self.scores.old_logp[r], self.targets.advantages[r], self.targets.whiten,
-                batch.cu_responses, self.denominator, config,
+            read = partial(
+                algo.policy_loss,
+                old_logp=self.scores.old_logp[r], advantages=self.targets.advantages[r], whiten=self.targets.whiten,
+                cu_seqlens=batch.cu_responses, denominator=self.denominator, config=config,
             )  # fmt: skip
+            out = policy(batch, read)
             return out.policy_loss, out.stats
 
         return self._update(policy, loss, step, PPOStats)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rto_fast import distributed, preference
+from rto_fast import distributed, models, preference
 from rto_fast.assembly import FrozenModel
 from rto_fast.config import DPOConfig, require
 from rto_fast.data import PreferenceData
@@ -77,8 +77,7 @@ class Referenced(PairStage):
         self.reference = reference
 
     def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
-        logp, _ = model(batch.packed)
-        logp = batch.sequence_sums(logp[0])
+        logp = batch.sequence_sums(model(batch.packed))
         pairs = Pairs(logp, batch.looked_up(self.reference).to(logp.device), batch.lengths)
         chosen, rejected = pairs.ratios
         loss = REFERENCED[self.config.objective](pairs, self.config)
@@ -89,8 +88,7 @@ class SimPO(PairStage):
     """Mean log-probs of a token, no reference."""
 
     def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
-        logp, _ = model(batch.packed)
-        logp, lens, config = batch.sequence_sums(logp[0]), batch.lengths, self.config
+        logp, lens, config = batch.sequence_sums(model(batch.packed)), batch.lengths, self.config
         loss = preference.simpo_loss(*logp.unbind(1), *lens.unbind(1), beta=config.simpo_beta, gamma=config.simpo_gamma)
         return loss, *(config.simpo_beta * logp / lens).unbind(1)
 
@@ -99,8 +97,7 @@ class MPPO(PairStage):
     """One chosen response against any number of rejected ones; no reference. Rewards are mean log-probs of a token."""
 
     def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
-        logp, _ = model(batch.packed)
-        sums = torch.segment_reduce(logp[0], "sum", lengths=batch.packed.cu_responses.diff())
+        sums = torch.segment_reduce(model(batch.packed), "sum", lengths=batch.packed.cu_responses.diff())
         mean = (sums / batch.packed.cu_responses.diff())[batch.place]
         negatives = torch.tensor([len(row.responses) - 1 for row in batch.rows], device=mean.device)
         first = torch.cat([negatives.new_zeros(1), (negatives + 1).cumsum(0)[:-1]])
@@ -121,14 +118,14 @@ class TDPO(PairStage):
         self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig,
         reference: FrozenModel,
     ) -> None:  # fmt: skip
-        """model: a models.TokenKLPolicy; reference: a models.PolicyModel, not partitioned."""
+        """reference: a models.PolicyModel, not partitioned."""
         super().__init__(model, train, held_out, config)
         self.reference = reference
 
     def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             ref_hidden, ref_head, ref_logp = self.reference.module.states(batch.packed)
-        logp, kl = model(batch.packed, ref_hidden, ref_head)
+        logp, kl = model(batch.packed, models.logp_and_kl(ref_hidden, ref_head))
         ratios = batch.sequence_sums(logp - ref_logp).unbind(1)
         kls, config = batch.sequence_sums(kl).unbind(1), self.config
         if config.objective == "tdpo1":
@@ -191,16 +188,16 @@ class KTO(Stage):
         rows = [self.answers[held_out].mismatched[i] for i in index]
         table, total = self.mismatched_reference[held_out], torch.zeros((), dtype=torch.float64)
         for batch in held_out_batches(rows, placement):
-            logp, _ = model(batch.packed)
+            logp = model(batch.packed)
             if batch.index:
-                ratio = batch.sequence_sums(logp[0])[:, 0].double().cpu() - table[[index[i] for i in batch.index], 0]
+                ratio = batch.sequence_sums(logp)[:, 0].double().cpu() - table[[index[i] for i in batch.index], 0]
                 total += ratio.sum()
         self.kl = preference.kto_baseline(distributed.sum_over_ranks(total), len(rows)).float().to(placement.device)
 
     def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
         config = self.config
-        logp, _ = model(batch.packed)
-        ratio = (batch.sequence_sums(logp[0]) - batch.looked_up(self.reference).to(logp.device))[:, 0]
+        logp = batch.sequence_sums(model(batch.packed))
+        ratio = (logp - batch.looked_up(self.reference).to(logp.device))[:, 0]
         desirable = batch.looked_up(self.desirable).to(ratio.device)
         loss = preference.kto_loss(
             ratio, desirable, self.kl, beta=config.beta, desirable_weight=config.kto_desirable_weight,

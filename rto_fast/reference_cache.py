@@ -34,8 +34,7 @@ def reference_logps(model: nn.Module, rows: Sequence[Row], placement: Placement)
     """Summed log-prob of each row's responses, [rows, responses a row] fp32 on the CPU, the same on every rank."""
     mine: dict[int, Tensor] = {}
     for batch in held_out_batches(rows, placement, held_out=False) if rows else ():
-        logp, _ = model(batch.packed)
-        sums = batch.sequence_sums(logp[0]).float().cpu()
+        sums = batch.sequence_sums(model(batch.packed)).float().cpu()
         mine |= dict(zip(batch.index, sums.unbind(0), strict=False))
     merged = {i: t for part in distributed.gather_objects(mine) for i, t in part.items()}
     return torch.stack([merged[i] for i in range(len(rows))]) if rows else torch.zeros(0, 2)

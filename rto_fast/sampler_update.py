@@ -9,7 +9,10 @@ first forward over the batch, so that the ratio of the first pass over a rollout
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from rto_kernels import token_logprobs
 
 from rto_fast import algo, distributed
 from rto_fast.packing import PackedBatch
@@ -24,13 +27,14 @@ class SamplerBatch(TrainBatch):
         old_logp, sampler_logp = self.scores.old_logp, self.rollout.sampler_logp.to(device)
         here = self.rollout.response_index(self.index).to(device)
         unseen = bool(old_logp[here].isnan().any())
+        read = partial(token_logprobs, temperature=config.temperature, return_entropy=True)
 
         def loss(batch: PackedBatch, share: Share) -> LossAndStats:
             r = share.tokens
-            logp, entropy = policy(batch, temperatures=(config.temperature,), entropy=True)
-            old_logp[r] = torch.where(old_logp[r].isnan(), logp[0].detach().float(), old_logp[r])
-            out = algo.policy_loss(
-                logp[0], entropy, old_logp[r], self.targets.advantages[r], self.targets.whiten,
+            logp, entropy = policy(batch, read)
+            old_logp[r] = torch.where(old_logp[r].isnan(), logp.detach(), old_logp[r])
+            out = algo.sampled_policy_loss(
+                logp, entropy, old_logp[r], self.targets.advantages[r], self.targets.whiten,
                 batch.cu_responses, self.denominator, config, sampler_logp[r],
             )  # fmt: skip
             return out.policy_loss, out.stats

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import distributed
+from rto_fast import distributed, models
 from rto_fast.assembly import FrozenModel
 from rto_fast.batch import Rollout, Scores
 from rto_fast.config import RTOConfig
@@ -113,12 +113,11 @@ def _token_scores(
     temperatures = (config.temperature,) if config.temperature == 1 else (config.temperature, 1.0)
     out: list[tuple[Tensor, ...] | None] = [None] * len(local)
     for index, batch in placement.micro(local.sequences(), local.prompt_lens.tolist()):
-        reference = scorers.reference(batch)[0][0]
-        policy = [torch.full_like(reference, math.nan)]
-        if config.scores_policy:
-            policy, _ = scorers.policy(batch, temperatures=temperatures)
-        dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)[0][0]
-        dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)[0][0]
+        reference = scorers.reference(batch)
+        unknown = torch.full_like(reference, math.nan)[None]
+        policy = scorers.policy(batch, models.logps_at(temperatures)) if config.scores_policy else unknown
+        dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)
+        dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)
         # One critic forward: the values of all states, and of the state after each last token.
         states = torch.cat([batch.state_positions, batch.last_positions])
         values = scorers.critic(batch, states) if scorers.critic else torch.zeros(states.shape, device=states.device)

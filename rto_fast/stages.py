@@ -49,8 +49,7 @@ class SFT(Stage):
         self.model, self.train, self.held_out = model, train, held_out
 
     def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
-        logp, _ = model(batch.packed)
-        return -logp[0].sum(), {}
+        return -model(batch.packed).sum(), {}
 
     def count(self, rows: Sequence[Row]) -> float:
         return float(sum(len(r) for row in rows for r in row.responses))
@@ -197,9 +196,8 @@ def _tdpo(config: DPOConfig, common: _Common) -> TDPO:
     train, held_out = map(pair_rows, data.load_preferences(config, common.tokenizer, common.template))
     device = common.placement.device
     reference = _load_reference(config, common).eval().requires_grad_(False).to(device)
-    model = models.load_policy(config.model, argument="model", **common.loading)
     whole = FrozenModel(reference, device, parks=False)
-    return TDPO(models.TokenKLPolicy(model.lm), train, held_out, config, whole)
+    return TDPO(models.load_policy(config.model, argument="model", **common.loading), train, held_out, config, whole)
 
 
 def _kto(config: DPOConfig, common: _Common) -> KTO:

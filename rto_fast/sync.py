@@ -14,8 +14,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from rto_kernels import token_logprobs
 from torch import Tensor, nn
 
 from rto_fast import distributed
@@ -232,9 +234,9 @@ class WeightSync:
     def _gap(self, rollout: Rollout, temperature: float) -> Gap:
         logp = torch.zeros_like(rollout.sampler_logp)
         for index, batch in self.placement.micro(rollout.sequences(), rollout.prompt_lens.tolist()):
-            out, _ = self.policy.evaluate(batch, temperatures=(temperature,))
+            out = self.policy.evaluate(batch, partial(token_logprobs, temperature=temperature))
             if index:
-                logp[rollout.response_index(index)] = out[0].float().cpu()
+                logp[rollout.response_index(index)] = out.float().cpu()
         gap = (logp - rollout.sampler_logp).abs()
         parts = distributed.gather_objects((float(gap.sum()), gap.numel(), float(gap.max()) if gap.numel() else 0.0))
         sums, counts, most = zip(*parts, strict=True)

@@ -28,8 +28,8 @@ def gradients(tiny, folder, stage: int, budget: int) -> torch.Tensor:
 
     def loss(index: list[int]) -> torch.Tensor:
         chosen = [sequences[i] for i in index]
-        logp, _ = engine(PackedBatch.make(chosen, [3] * len(index), torch.device("cpu"), "sdpa"))
-        return -logp[0].sum() / sum(lens)
+        logp = engine(PackedBatch.make(chosen, [3] * len(index), torch.device("cpu"), "sdpa"))
+        return -logp.sum() / sum(lens)
 
     with watched_gradients(engine) as seen:
         engine.update(micro_batches(range(len(lens)), lens, budget), loss, step=0)

@@ -222,8 +222,8 @@ def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(tiny, tmp_path
 def with_infinite_loss(honest):
     """A policy loss whose value and gradient are not finite: an advantage is infinite."""
 
-    def broken(logp, entropy, old_logp, advantages, *rest):
-        return honest(logp, entropy, old_logp, advantages + float("inf"), *rest)
+    def broken(*args, advantages, **rest):
+        return honest(*args, advantages=advantages + float("inf"), **rest)
 
     return broken
 
@@ -231,9 +231,9 @@ def with_infinite_loss(honest):
 def with_nan_gradient(honest):
     """A policy loss with its own finite value and a gradient of NaN."""
 
-    def broken(logp, *rest):
-        out = honest(logp, *rest)
-        return out._replace(policy_loss=out.policy_loss + (0 * logp.sum()).sqrt())
+    def broken(hidden, *args, **rest):
+        out = honest(hidden, *args, **rest)
+        return out._replace(policy_loss=out.policy_loss + (0 * hidden.sum()).sqrt())
 
     return broken
 

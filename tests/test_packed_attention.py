@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from loop_helpers import ROOT
+from rto_kernels import token_logprobs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.attention import PACKED, PackedLayout, packed_attention, resolve_attention
 from rto_fast.batch import Request, Rollout
-from rto_fast.models import load_policy, load_scalar
+from rto_fast.models import load_policy, load_scalar, logps_at
 from rto_fast.packing import PackedBatch, Placement, balance, micro_batches, plan
 
 VOCAB = 50
@@ -116,7 +117,11 @@ def test_policy_is_as_each_sequence_alone(folder, lengths):
         entropies.append(-(rows[0].exp() * rows[0]).sum(-1)[start - 1 : -1])
     expected, expected_entropy = torch.cat(logps, 1), torch.cat(entropies)
 
-    logp, entropy = ours(batch, temperatures=(0.7, 1.0), entropy=True)
+    def read(*args, **head):
+        _, entropy = token_logprobs(*args, temperature=0.7, return_entropy=True, **head)
+        return logps_at((0.7, 1.0))(*args, **head), entropy
+
+    logp, entropy = ours(batch, read)
     assert logp.shape == (2, sum(r for _, r in lengths))
     close(logp.detach(), expected.detach(), relative=1e-6)
     close(entropy.detach(), expected_entropy.detach(), relative=1e-6)
@@ -157,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(folder):
         model = load_policy(folder, dtype=torch.float32, attention=PACKED, argument="policy").train()
         if checkpointed:
             model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        logp, _ = model(batch)
+        logp = model(batch)
         logp.square().sum().backward()
         results.append((logp.detach(), gradients(model.lm)))
     (plain, plain_grads), (checked, checked_grads) = results
@@ -174,9 +179,9 @@ def test_neighbours_are_not_seen(folder):
     model = load_policy(folder, dtype=torch.float32, attention=PACKED, argument="policy")
     cpu = torch.device("cpu")
     cut = [r for _, r in lengths]
-    before = model(PackedBatch.make(sequences, prompts, cpu, "sdpa"))[0][0].split(cut)
+    before = model(PackedBatch.make(sequences, prompts, cpu, "sdpa")).split(cut)
     sequences[4] = (sequences[4] - 3 + 7) % (VOCAB - 3) + 3
-    after = model(PackedBatch.make(sequences, prompts, cpu, "sdpa"))[0][0].split(cut)
+    after = model(PackedBatch.make(sequences, prompts, cpu, "sdpa")).split(cut)
     for i, (x, y) in enumerate(zip(before, after, strict=True)):
         if i == 4:
             assert (x - y).abs().max() > 0.01
@@ -236,7 +241,7 @@ def test_placement_gives_every_sequence_its_own_place(folder):
     for budget in (1, 12, 1000):
         placement = Placement(torch.device("cpu"), "sdpa", lockstep=False, micro_tokens=budget)
         for index, batch in placement.micro(sequences, prompts):
-            pieces = model(batch)[0][0].split(batch.cu_responses.diff().tolist())
+            pieces = model(batch).split(batch.cu_responses.diff().tolist())
             for i, piece in zip(index, pieces, strict=True):
                 assert piece.numel() == LENGTHS["unequal"][i][1]
                 close(piece, seen.setdefault(i, piece), relative=1e-5)
