@@ -3,7 +3,7 @@
 deepspeed recipes/dpo_llama3.py --output-dir runs/dpo
 """
 
-from rto_fast import cli, stages
+from rto_fast import cli
 from rto_fast.config import DPOConfig
 
 DEFAULTS = DPOConfig(
@@ -15,4 +15,4 @@ DEFAULTS = DPOConfig(
 )
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, stages.train_dpo)
+    cli.main(DEFAULTS, "rto_fast.stages:train_dpo")

@@ -7,9 +7,9 @@ import dataclasses
 
 from rto_llama3 import DEFAULTS as RTO
 
-from rto_fast import cli, trainer
+from rto_fast import cli
 
 DEFAULTS = dataclasses.replace(RTO, beta1=0.0, dpo_model="", output_dir="runs/ppo_llama3")
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, trainer.train)
+    cli.main(DEFAULTS, "rto_fast.trainer:train")

@@ -3,7 +3,7 @@
 deepspeed recipes/rm_llama3.py --output-dir runs/rm
 """
 
-from rto_fast import cli, stages
+from rto_fast import cli
 from rto_fast.config import RMConfig
 
 DEFAULTS = RMConfig(
@@ -15,4 +15,4 @@ DEFAULTS = RMConfig(
 )
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, stages.train_rm)
+    cli.main(DEFAULTS, "rto_fast.stages:train_rm")

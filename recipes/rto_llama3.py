@@ -3,7 +3,7 @@
 deepspeed recipes/rto_llama3.py --output-dir runs/rto
 """
 
-from rto_fast import cli, trainer
+from rto_fast import cli
 from rto_fast.config import RTOConfig
 
 DEFAULTS = RTOConfig(
@@ -15,4 +15,4 @@ DEFAULTS = RTOConfig(
 )
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, trainer.train)
+    cli.main(DEFAULTS, "rto_fast.trainer:train")

@@ -6,4 +6,4 @@ deepspeed recipes/rto_tiny.py
 from rto_fast import cli, demo
 
 if __name__ == "__main__":
-    cli.main(demo.DemoConfig(), demo.run)
+    cli.main(demo.DemoConfig(), "rto_fast.demo:run")

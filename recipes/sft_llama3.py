@@ -3,7 +3,7 @@
 deepspeed recipes/sft_llama3.py --model meta-llama/Meta-Llama-3-8B --data my_chats.jsonl --output-dir runs/sft
 """
 
-from rto_fast import cli, stages
+from rto_fast import cli
 from rto_fast.config import SFTConfig
 
 DEFAULTS = SFTConfig(
@@ -14,4 +14,4 @@ DEFAULTS = SFTConfig(
 )
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, stages.train_sft)
+    cli.main(DEFAULTS, "rto_fast.stages:train_sft")

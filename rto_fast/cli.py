@@ -11,20 +11,15 @@ import dataclasses
 import difflib
 import logging
 import os
+import pkgutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
-import datasets
-import transformers
 import tyro
 
-from rto_fast import distributed
 from rto_fast.config import ConfigError, RunConfig
-from rto_fast.engine import Diverged
-from rto_fast.rewards import RewardError
-from rto_fast.rollout import RolloutError, SyncError
 from rto_fast.watchdog import STOPPED
 
 C = TypeVar("C", bound=RunConfig)
@@ -53,37 +48,58 @@ def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = 
     return config
 
 
-def main(defaults: C, run: Callable[[C], object]) -> None:
+def main(defaults: C, run: str) -> None:
     """Parses the flags into a config like `defaults` and runs it; errors of the user's become one line.
 
+    run: "module:function", imported once the flags are known to be right: it takes seconds that --help need not wait.
     Exits with REFUSED or STOPPED (see the module), and with a traceback on anything unforeseen.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
-    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported by rto_fast.sources
-    transformers.logging.disable_progress_bar()
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.ExitStack() as stack:
-            if os.environ.get("RANK", "0") != "0":
+            if not speaks:
                 sink = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stderr(sink))
                 stack.enter_context(contextlib.redirect_stdout(sink))
             config = parse(defaults)
         config.validate()
-        run(config)
     except ConfigError as error:
-        _stop(error, REFUSED)
+        _stop(error, REFUSED, speaks)
+    except SystemExit as stop:
+        if stop.code and not speaks:
+            time.sleep(_QUIET_SECONDS)
+        raise
+    _run(config, run)
+
+
+def _run(config: RunConfig, run: str) -> None:
+    import datasets
+    import transformers
+
+    from rto_fast import distributed
+    from rto_fast.engine import Diverged
+    from rto_fast.rewards import RewardError
+    from rto_fast.rollout import RolloutError, SyncError
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported by rto_fast.sources
+    transformers.logging.disable_progress_bar()
+    try:
+        pkgutil.resolve_name(run)(config)
+    except ConfigError as error:
+        _stop(error, REFUSED, distributed.speaks())
     except (Diverged, RewardError, RolloutError, SyncError) as error:
-        _stop(error, STOPPED)
+        _stop(error, STOPPED, distributed.speaks())
     except SystemExit as stop:
         if stop.code and not distributed.speaks():
             time.sleep(_QUIET_SECONDS)
         raise
 
 
-def _stop(error: Exception, code: int) -> NoReturn:
-    """Ends this rank; the first rank to come here prints the error."""
-    if distributed.speaks():
+def _stop(error: Exception, code: int, speaks: bool) -> NoReturn:
+    """Ends this rank; the one that speaks prints the error."""
+    if speaks:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(_QUIET_SECONDS)

@@ -275,4 +275,4 @@ def _first_turn(turns: Any, at: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.main(GenerateConfig(), generate)
+    cli.main(GenerateConfig(), "rto_fast.generate:generate")
