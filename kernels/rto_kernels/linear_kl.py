@@ -116,8 +116,9 @@ def token_kl(
     returns     [N] fp32 (fp64 for fp64)
 
     Differentiable once, in hidden, weight and bias; the reference takes no gradient. Peak memory beyond inputs and
-    gradients is a few blocks, whatever N · V. `deterministic="batch"`: a token's bits do not depend on the others,
-    at the cost of one row a product. Raises ValueError for a wrong shape, dtype or device.
+    gradients is a few blocks, whatever N · V. On a GPU the backward pass waits for the device once, to leave rows
+    out. `deterministic="batch"`: a token's bits do not depend on the others, at the cost of one row a product.
+    Raises ValueError for a wrong shape, dtype or device.
     """
     check_tensor("hidden", hidden, shape=(None, None), expect="[N, H]", dtypes=FLOATS_TORCH)
     n, width = hidden.shape
