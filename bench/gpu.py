@@ -11,6 +11,8 @@
     determinism  20 runs of every kernel on the same inputs
     sanitizer    compute-sanitizer's memcheck and racecheck on small sizes
     largest      the largest batch of a Llama-3-8B shape, and a step with offload
+    tune         tiles for Llama-3-8B's lm_head, into logs/tiles.json; with RTO_KERNELS_TILES naming that file
+                 `--sections kernels` measures them
 
 Each section is a process of its own with a time box. It writes bench/results/<device>.json as it goes, so that a
 kill loses the case in flight at most; what did not fit is in there as not run, with the reason. Only `python
@@ -168,6 +170,19 @@ def hazards(folder: Path, outputs: list[str]) -> dict:
     return found
 
 
+def tune(minutes: float, folder: Path, toy: bool) -> list[Command]:
+    shape = ["--hidden", "4096", "--vocab", "128256", "--minutes", f"{minutes - 0.5:.2f}"]
+    if toy:
+        shape = ["--hidden", "32", "--vocab", "70", "--tokens", "8", "--dtype", "float32", "--minutes", "0.05"]
+    env = {"RTO_KERNELS_TILES": str(folder / "tiles.json")} | ({"TRITON_INTERPRET": "1"} if toy else {})
+    return [Command([PYTHON, "-m", "rto_kernels.tune", *shape], env)]
+
+
+def found_tiles(folder: Path, outputs: list[str]) -> dict:
+    lines = [line for text in outputs for line in text.splitlines()]
+    return {"tried": sum(line.startswith("  ") for line in lines), "outcome": lines[-1] if lines else ""}
+
+
 def last_lines(folder: Path, outputs: list[str]) -> dict:
     """What a script had to say, for where it did not run."""
     lines = [line for text in outputs for line in text.splitlines() if line.startswith("not run: ")]
@@ -182,6 +197,7 @@ SECTIONS = {
     "determinism": Section(4, 0.5, determinism, last_lines),
     "sanitizer": Section(4, 2, sanitizer, hazards),
     "largest": Section(6, 2, largest, last_lines),
+    "tune": Section(4, 1.5, tune, found_tiles),
 }
 
 

@@ -40,7 +40,7 @@ def paths(bench, one_rank, tmp_path_factory):
 
 
 def test_sections_run_and_report_on_a_cpu(tmp_path):
-    sections = ["tests", "ceilings", "determinism", "kernels", "sanitizer"]
+    sections = ["tests", "ceilings", "determinism", "kernels", "sanitizer", "tune"]
     argv = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--minutes", "8", "--out", tmp_path]
     run = subprocess.run([*argv, "--sections", *sections], capture_output=True, text=True, timeout=540)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -52,6 +52,8 @@ def test_sections_run_and_report_on_a_cpu(tmp_path):
         assert results["sections"][name]["status"] == "passed", results["sections"][name]
     assert results["sections"]["tests"]["passed"] == results["sections"]["tests"]["tests"] > 0
     assert results["sections"]["sanitizer"]["status"] == "not run"
+    outcome = results["sections"]["tune"]["outcome"]
+    assert outcome.startswith("written to ") or outcome == "nothing is faster than what is used already"
     assert not any(results["run"]["determinism"]["differing"].values())
     # Every time stands beside its floor, once the ceilings are there.
     ceilings, record = results["run"]["ceilings"], results["gae"]["64 × 512"]

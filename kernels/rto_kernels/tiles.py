@@ -2,13 +2,17 @@
 
 A choice depends on (H, V, dtype, chip), never on the number of tokens: that keeps a row's bits the same
 whatever its batch. Measured choices live in a JSON file that outlives the process ($RTO_KERNELS_TILES, else
-~/.cache/rto_kernels/tiles.json); `remember` writes it, and what it lacks is answered by the defaults below.
+~/.cache/rto_kernels/tiles.json); `python -m rto_kernels.tune` writes it, and what it lacks is answered by the
+defaults below.
 """
 
 import functools
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,8 +124,23 @@ def _key(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) ->
     return f"{chip} H{width} V{vocab} {8 * itemsize}bit {'tma' if descriptors else 'pointers'}"
 
 
+_trial: ContextVar[Tiles | None] = ContextVar("trial", default=None)
+
+
+@contextmanager
+def trying(choice: Tiles) -> Iterator[None]:
+    """Inside, every problem is given these tiles."""
+    token = _trial.set(choice)
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
 def choose(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) -> Tiles:
     """The tiles for hidden [·, width] and weight [vocab, width] of `itemsize` bytes."""
+    if trial := _trial.get():
+        return trial
     if chip == "cpu":
         return _INTERPRETED
     measured = _measured(cache_path()).get(_key(width, vocab, itemsize, chip, descriptors))
