@@ -65,7 +65,7 @@ def test_token_logprobs(once, tokens, hidden, vocab):
     functions = {
         "ours": rk.token_logprobs,
         "ours, bf16 kept": partial(rk.token_logprobs, save_probs=torch.bfloat16),
-        "ours, 0.65 of bf16 kept": partial(rk.token_logprobs, save_probs=torch.bfloat16, save_share=0.65),
+        "ours, 0.7 of bf16 kept": partial(rk.token_logprobs, save_probs=torch.bfloat16, save_share=0.7),
         "products, fused epilogue": chunked_products(tokens),
         "chunked products": chunked_products(max(1, tokens // 4)),
         "log_softmax": through_logits(log_softmax_logp),

@@ -64,6 +64,17 @@ def test_only_the_loop_knows_the_loop():
     assert users <= {"demo"}
 
 
+SOFTMAX = {"softmax", "log_softmax", "logsumexp", "cross_entropy", "nll_loss", "logaddexp"}
+DISTRIBUTIONS = {"decoding", "tabular"}
+"""Sampling and tables of small token MDPs look at whole distributions."""
+
+
+@pytest.mark.parametrize("path", [p for n, p in TRAINER.items() if n not in DISTRIBUTIONS], ids=lambda p: p.stem)
+def test_log_probs_come_from_the_kernels_alone(path):
+    called = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    assert not called & SOFTMAX
+
+
 def test_kernels_is_a_plain_folder():
     """Hugging Face owns the package name `kernels`."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

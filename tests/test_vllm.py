@@ -240,7 +240,7 @@ def test_weights_that_diverged(tied, make):
 def test_every_token_agrees_after_each_of_three_steps(tied, untied, tmp_path, launch):
     """Each iteration's log-probs are those after the step and the sync before it; two ranks, one launch."""
     fp32 = [("fp32", zero, name) for zero in (2, 3) for name in ("tied", "untied")]
-    cases = [*fp32, ("bf16", 2, "tied"), ("bf16", 3, "untied")]
+    cases = [*fp32, ("bf16", 3, "tied")]
     runs = [
         small_run({"tied": tied, "untied": untied}[name], tmp_path / f"{dtype}-{zero}-{name}", **VLLM, iterations=4,
                   zero_stage=zero, dtype=dtype, report_samples=0)
