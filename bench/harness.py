@@ -32,6 +32,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # "quick" runs anywhere in minutes; "full" has the shapes that the goals are stated for.
 FULL = os.environ.get("RTO_BENCH", "quick") == "full"
+# 0: a single call of each gives its results, its time and its peak, for shapes of minutes.
 ROUNDS = int(os.environ.get("RTO_BENCH_ROUNDS", "30" if ON_GPU else "5"))
 # Names of peers, comma-separated, to be measured beside ours; empty: all.
 ONLY = tuple(filter(None, os.environ.get("RTO_BENCH_ONLY", "").split(",")))
@@ -125,24 +126,36 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"{field} not in /proc/self/status")
 
 
-def peak_bytes(contender: Contender) -> int | None:
-    """Peak memory of one call above what was held before it; None where it cannot be read."""
+def weighed(contender: Contender) -> tuple[dict[str, Tensor], float, int | None]:
+    """(results, seconds, peak bytes above what was held before) of one call; None where memory cannot be read."""
     gc.collect()
     if ON_GPU:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        contender()
+        start = clock()
+        results = contender()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return results, clock() - start, torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages freed by earlier calls must not hide this one's
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _resident("VmRSS")
-        contender()
-        return max(0, _resident("VmHWM") - before)
     except OSError:
-        return None
+        before = None
+    start = clock()
+    results = contender()
+    took = clock() - start
+    return results, took, None if before is None else max(0, _resident("VmHWM") - before)
+
+
+def peak_bytes(contender: Contender) -> int | None:
+    return weighed(contender)[2]
+
+
+def clock() -> float:
+    """Seconds of this process on one thread, else of the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def seconds(contender: Contender) -> float:
@@ -156,7 +169,6 @@ def seconds(contender: Contender) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     contender()
     return clock() - start
@@ -199,13 +211,19 @@ def compare(
         contenders = {n: c for n, c in contenders.items() if n.startswith("ours") or n in ONLY}
     expected = {name: x.clone() for name, x in reference().items()}
     rows: dict[str, dict] = {}
+    times: dict[str, list[float]] = {}
+    peaks: dict[str, int | None] = {}
     for name, contender in contenders.items():
         if name in floors:
             rows[name] = {"error": None}
+            _, took, peaks[name] = weighed(contender)
+            times[name] = [took]
             continue
         limit = tolerance[name] if isinstance(tolerance, dict) else tolerance
         try:
-            error = errors(contender(), expected)
+            results, took, peaks[name] = weighed(contender)
+            times[name] = [took]
+            error = errors(results, expected)
         except Exception as problem:  # a peer may fail in any way; ours is asserted on below
             rows[name] = {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
             continue
@@ -215,9 +233,9 @@ def compare(
     del expected
     right = [name for name, row in rows.items() if "failed" not in row]
     for name in right:
-        peak = peak_bytes(contenders[name])
+        peak = peak_bytes(contenders[name]) if rounds else peaks[name]
         rows[name]["peak_mb"] = None if peak is None else max(0, peak - held) / 1e6
-    times = {name: [] for name in right}
+    times = {name: [] if rounds else times[name] for name in right}
     for _ in range(rounds):
         for name in right:
             times[name].append(seconds(contenders[name]))
