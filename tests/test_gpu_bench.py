@@ -369,3 +369,24 @@ def test_the_end_to_end_table_has_every_path(bench, paths):
     ]  # fmt: skip
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert set(record["comparison"]) == {"ours", "without packing"}
+
+
+def test_without_rounds_one_call_gives_everything(bench, tmp_path, monkeypatch):
+    harness, calls = bench("harness"), []
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+
+    def contender(name: str, value: float):
+        def run():
+            calls.append(name)
+            return {"x": torch.full((1000,), value)}
+
+        return run
+
+    contenders = {"ours": contender("ours", 1.0), "wrong": contender("wrong", 2.0)}
+    record = harness.compare("kernel", "case", contenders, reference=contender("truth", 1.0), tolerance=1e-6, rounds=0)
+    assert calls == ["truth", "ours", "wrong"]
+    assert record["contenders"]["ours"]["ms"] > 0
+    assert record["contenders"]["ours"]["peak_mb"] >= 0
+    assert record["contenders"]["wrong"] == {
+        "error": 1.0, "errors": {"x": 1.0}, "failed": "relative error 1 > 1e-06",
+    }  # fmt: skip
