@@ -301,11 +301,13 @@ def _receive(worker: Any, weights: Iterator[tuple[str, Tensor]], received: Finge
     model = worker.model_runner.get_model()
     plain = model.load_weights
     filled: dict[str, int] = {}
+    plain_loaders: list[tuple[Tensor, Callable[..., Any]]] = []
 
     def load_weights(pairs: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> set[str]:
         # The engine has just laid out empty parameters; from here on each of their loaders reports.
         current: list[tuple[str, Tensor]] = []
         taken: list[Tensor] = []
+        plain_loaders.extend(_loaders(model))
         wanted = _watch(model, taken, filled)
 
         def close_last() -> None:
@@ -334,7 +336,15 @@ def _receive(worker: Any, weights: Iterator[tuple[str, Tensor]], received: Finge
             worker.reload_weights(weights_iterator=weights)
     finally:
         del model.load_weights
+        # vLLM lays the same parameters out at the next push: what still reported then would hold this push's tensors.
+        for parameter, loader in plain_loaders:
+            parameter.weight_loader = loader
     _repack_head(model)
+
+
+def _loaders(model: nn.Module) -> list[tuple[Tensor, Callable[..., Any]]]:
+    """(parameter, its loader) of all of the model's parameters that have one."""
+    return [(p, p.weight_loader) for p in model.parameters() if hasattr(p, "weight_loader")]
 
 
 def _watch(model: nn.Module, taken: list[Tensor], filled: dict[str, int]) -> dict[str, int]:

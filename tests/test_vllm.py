@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +171,22 @@ def test_sampling_stops_when_enough_prompts_are_whole(tied, make):
 
 
 # Pushes
+
+
+def test_a_push_leaves_nothing_behind(tied, make):
+    """No tensor of a push outlives it; else a long run would hold every version of its policy."""
+    engine, pushed = make(tied.policy), []
+    for version in range(3):
+        weights = moved(tied.policy, 0.1)
+        pushed += [weakref.ref(w) for w in weights.values()]
+        engine.push(weights.items(), version)
+        del weights
+    with pytest.raises(SyncError):
+        engine.push(iter([("model.norm.weight", torch.ones(3))]), 3)
+    engine.push(moved(tied.policy, 0.1).items(), 4)
+    gc.collect()
+    assert len(pushed) > 50
+    assert not [p for p in pushed if p() is not None]
 
 
 @pytest.mark.parametrize(
