@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
-# One more than processors: tests that start ranks leave some idle. At most 5, for memory.
-WORKERS ?= $(shell n=`nproc 2>/dev/null || echo 1`; [ $$n -lt 4 ] && echo $$((n + 1)) || echo 5)
 
 .PHONY: install install-vllm try-vllm demo test test-interpreted test-vllm test-vllm-serve lint bench clean
 
@@ -51,7 +49,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n $(WORKERS) --dist loadfile
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) -j2 test-interpreted try-vllm
 	@if $(MAKE) -q $(VLLM_VENV)/installed; then $(MAKE) test-vllm; else \
@@ -62,13 +60,13 @@ endif
 
 test-interpreted: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-	  $(BIN)/pytest tests/kernels -n $(WORKERS) --dist loadfile
+	  $(BIN)/pytest tests/kernels -n auto --maxprocesses 4 --dist loadfile
 
 try-vllm:
 	-@$(MAKE) install-vllm
 
 test-vllm: $(VLLM_VENV)/installed
-	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py -n $(WORKERS)
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py -n auto --maxprocesses 4
 
 # Servers in processes of their own: each start takes half a minute or more on a CPU, so that these tests stand apart.
 test-vllm-serve: $(VLLM_VENV)/installed
