@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from harness import ON_GPU, RUN, clocks, commit, save, versions
-from iteration import MISSING, SHAPES, Clock, Minutes, Shape, attempt, config_of, freed, random_model
 from transformers import AutoModelForCausalLM
+from workload import MISSING, SHAPES, Clock, Minutes, Shape, attempt, config_of, freed, random_model
 
 if not MISSING:
     from rto_fast import distributed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import rto_kernels
 import torch
@@ -48,49 +48,39 @@ def targets(
     )
 
 
+class PolicyTerms(NamedTuple):
+    """What a micro-batch's clipped policy loss takes beside the policy itself; token tensors [R] fp32."""
+
+    old_logp: Tensor
+    advantages: Tensor
+    whiten: tuple[Tensor, Tensor]
+    cu_seqlens: Tensor
+    denominator: Tensor
+
+
 def policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    old_logp: Tensor,
-    advantages: Tensor,
-    whiten: tuple[Tensor, Tensor],
-    cu_seqlens: Tensor,
-    denominator: Tensor,
-    config: RTOConfig,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, terms: PolicyTerms, config: RTOConfig, **head: Any
 ) -> LinearPPOLoss:
     """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus, read from the lm_head.
 
-    hidden [R, H], weight [V, H]; all token tensors [R]. The gradients come with the loss: no logits are computed twice.
+    hidden [R, H], weight [V, H], targets [R] int64; head: what a `models.Read` is given besides. The gradients come
+    with the loss: no logits are computed twice.
     """
     return rto_kernels.fused_linear_ppo_loss(
-        hidden, weight, targets, old_logp, advantages, bias=bias, temperature=config.temperature, softcap=softcap,
-        clip=config.clip, whiten=whiten, entropy_coef=config.entropy_coef, return_entropy=True,
-        aggregation=config.loss_aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
+        hidden, weight, targets, **terms._asdict(), **head, temperature=config.temperature, clip=config.clip,
+        entropy_coef=config.entropy_coef, return_entropy=True, aggregation=config.loss_aggregation,
     )  # fmt: skip
 
 
 def sampled_policy_loss(
-    logp: Tensor,
-    entropy: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    whiten: tuple[Tensor, Tensor],
-    cu_seqlens: Tensor,
-    denominator: Tensor,
-    config: RTOConfig,
-    sampler_logp: Tensor,
+    logp: Tensor, entropy: Tensor, sampler_logp: Tensor, *, terms: PolicyTerms, config: RTOConfig
 ) -> PPOLoss:
     """The same from log-probs, each token weighted by min(exp(old_logp - sampler_logp), is_cap); token tensors [R]."""
     if not config.entropy_coef:  # logged alone: its backward pass is spared
         entropy = entropy.detach()
     return rto_kernels.ppo_loss(
-        logp, old_logp, advantages, clip=config.clip, whiten=whiten, entropy=entropy,
-        entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation, denominator=denominator,
-        cu_seqlens=cu_seqlens, sampler_logp=sampler_logp, is_cap=config.is_cap,
+        logp, **terms._asdict(), clip=config.clip, entropy=entropy, entropy_coef=config.entropy_coef,
+        aggregation=config.loss_aggregation, sampler_logp=sampler_logp, is_cap=config.is_cap,
     )  # fmt: skip
 
 

@@ -36,7 +36,8 @@ def init() -> torch.device:
     if not dist.is_initialized():
         accelerator.set_device(local_rank)
         # On a CPU DeepSpeed would compile a shared-memory collective first: a minute, and a compiler. gloo does.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Looked up as an attribute, the dict would try a compiler on every one of its operators.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     return device()
 

@@ -66,17 +66,17 @@ class TrainBatch:
         shortest = units[min(range(len(units)), key=lambda u: tokens[u])]
         return [([i for u in part for i in units[u]], 1.0) if part else (shortest, 0.0) for part in share]
 
+    def policy_terms(self, batch: PackedBatch, share: Share) -> algo.PolicyTerms:
+        r, targets = share.tokens, self.targets
+        return algo.PolicyTerms(
+            self.scores.old_logp[r], targets.advantages[r], targets.whiten, batch.cu_responses, self.denominator
+        )
+
     def update_policy(self, step: int) -> UpdateStats:
         config, policy = self.run.config, self.run.policy
 
         def loss(batch: PackedBatch, share: Share) -> LossAndStats:
-            r = share.tokens
-            read = partial(
-                algo.policy_loss,
-                old_logp=self.scores.old_logp[r], advantages=self.targets.advantages[r], whiten=self.targets.whiten,
-                cu_seqlens=batch.cu_responses, denominator=self.denominator, config=config,
-            )  # fmt: skip
-            out = policy(batch, read)
+            out = policy(batch, partial(algo.policy_loss, terms=self.policy_terms(batch, share), config=config))
             return out.policy_loss, out.stats
 
         return self._update(policy, loss, step, PPOStats)

@@ -34,9 +34,8 @@ class SamplerBatch(TrainBatch):
             logp, entropy = policy(batch, read)
             old_logp[r] = torch.where(old_logp[r].isnan(), logp.detach(), old_logp[r])
             out = algo.sampled_policy_loss(
-                logp, entropy, old_logp[r], self.targets.advantages[r], self.targets.whiten,
-                batch.cu_responses, self.denominator, config, sampler_logp[r],
-            )  # fmt: skip
+                logp, entropy, sampler_logp[r], terms=self.policy_terms(batch, share), config=config
+            )
             return out.policy_loss, out.stats
 
         stats = self._update(policy, loss, step, PPOStats)

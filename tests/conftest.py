@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
-from loop_helpers import RENDEZVOUS, Launch, make_tiny_models
+from launches import RENDEZVOUS, Launch
+from loop_helpers import make_tiny_models
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny; threads only wait for one another
 
@@ -18,19 +20,19 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(args, ranks=1, env=None, timeout_s=300) -> Result; launch.start(args, ranks) -> a running Launch.
+    """launch(args, ranks=1, timeout_s=300) -> Result; launch.start(args, ranks) -> a running Launch.
 
     `args` follow `python`: a recipe or script and its flags. Ranks that still run at the test's end are killed.
     """
     started: list[Launch] = []
 
-    def start(args, ranks=1, env=None) -> Launch:
+    def start(args, ranks=1) -> Launch:
         log = tmp_path / f"launch{len(started)}.log"
-        started.append(Launch(args, ranks=ranks, log=log, env=env))
+        started.append(Launch(args, ranks=ranks, log=log))
         return started[-1]
 
-    def run(args, ranks=1, env=None, timeout_s=300):
-        return start(args, ranks, env).wait(timeout_s)
+    def run(args, ranks=1, timeout_s=300):
+        return start(args, ranks).wait(timeout_s)
 
     run.start = start
     yield run
@@ -44,7 +46,9 @@ def one_rank():
     before = {name: os.environ.get(name) for name in RENDEZVOUS}
     from rto_fast import distributed
 
+    gc.freeze()  # the imported modules live for ever, and ZeRO-3 collects garbage for every engine
     yield distributed.init()
+    gc.unfreeze()
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

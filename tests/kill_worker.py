@@ -1,23 +1,20 @@
-"""Runs that are killed: a forkserver's child trains and, where asked to, dies inside a checkpoint's writing.
+"""Runs that are killed: a fork trains and, where asked to, dies inside a checkpoint's writing.
 
-The server has imported everything, what a run would import late included, so that a life costs its training and no
-start-up. Nobody looks at the report of these runs, so none is drawn.
+Nobody looks at the report of these runs, so none is drawn.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from launches import become, environment, forks, free_port, rendezvous
 
 from rto_fast import engine, report, stages, trainer
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
@@ -28,10 +25,6 @@ RUNS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "rm": (RMConfig, stages.train_rm),
     "dpo": (DPOConfig, stages.train_dpo),
 }
-IMPORTED_LATE = [
-    "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3", "torch.utils.tensorboard",
-    "transformers.models.llama.modeling_llama",
-]  # fmt: skip
 
 
 def die_at(event: int, log: Path) -> None:
@@ -75,12 +68,7 @@ def die_at(event: int, log: Path) -> None:
 
 def live(kind: str, settings: dict[str, Any], env: dict[str, str], log: Path, event: int) -> None:
     """One life of a rank: exit code 0 where the run ended."""
-    os.environ.update(env, DS_ACCELERATOR="cpu")
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
-    torch.set_num_threads(1)
+    become(env, log)
     report.report_run = lambda folder, **_: folder
     if event:
         die_at(event, log)
@@ -89,24 +77,18 @@ def live(kind: str, settings: dict[str, Any], env: dict[str, str], log: Path, ev
 
 
 class Lives:
-    """Starts runs, on one or more ranks; each is a fork of one warm process."""
+    """Starts runs, on one or more ranks."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__, *IMPORTED_LATE])
 
     def start(self, kind: str, settings: dict[str, Any], *, ranks: int = 1, die_at: int = 0) -> list[Any]:
         """The processes of a run; die_at: see the function of this name (on every rank)."""
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        processes = []
-        for rank in range(ranks):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
-                   "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-            processes.append(self.context.Process(target=live, args=(kind, settings, env, self.log, die_at)))
-            processes[-1].start()
+        port = free_port()
+        env = [environment() | rendezvous(rank, ranks, port) for rank in range(ranks)]
+        processes = [forks().Process(target=live, args=(kind, settings, e, self.log, die_at)) for e in env]
+        for process in processes:
+            process.start()
         return processes
 
     def run(self, kind: str, settings: dict[str, Any], *, ranks: int = 1, die_at: int = 0) -> int:

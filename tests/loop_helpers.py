@@ -1,4 +1,4 @@
-"""Tiny models and data, and launches on several ranks, for the tests of the training loop.
+"""Tiny models and data for the tests of the training loop.
 
 Everything is made on the spot from random weights, so that nothing has to be downloaded.
 """
@@ -7,19 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables by which a process finds its ranks."""
 
 
 # Models and data
@@ -136,71 +128,6 @@ def small_run(tiny: TinyModels, output_dir: Path | str, **settings) -> dict[str,
         "max_prompt_length": 16, "max_response_length": 12, "gradient_checkpointing": False, "data_cache": False,
         "data_workers": 1, "report_samples": 2,
     } | settings  # fmt: skip
-
-
-# Launches
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a launch left behind."""
-
-    returncode: int
-    """That of the first rank that failed (negative: killed by that signal), else 0."""
-    output: str
-    """stdout and stderr of all ranks, as they came."""
-
-
-class Launch:
-    """`python args` on `ranks` ranks over gloo, each in a session of its own; ended when one of them fails."""
-
-    def __init__(self, args: Sequence[str | Path], *, ranks: int, log: Path, env: dict[str, str] | None = None) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        path = [ROOT / "kernels", ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", "")]
-        base = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS} | {
-            "PYTHONPATH": os.pathsep.join(str(p) for p in path if str(p)),
-            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1",
-            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        self.log = log
-        with log.open("wb") as sink:
-            self.processes = [
-                subprocess.Popen(
-                    [sys.executable, *map(str, args)], env=base | {"RANK": str(r), "LOCAL_RANK": str(r)} | (env or {}),
-                    stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-                )
-                for r in range(ranks)
-            ]  # fmt: skip
-
-    def wait(self, timeout_s: float = 300) -> Result:
-        """Until all ranks have ended, or one has failed (the others get a few seconds); kills at the time limit."""
-        deadline, failed = time.monotonic() + timeout_s, 0
-        while any(p.poll() is None for p in self.processes):
-            codes = [p.poll() for p in self.processes]
-            if not failed and any(codes):
-                failed = next(c for c in codes if c)
-                deadline = min(deadline, time.monotonic() + 10)
-            if time.monotonic() > deadline:
-                self.kill()
-                if not failed:
-                    raise TimeoutError(f"no end after {timeout_s:g} s:\n{self.output()}")
-            time.sleep(0.05)
-        failed = failed or next((p.returncode for p in self.processes if p.returncode), 0)
-        return Result(failed, self.output())
-
-    def kill(self) -> None:
-        """SIGKILL to every rank and what it started."""
-        for p in self.processes:
-            if p.poll() is None:
-                os.killpg(p.pid, signal.SIGKILL)
-        for p in self.processes:
-            p.wait()
-
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
 
 
 # Looking into engines

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from loop_helpers import RENDEZVOUS, ROOT, Result
+from launches import Result, environment, free_port
+from loop_helpers import ROOT
 
 SHARED = ROOT.parent / "shared"
 """Real models and data, where a checkout has them beside it."""
@@ -40,25 +39,14 @@ def run_recipe(recipe: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -
     return 0
 
 
-def run_deepspeed(
-    recipe: str, flags: list[str], *, ranks: int = 2, env: dict[str, str] | None = None, timeout_s: float = 480
-) -> Result:
+def run_deepspeed(recipe: str, flags: list[str], *, ranks: int = 2, timeout_s: float = 480) -> Result:
     """`deepspeed --num_accelerators ranks recipes/<recipe> flags` on CPUs, killed with all its ranks at the limit."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    path = [ROOT / "kernels", ROOT, os.environ.get("PYTHONPATH", "")]
-    base = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS} | {
-        "PYTHONPATH": os.pathsep.join(str(p) for p in path if str(p)),
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }  # fmt: skip
     command = [
-        "deepspeed", "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(port),
+        "deepspeed", "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(free_port()),
         f"recipes/{recipe}", *flags,
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, env=base | (env or {}), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
     try:

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import pytest
+import rto_kernels
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -196,13 +197,13 @@ def test_a_path_that_computes_something_else_has_no_figure(paths, monkeypatch):
     iteration, parts, rollout, _ = paths
     record = {"paths": {}, "not_run": {}}
     iteration.ours(parts, rollout, iteration.Clock(), record, "ours", 1)
-    monkeypatch.setattr(iteration.models, "token_logprobs", lambda *a, **kw: wrong(iteration, *a, **kw))
+    monkeypatch.setattr("rto_fast.models.token_logprobs", wrong)
     iteration.attempt(record, "wrong", lambda: iteration.ours(parts, rollout, iteration.Clock(), record, "wrong", 1))
     assert "wrong" not in record["paths"]
     assert "from ours" in record["not_run"]["wrong"]
 
 
-def wrong(iteration, hidden, weight, targets, **kw):
+def wrong(hidden, weight, targets, **kw):
     """Log-probs of a soft distribution: not what is asked for."""
     return sys.modules["ablation"]._eager_token_logprobs(hidden / 2, weight, targets, **kw)
 
@@ -210,7 +211,7 @@ def wrong(iteration, hidden, weight, targets, **kw):
 def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
     iteration, parts, rollout, _ = paths
     rows, tokens = [], []
-    original = iteration.models.token_logprobs
+    original = rto_kernels.token_logprobs
 
     def watched(hidden, *args, **kw):
         rows.append(len(hidden))
@@ -221,7 +222,7 @@ def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
         tokens.clear()
         with switched_off(), monkeypatch.context() as patch:
             if switched_off is not iteration.ABLATION["without fused kernels"]:
-                patch.setattr(iteration.models, "token_logprobs", watched)
+                patch.setattr("rto_fast.models.token_logprobs", watched)
             hook = parts.reference.lm.model.register_forward_pre_hook(
                 lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
             )

@@ -19,7 +19,7 @@ OBJECTIVES = ("policy", "critic", "sft", "rm", "dpo")
 @pytest.fixture(scope="module")
 def measured(tiny, tmp_path_factory):
     """{ranks: {(stage, budget): {objective: (loss, gradients, micro-batches of rank 0)}, responses: iteration}}."""
-    from loop_helpers import Launch
+    from launches import Launch
 
     folder, paths = tmp_path_factory.mktemp("invariance"), json.dumps(dataclasses.asdict(tiny))
     found = {}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from loop_helpers import ROOT, small_run
+from loop_helpers import small_run
 from safetensors.torch import load_file
 
 ITERATIONS = 12
@@ -26,14 +25,9 @@ MEASURED = ("time/", "rate/", "memory/", "run/", "sync/seconds")
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory):
-    """`kill_worker.Lives`, whose server finds the packages as this process does."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = [ROOT / "tests", ROOT / "kernels", ROOT, os.environ.get("PYTHONPATH", "")]
-        patch.setenv("PYTHONPATH", os.pathsep.join(str(p) for p in path if str(p)))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        from kill_worker import Lives
+    from kill_worker import Lives
 
-        yield Lives(tmp_path_factory.mktemp("lives") / "log")
+    return Lives(tmp_path_factory.mktemp("lives") / "log")
 
 
 def rows(path: Path) -> list[dict]:

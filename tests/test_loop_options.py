@@ -222,8 +222,8 @@ def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(tiny, tmp_path
 def with_infinite_loss(honest):
     """A policy loss whose value and gradient are not finite: an advantage is infinite."""
 
-    def broken(*args, advantages, **rest):
-        return honest(*args, advantages=advantages + float("inf"), **rest)
+    def broken(*args, terms, **rest):
+        return honest(*args, terms=terms._replace(advantages=terms.advantages + float("inf")), **rest)
 
     return broken
 

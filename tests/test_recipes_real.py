@@ -1,10 +1,14 @@
-"""The recipes on real models and data, two ranks, DeepSpeed's launcher: each stage takes the last one's folder."""
+"""The recipes on real models and data, two ranks: each stage takes the last one's folder.
+
+RTO under ZeRO-3 is started by DeepSpeed's launcher; the others' ranks start warm, with the same variables and flags.
+"""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from launches import Launch
 from recipe_helpers import SHARED, flags_of, needs_shared, run_deepspeed, run_recipe
 
 pytestmark = needs_shared
@@ -28,7 +32,7 @@ def chain(tmp_path_factory):
             "model": MODEL, "data": STORIES, "eval_split": "", "output_dir": root / name, "max_rows": 256,
             "max_length": 256, "eval_fraction": 0.125,
         }  # fmt: skip
-        result = run_deepspeed(recipe, flags_of(settings))
+        result = Launch([f"recipes/{recipe}", *flags_of(settings)], ranks=2, log=root / f"{name}.log").wait()
         assert result.returncode == 0, result.output
     return root
 
@@ -47,7 +51,7 @@ def test_dpo_learns(chain):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_rto_on_two_ranks(chain, tmp_path, stage):
+def test_rto_on_two_ranks(chain, tmp_path, launch, stage):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,7 +61,8 @@ def test_rto_on_two_ranks(chain, tmp_path, stage):
         "dtype": "fp32", "max_rows": 64, "rollout_batch": 16, "train_batch": 8, "iterations": 2,
         "max_prompt_length": 64, "max_response_length": 24, "policy_lr": 1e-4, "critic_lr": 1e-4, "zero_stage": stage,
     }  # fmt: skip
-    result = run_deepspeed("rto_llama3.py", flags_of(settings))
+    flags = flags_of(settings)
+    result = run_deepspeed("rto_llama3.py", flags) if stage == 3 else launch(["recipes/rto_llama3.py", *flags], ranks=2)
     assert result.returncode == 0, result.output
     assert "critic: starts from the reward model" in result.output
     rows = figures(tmp_path / "rto")
@@ -72,13 +77,13 @@ def test_rto_on_two_ranks(chain, tmp_path, stage):
         assert not torch.equal(policy(ids).logits, before(ids).logits)
 
 
-def test_messages_that_do_not_fit_are_skipped_and_counted(tmp_path):
+def test_messages_that_do_not_fit_are_skipped_and_counted(tmp_path, launch):
     """The model's context is 512 tokens; most of these pairs are longer."""
     settings = SHORT | {
         "model": MODEL, "data": MESSAGES, "eval_split": "", "output_dir": tmp_path / "dpo", "max_length": 512,
         "overlong": "skip", "batch": 64, "micro_tokens": 8192, "epochs": 0.25,
     }  # fmt: skip
-    result = run_deepspeed("dpo_llama3.py", flags_of(settings))
+    result = launch(["recipes/dpo_llama3.py", *flags_of(settings)], ranks=2)
     assert result.returncode == 0, result.output
     assert "1,200 rows, 240 kept, 960 skipped" in result.output
     assert figures(tmp_path / "dpo")[-1]["eval/loss"] > 0
