@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launches import Launch
 from loop_helpers import ROOT
 from recipe_helpers import flags_of
 
@@ -207,14 +206,8 @@ def command_of(folder: Path, **settings) -> list[str]:
     return ["bench/claim.py", "--quick", *flags_of(TINY | {"runs": folder, "out": folder / "out"} | settings)]
 
 
-def run_claim(folder: Path) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *command_of(folder)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
-
-
 def run_claim_here(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings) -> int:
-    """The same in this process, where no cell is left to be trained; its exit code."""
+    """The command in this process, where no cell is left to be trained; its exit code."""
     monkeypatch.setattr(sys, "argv", command_of(folder, **settings))
     try:
         runpy.run_path(str(ROOT / "bench" / "claim.py"), run_name="__main__")
@@ -226,8 +219,8 @@ def run_claim_here(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings) ->
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     folder = tmp_path_factory.mktemp("claim")
-    result = run_claim(folder)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = Launch(command_of(folder), ranks=1, log=folder / "log").wait(580)
+    assert result.returncode == 0, result.output
     return folder
 
 
@@ -304,7 +297,7 @@ def test_story_world(task, tmp_path, monkeypatch, one_rank):
     """Trained on a few rows: halves are disjoint, all parts are there, RTO runs and is judged."""
     ours, theirs = claim_stories.halves(0)
     assert not {r["prompt"] for r in ours} & {r["prompt"] for r in theirs}
-    monkeypatch.setattr(claim_stories, "halves", lambda seed: (ours[:96], theirs[:96]))
+    monkeypatch.setattr(claim_stories, "halves", lambda seed: (ours[:48], theirs[:48]))
     world = claim_stories.StoryWorld(tmp_path / "world", task, 0, 1, 16)
     found = claim_cells.run_cell(Cell(task, 0), lambda *_: world, tmp_path, "")
     assert found["judgement"]["win_rate"] == 0.5
