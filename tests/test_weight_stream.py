@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-
 import pytest
 import torch
 import torch.distributed as dist
+from launches import forks
 
 from rto_fast import weight_stream
 
@@ -36,7 +35,7 @@ def receiver(port: int, sets: int, out) -> None:
 @pytest.fixture
 def sender():
     """start(sets) -> (group, queue of what the other process received)."""
-    context, started = multiprocessing.get_context("spawn"), []
+    context, started = forks(), []
 
     def start(sets: int):
         store, out = weight_stream.open_store("127.0.0.1", 60), context.Queue()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 
 import datasets
 import pytest
 import torch
 import torch.distributed as dist
 from data_helpers import GOOD, ROWS, bad_file, preferences, prompts, sft, write_jsonl
+from launches import forks, free_port
 from test_template import byte_tokenizer
 
 from rto_fast import data as data_module
@@ -149,12 +149,10 @@ def test_two_ranks(tmp_path, tokenizer, template, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     good = write_jsonl(tmp_path / "d.jsonl", ROWS)
     bad = bad_file(tmp_path, "bad.jsonl", GOOD + "{broken\n")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's threads and process group
+    context = forks()
     out = context.Queue()
     folder = str(tmp_path / "cache")
+    port = free_port()
     ranks = [context.Process(target=_rank, args=(r, port, good, bad, folder, out)) for r in range(2)]
     for r in ranks:
         r.start()

@@ -1,10 +1,10 @@
 """What ahead-of-time compilation promises: no spills anywhere, wgmma and TMA on sm90. No GPU needed."""
 
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
+from launches import forks
 from rto_kernels import aot, linear_kernels, tiles
 from rto_kernels._dispatch import INTERPRET
 
@@ -36,7 +36,7 @@ def verdict(chip: str, index: int) -> tuple[str, str]:
 def test_nothing_spills_and_hopper_is_used(chip):
     count = len(heaviest(chip))
     # Launches hold compiled functions that do not pickle: the workers find them again by their place.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=forks()) as pool:
         verdicts = list(pool.map(verdict, [chip] * count, range(count), chunksize=4))
     assert not [v for v in verdicts if v[1]]
     names = {v[0].split()[0] for v in verdicts}

@@ -33,7 +33,7 @@ def clean(layout, x):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=15 if INTERPRET else 60)
+@settings(max_examples=8 if INTERPRET else 60)
 @given(
     layout=layouts(),
     vocab=st.sampled_from([1, 7, 64, 65, 100]),

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, build, check_error, largest, layouts, sample
+from launches import forks
 from rto_kernels import reference
 from rto_kernels._dispatch import INTERPRET, count_launches
 
@@ -266,7 +267,9 @@ def whiten_on_a_rank(rank: int, ranks: int, store: str, folder: str) -> None:
 @pytest.mark.skipif(INTERPRET, reason="communication does not depend on the backend; runs without TRITON_INTERPRET")
 def test_whitening_over_ranks():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(whiten_on_a_rank, args=(3, os.path.join(folder, "store"), folder), nprocs=3)
+        forks()
+        args = (3, os.path.join(folder, "store"), folder)
+        mp.start_processes(whiten_on_a_rank, args, nprocs=3, start_method="forkserver")
         ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(3)]
     everything = torch.cat([r["advantages"] for r in ranks]).double()
     for rank in ranks:

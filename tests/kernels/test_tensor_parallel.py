@@ -1,7 +1,6 @@
 """token_logprobs with the vocabulary split over gloo ranks, and weights that are not whole on this rank."""
 
 import itertools
-import multiprocessing
 import os
 import tempfile
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from kernel_checks import BACKENDS, bits
+from launches import forks
 from rto_kernels._dispatch import INTERPRET
 
 N, WIDTH, VOCAB = 13, 8, 50
@@ -44,8 +44,7 @@ def in_process_group(rank, world, path, body, *args):
 
 def spawn(world, body, *args):
     with tempfile.TemporaryDirectory() as folder:
-        # Forked from a server that has imported everything: this process may hold a process group of its own.
-        multiprocessing.set_forkserver_preload(["torch", "rto_kernels", "kernel_checks"])
+        forks()
         args = (world, os.path.join(folder, "store"), body, *args)
         mp.start_processes(in_process_group, args, nprocs=world, start_method="forkserver")
 
