@@ -45,18 +45,23 @@ class Served:
         return small_run(self.models, folder, **(base | settings))
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def served(request, one_rank, tmp_path_factory):
-    made = Served(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
+@pytest.fixture(scope="module")
+def tied(one_rank, tmp_path_factory):
+    made = Served(tmp_path_factory.mktemp("tied"), tied=True)
     yield made
     made.owner.close()
 
 
-@pytest.fixture
-def tied(served):
-    if not served.tied:
-        pytest.skip("shown with the tied model")
-    return served
+@pytest.fixture(scope="module")
+def untied(one_rank, tmp_path_factory):
+    made = Served(tmp_path_factory.mktemp("untied"), tied=False)
+    yield made
+    made.owner.close()
+
+
+@pytest.fixture(params=["tied", "untied"])
+def served(request):
+    return request.getfixturevalue(request.param)
 
 
 # Log-probs
@@ -220,14 +225,19 @@ def test_a_broken_sync_stops_the_run(tied, tmp_path, one_rank, monkeypatch, faul
 
 
 def kills_servers(monkeypatch, times: int) -> list[vllm_serve.Server]:
-    """The recipe's server is killed in the middle of the second rollout, and what replaces it; the victims so far."""
+    """The recipe's server is killed in the middle of the second rollout, and what replaces it; the victims so far.
+
+    One request is asked again of the dead server: the others' answers may all have come already.
+    """
     plain, victims = vllm_serve.VLLMServeEngine._ask, []
 
     async def ask(engine, client, url, body):
         answer = await plain(engine, client, url, body)
         if engine.version == 1 and len(victims) < times and engine.servers[0] not in victims:
             victims.append(engine.servers[0])
-            os.kill(victims[-1].process.pid, signal.SIGKILL)
+            victims[-1].process.kill()
+            victims[-1].process.wait()
+            return await plain(engine, client, url, body)
         return answer
 
     monkeypatch.setattr(vllm_serve.VLLMServeEngine, "_ask", ask)
