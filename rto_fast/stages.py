@@ -141,6 +141,9 @@ def train_rm(config: RMConfig) -> Path:
     common = _prepare(config)
     parts = data.load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(pair_rows, parts)
+    if not held_out and distributed.rank() == 0:
+        print("warning: no pair is held out (eval_fraction 0): the model gets no mean and std to normalise its scores by",
+              flush=True)  # fmt: skip
 
     torch.manual_seed(config.seed)
     hidden = models.load_config(config.model, "model").hidden_size

@@ -72,7 +72,9 @@ def test_bad_rows_skipped_and_counted(run, tmp_path):
         f"data {path}: 9 rows, 4 kept, 5 skipped (chosen = rejected: 1, empty text: 1, longer than the limit: 1, "
         "missing key: 1, not text: 1)\n"
     ) in stdout
+    assert "warning: no pair is held out" in stdout
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+    assert "std" not in json.loads((tmp_path / "out" / "model" / "config.json").read_text())
 
 
 def test_row_over_the_limit(refused, tiny, tmp_path):
