@@ -9,9 +9,9 @@ import re
 import shlex
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from loop_helpers import ROOT
 from recipe_helpers import RECIPES, run_recipe
 from refusal_helpers import REFUSED
 
@@ -137,7 +137,7 @@ def fields_of(recipe: str, monkeypatch) -> list[tuple[str, object, str]]:
     import dataclasses
     import runpy
 
-    path = Path(__file__).parents[1] / "recipes" / recipe
+    path = ROOT / "recipes" / recipe
     monkeypatch.setattr(sys, "argv", [str(path)])
     space = runpy.run_path(str(path), run_name="recipe")
     defaults = space["DEFAULTS"] if "DEFAULTS" in space else space["demo"].DemoConfig()
