@@ -74,7 +74,8 @@ def test_bad_rows_skipped_and_counted(run, tmp_path):
     ) in stdout
     assert "warning: no pair is held out" in stdout
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
-    assert "std" not in json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert (config["mean"], config["std"]) == (0, 1)
 
 
 def test_row_over_the_limit(refused, tiny, tmp_path):
