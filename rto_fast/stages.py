@@ -142,8 +142,7 @@ def train_rm(config: RMConfig) -> Path:
     parts = data.load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(pair_rows, parts)
     if not held_out and distributed.rank() == 0:
-        print("warning: no pair is held out (eval_fraction 0): the scores are not measured, mean and std stay 0 and 1",
-              flush=True)  # fmt: skip
+        print("warning: no pair is held out: the scores are not measured, their mean and std stay 0 and 1", flush=True)
 
     torch.manual_seed(config.seed)
     hidden = models.load_config(config.model, "model").hidden_size

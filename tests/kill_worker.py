@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launches import become, environment, forks, free_port, rendezvous
+from launches import start_ranks
 
 from rto_fast import engine, report, stages, trainer
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
@@ -66,9 +66,8 @@ def die_at(event: int, log: Path) -> None:
     shutil.rmtree = mortal("a deletion", shutil.rmtree)
 
 
-def live(kind: str, settings: dict[str, Any], env: dict[str, str], log: Path, event: int) -> None:
+def live(kind: str, settings: dict[str, Any], log: Path, event: int) -> None:
     """One life of a rank: exit code 0 where the run ended."""
-    become(env, log)
     report.report_run = lambda folder, **_: folder
     if event:
         die_at(event, log)
@@ -84,12 +83,7 @@ class Lives:
 
     def start(self, kind: str, settings: dict[str, Any], *, ranks: int = 1, die_at: int = 0) -> list[Any]:
         """The processes of a run; die_at: see the function of this name (on every rank)."""
-        port = free_port()
-        env = [environment() | rendezvous(rank, ranks, port) for rank in range(ranks)]
-        processes = [forks().Process(target=live, args=(kind, settings, e, self.log, die_at)) for e in env]
-        for process in processes:
-            process.start()
-        return processes
+        return start_ranks(ranks, self.log, live, kind, settings, self.log, die_at)
 
     def run(self, kind: str, settings: dict[str, Any], *, ranks: int = 1, die_at: int = 0) -> int:
         """A whole life; the first rank's exit code (negative: killed by that signal)."""

@@ -16,11 +16,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from loop_helpers import ROOT
@@ -78,8 +79,17 @@ class Result:
     """stdout and stderr of all ranks, as they came."""
 
 
-def become(env: dict[str, str], log: Path) -> None:
-    """This fork gets a session, an environment and an output of its own."""
+def start_ranks(ranks: int, log: Path, run: Callable[..., None], *args: Any) -> list[ForkServerProcess]:
+    """`run(*args)` on each rank: a fork in a session of its own, whose output goes to the end of `log`."""
+    port = free_port()
+    env = [environment() | rendezvous(rank, ranks, port) for rank in range(ranks)]
+    processes = [forks().Process(target=_be_rank, args=(e, log, run, args)) for e in env]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _be_rank(env: dict[str, str], log: Path, run: Callable[..., None], args: tuple[Any, ...]) -> None:
     gc.freeze()  # what was imported lives for ever, and ZeRO-3 collects garbage for every engine
     os.setsid()
     os.environ.clear()
@@ -88,11 +98,11 @@ def become(env: dict[str, str], log: Path) -> None:
     for fd in (1, 2):
         os.dup2(sink, fd)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
+    run(*args)
 
 
-def _run(args: list[str], env: dict[str, str], log: Path) -> None:
+def _python(args: list[str]) -> None:
     """`python args`."""
-    become(env, log)
     os.chdir(ROOT)
     try:
         if args[0] == "-m":
@@ -110,14 +120,9 @@ class Launch:
     """`python args` on `ranks` ranks over gloo, each in a session of its own; ended when one of them fails."""
 
     def __init__(self, args: Sequence[str | Path], *, ranks: int, log: Path) -> None:
-        self.log, port = log, free_port()
+        self.log = log
         self.log.touch()
-        self.processes = [
-            forks().Process(target=_run, args=([*map(str, args)], environment() | rendezvous(rank, ranks, port), log))
-            for rank in range(ranks)
-        ]
-        for process in self.processes:
-            process.start()
+        self.processes = start_ranks(ranks, log, _python, [*map(str, args)])
 
     def wait(self, timeout_s: float = 300) -> Result:
         """Until all ranks have ended, or one has failed (the others get a few seconds); kills at the time limit."""

@@ -267,7 +267,7 @@ def whiten_on_a_rank(rank: int, ranks: int, store: str, folder: str) -> None:
 @pytest.mark.skipif(INTERPRET, reason="communication does not depend on the backend; runs without TRITON_INTERPRET")
 def test_whitening_over_ranks():
     with tempfile.TemporaryDirectory() as folder:
-        forks()
+        forks()  # the server that start_processes will find
         args = (3, os.path.join(folder, "store"), folder)
         mp.start_processes(whiten_on_a_rank, args, nprocs=3, start_method="forkserver")
         ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(3)]

@@ -44,7 +44,7 @@ def in_process_group(rank, world, path, body, *args):
 
 def spawn(world, body, *args):
     with tempfile.TemporaryDirectory() as folder:
-        forks()
+        forks()  # the server that start_processes will find
         args = (world, os.path.join(folder, "store"), body, *args)
         mp.start_processes(in_process_group, args, nprocs=world, start_method="forkserver")
 

@@ -6,7 +6,7 @@ from rto_kernels import tiles, tune
 from rto_kernels._dispatch import INTERPRET
 from rto_kernels.tiles import Tile, Tiles
 
-needs_triton = pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="Triton's interpreter or GPU")
+needs_triton = pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a CUDA GPU")
 DEVICE = "cpu" if INTERPRET else "cuda"
 START = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
 
@@ -80,7 +80,7 @@ def test_without_minutes_nothing_is_tried():
     assert said[-1] == "0 minutes are over; the best so far stands"
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the command on a machine without a GPU")
+@pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1, where the command runs without a GPU")
 def test_the_command_writes_what_it_found(monkeypatch, tmp_path, capsys):
     found = START._replace(plain=START.plain._replace(depth=16))
     monkeypatch.setenv("RTO_KERNELS_TILES", str(tmp_path / "tiles.json"))
