@@ -6,7 +6,9 @@ from rto_kernels import tiles, tune
 from rto_kernels._dispatch import INTERPRET
 from rto_kernels.tiles import Tile, Tiles
 
-needs_triton = pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a CUDA GPU")
+needs_triton = pytest.mark.skipif(
+    not INTERPRET and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a CUDA GPU"
+)
 DEVICE = "cpu" if INTERPRET else "cuda"
 START = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
 
