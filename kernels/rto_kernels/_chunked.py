@@ -217,6 +217,9 @@ def linear_backward(
     h = head.scaled(pick(hidden))
     n = h.shape[0]
     t, lse, g, ge = pick(targets), pick(stats.lse), pick(grad_logp), pick(grad_entropy)
+    # p − 1 of the targets. logp is exact near 0; z − lse is as far off as the rounding of two large numbers.
+    logp = pick(stats.logp)
+    missing = torch.expm1(logp)
     entropy = None if ge is None else pick(stats.entropy)
     factored = ge is None and not head.softcap
     scale = 1.0 if head.softcap else 1.0 / head.temperature  # dz/da, where it is a constant
@@ -256,7 +259,7 @@ def linear_backward(
             chosen = (here, local[here])
             if factored:
                 dz = z.mul_(torch.exp(-centre)) if use_saved else z.sub_(centre).exp_()
-                dz[chosen] -= 1
+                dz[chosen] = missing[rows][here]
             else:
                 log_p = (z.log_().clamp_(min=FLOOR) if use_saved else z).sub_(centre)
                 p = log_p.exp()
@@ -266,7 +269,10 @@ def linear_backward(
                 else:
                     dz = log_p.clamp_(min=FLOOR).add_(entropy[rows, None])
                     dz.mul_(-ge[rows, None]).sub_(g[rows, None]).mul_(p)
-                dz[chosen] += g[rows][here]
+                at_target = (
+                    -g * missing if ge is None else -g * missing - ge * logp.exp() * (logp.clamp(min=FLOOR) + entropy)
+                )
+                dz[chosen] = at_target[rows][here]
                 if slope is not None:
                     dz.mul_(slope)
             if need_hidden:

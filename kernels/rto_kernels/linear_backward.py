@@ -19,11 +19,9 @@ from torch import Tensor
 from . import tiles
 from ._chunked import Head, LinearGrads, LinearStats
 from ._dispatch import launching
+from ._math import FLOOR, LN2, LOG2E, expm1
 from .linear_kernels import (
-    FLOOR,
     GROUP,
-    LN2,
-    LOG2E,
     LinearLaunch,
     block_constants,
     dot,
@@ -38,18 +36,18 @@ DLOGITS_BYTES = 1 << 28  # of dz held at once
 
 
 @triton.jit
-def _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY: tl.constexpr):
-    """dz·dz/da of these columns, from log₂ p and p."""
-    coefficient = -g[:, None]
+def _dlogits(log_p, p, slope, cols, active, target, g, missing, ge, entropy, ENTROPY: tl.constexpr):
+    """dz·dz/da of these columns, from log₂ p and p; `missing` is g·(1 − p) of the target."""
+    dz = tl.where(cols[None, :] == target[:, None], missing[:, None], p * -g[:, None])
     if ENTROPY:
-        coefficient -= ge[:, None] * (tl.maximum(log_p, FLOOR) * LN2 + entropy[:, None])
-    dz = p * coefficient + tl.where(cols[None, :] == target[:, None], g[:, None], 0.0)
+        dz -= p * ge[:, None] * (tl.maximum(log_p, FLOOR) * LN2 + entropy[:, None])
     return tl.where(active[:, None], dz * slope, 0.0)
 
 
 @triton.jit
 def _load_rows(
     targets_ptr,
+    logp_ptr,
     lse_ptr,
     entropy_ptr,
     grad_logp_ptr,
@@ -59,21 +57,25 @@ def _load_rows(
     vocab,
     ENTROPY: tl.constexpr,
 ):
-    """What a gathered row brings: (target or −1, lse·log₂e, its gradient, the entropy's, entropy)."""
+    """What a gathered row brings: (target or −1, lse·log₂e, its gradient, that times 1 − p, the entropy's, entropy).
+
+    1 − p comes from logp, which is exact near 0; z − lse is as far off as the rounding of two large numbers.
+    """
     target = tl.load(targets_ptr + at, mask=active, other=-1)
     target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
     lse = tl.load(lse_ptr + at, mask=active, other=0.0) * LOG2E
     g = tl.load(grad_logp_ptr + at, mask=active, other=0.0)
+    missing = -g * expm1(tl.load(logp_ptr + at, mask=active, other=0.0))
     ge, entropy = g, g
     if ENTROPY:
         ge = tl.load(grad_entropy_ptr + at, mask=active, other=0.0)
         entropy = tl.load(entropy_ptr + at, mask=active, other=0.0)
-    return target, lse, g, ge, entropy
+    return target, lse, g, missing, ge, entropy
 
 
 @triton.jit
 def linear_dlogits_kernel(
-    h, w, bias_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr, dz,
+    h, w, bias_ptr, targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr, dz,
     start, rows, col_start, columns, vocab, width, stride_h, stride_w, stride_dz, temperature, softcap,
     ENTROPY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
@@ -88,28 +90,29 @@ def linear_dlogits_kernel(
     active = (r < rows) & (r < live)
     col0 = col_start + tl.program_id(1) * BN
     acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
-    target, lse, g, ge, entropy = _load_rows(
-        targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, start + r, active, vocab, ENTROPY
+    target, lse, g, missing, ge, entropy = _load_rows(
+        targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, start + r, active, vocab, ENTROPY
     )
     PART: tl.constexpr = BN // PARTS
     if PARTS == 2:
         acc, right = halves(acc, BM, BN)
     cols = col0 + tl.arange(0, PART)
+    scale = LOG2E / temperature
     z, slope = tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
-    z -= lse[:, None]
-    d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
+    z = z * scale - lse[:, None]
+    d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, missing, ge, entropy, ENTROPY)
     store_block(dz, d, row0, col0 - col_start, rows, columns, stride_dz, TMA)
     if PARTS == 2:
         cols += PART
         z, slope = tile_logits(right, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
-        z -= lse[:, None]
-        d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, ge, entropy, ENTROPY)
+        z = z * scale - lse[:, None]
+        d = _dlogits(z, tl.exp2(z), slope, cols, active, target, g, missing, ge, entropy, ENTROPY)
         store_block(dz, d, row0, col0 - col_start + PART, rows, columns, stride_dz, TMA)
 
 
 @triton.jit
 def linear_dlogits_saved_kernel(
-    saved_ptr, shift_ptr, order_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
+    saved_ptr, shift_ptr, order_ptr, targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
     count_ptr, dz, start, rows, col_start, columns, vocab, saved_rows, stride_saved, stride_dz,
     temperature, softcap,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -125,8 +128,9 @@ def linear_dlogits_saved_kernel(
     for first in range(0, BM, ROWS):
         r = row0 + first + tl.arange(0, ROWS)
         active = (r < rows) & (r < live)
-        target, lse, g, ge, entropy = _load_rows(
+        target, lse, g, missing, ge, entropy = _load_rows(
             targets_ptr,
+            logp_ptr,
             lse_ptr,
             entropy_ptr,
             grad_logp_ptr,
@@ -146,7 +150,7 @@ def linear_dlogits_saved_kernel(
             bent = (log_p + lse[:, None]) * (temperature / (softcap * LOG2E))
             slope = tl.maximum(1.0 - bent * bent, 0.0) / temperature
         p = kept * tl.exp2(shift)[:, None]
-        d = _dlogits(log_p, p, slope, cols, active, target, g, ge, entropy, ENTROPY)
+        d = _dlogits(log_p, p, slope, cols, active, target, g, missing, ge, entropy, ENTROPY)
         store_block(dz, d, row0 + first, col0 - col_start, rows, columns, stride_dz, False)
 
 
@@ -261,8 +265,8 @@ def linear_backward_triton(
     # Gathered rows without a gradient are emptied: they may hold NaN, and 0 · NaN would reach d(weight).
     live = torch.arange(n, device=device) < count
     h = hidden[order].masked_fill_(~live[:, None], 0)
-    t, lse, g, entropy, ge = (
-        x if x is None or x.shape[0] != n else x[order] for x in (targets, stats.lse, g, stats.entropy, ge)
+    t, logp, lse, g, entropy, ge = (
+        x if x is None or x.shape[0] != n else x[order] for x in (targets, stats.logp, stats.lse, g, stats.entropy, ge)
     )
     run = LinearLaunch(h, head)
     kept = min(stats.saved.shape[1], run.vocab) if stats.saved.numel() else 0  # columns whose exp(z) was kept
@@ -294,7 +298,7 @@ def linear_backward_triton(
                 part = tile.part
                 with launching("linear_dlogits_saved", device):
                     linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, part))](
-                        stats.saved, stats.shift, order, t, lse, entropy, g, g if ge is None else ge, count,
+                        stats.saved, stats.shift, order, t, logp, lse, entropy, g, g if ge is None else ge, count,
                         dz, n0, rows, v0, columns, kept, n, stats.saved.stride(0), dz.stride(0),
                         head.temperature, head.softcap,
                         ENTROPY=ge is not None, SOFTCAP=head.softcap > 0, BM=tile.rows, WIDTH=part,
@@ -306,7 +310,7 @@ def linear_backward_triton(
                     linear_dlogits_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
                         run.operand(hc, [tile.rows, tile.depth]),
                         run.operand(run.weight, [tile.columns, tile.depth]),
-                        run.bias, t, lse, entropy, g, g if ge is None else ge, count,
+                        run.bias, t, logp, lse, entropy, g, g if ge is None else ge, count,
                         run.operand(dz_part, [tile.rows, tile.part]),
                         n0, rows, v0, columns, run.vocab, width,
                         hc.stride(0), run.weight.stride(0), dz.stride(0),

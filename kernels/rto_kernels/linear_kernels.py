@@ -16,15 +16,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiles
 from ._chunked import Head, LinearStats, kept_columns
 from ._dispatch import INTERPRET, launching
+from ._math import FLOOR, LN2, LOG2E, NEG_INF, tanh
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NEG_INF = tl.constexpr(float("-inf"))
-FLOOR = tl.constexpr(-1.0e5)
 # The interpreter keeps bf16 as its bits and would multiply those; there the operands are widened first.
 WIDEN = tl.constexpr(INTERPRET)
 GROUP = 16  # row blocks that walk the same vocabulary splits together, for the L2 cache
 FORWARD_TOKENS = 32768  # per launch, which bounds the partial results
+HIGHEST = tl.constexpr(100.0)  # log₂ of the largest number kept of a probability under a given shift
 SAVED_ELEMENTS = 1 << 29  # of exp(z) that fused_linear_ppo_loss keeps at once
 
 
@@ -33,21 +31,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def tanh(x):
-    # Near 0 a polynomial (a fit of (tanh x − x)/x³ in x², below 1 ulp), else (1 − t)/(1 + t) with t =
-    # exp(−2|x|).
-    square = x * x
-    fit = -0.00627639 * square + 0.02111622
-    fit = fit * square - 0.05387514
-    fit = fit * square + 0.13332924
-    fit = fit * square - 0.3333333
-    near = x + x * square * fit
-    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = (1.0 - t) / (1.0 + t)
-    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -94,46 +77,52 @@ def halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(z·log₂e, −inf past the vocabulary; dz/da: a matrix under the soft-cap, else a number)."""
+    """(z·temperature, −inf past the vocabulary; dz/da: a matrix under the soft-cap, else a number)."""
+    slope = 1.0 / temperature
     if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < vocab, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
         bent = tanh(acc / softcap)
-        z = bent * (softcap * LOG2E / temperature)
+        acc = bent * softcap
         slope = (1.0 - bent * bent) / temperature
-    else:
-        z = acc * (LOG2E / temperature)
-        slope = 1.0 / temperature
-    return tl.where((cols < vocab)[None, :], z, NEG_INF), slope
+    return tl.where((cols < vocab)[None, :], acc, NEG_INF), slope
 
 
 @triton.jit
 def _absorb(
     acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
     rows, vocab, kept_columns, stride_saved, temperature, softcap,
-    ENTROPY: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    given, ENTROPY: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc."""
+    """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc.
+
+    max and the target's logit are kept as z·temperature: the scale to base-2 units then costs no instruction of its
+    own, since it goes into the exponent's multiply-add.
+    """
     WIDTH: tl.constexpr = acc.shape[1]
     cols = col0 + tl.arange(0, WIDTH)
+    scale = LOG2E / temperature
     z, _ = tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
     picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
     new = tl.maximum(peak, tl.max(z, 1))
-    base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
-    z -= base[:, None]
+    base = tl.where(new == NEG_INF, 0.0, new) * scale  # a row of −inf alone must not give NaN here
+    moved = tl.maximum(peak * scale - base, FLOOR)
+    decay = tl.exp2(moved)
+    z = z * scale - base[:, None]
     e = tl.exp2(z)
-    decay = tl.exp2(peak - base)
     if ENTROPY:
-        weighted = decay * (weighted + total * tl.maximum(peak - base, FLOOR))
-        weighted += tl.sum(e * tl.maximum(z, FLOOR), 1)
+        weighted = decay * (weighted + total * moved) + tl.sum(e * tl.maximum(z, FLOOR), 1)
     total = total * decay + tl.sum(e, 1)
-    if SAVE:
-        # A whole power of two as shift: what scales by it later is exact.
-        k = tl.ceil(base)
-        kept = (e * tl.exp2(base - k)[:, None]).to(tl.bfloat16)
-        store_block(saved, kept, row0, col0, rows, kept_columns, stride_saved, TMA)
+    if SAVE == 2:
+        # One shift a row, the caller's. Where it is absurdly low, the product with the kept numbers stays finite.
+        e *= tl.exp2(tl.minimum(base - given, HIGHEST))[:, None]
+        store_block(saved, e, row0, col0, rows, kept_columns, stride_saved, TMA)
+    elif SAVE == 1:
+        # The shift is the maximum itself: the largest probability is then kept as exactly 1, and what a confident
+        # token's gradient is made of, 1 − p, is lost in no rounding.
+        store_block(saved, e, row0, col0, rows, kept_columns, stride_saved, TMA)
         r = row0 + tl.arange(0, acc.shape[0])
-        tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, k, mask=r < rows)
+        tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, base, mask=r < rows)
     return new, total, weighted, picked
 
 
@@ -143,9 +132,21 @@ def linear_stats_kernel(
     rows, vocab, width, kept_columns, stride_h, stride_w, stride_saved, temperature, softcap,
     SPLITS: tl.constexpr, PER_SPLIT: tl.constexpr, ENTROPY: tl.constexpr, SAVE: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZED: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """parts [3 or 4, SPLITS, rows]: max, Σ 2^(z − max), target logit, (ENTROPY) Σ 2^(z − max)·(z − max)."""
+    """parts [3 or 4, SPLITS, rows]: max, Σ 2^(z − max), target logit, (ENTROPY) Σ 2^(z − max)·(z − max).
+
+    SAVE 1 keeps 2^(z − max so far) and writes that max to shift [tiles · PARTS, rows]; SAVE 2 keeps 2^(z − shift) with
+    shift [rows] given.
+    """
+    PART: tl.constexpr = BN // PARTS
+    if SPECIALIZED:
+        # Warps of their own copy while others multiply. Triton does that with descriptors made on the device alone.
+        h = tl.make_tensor_descriptor(h, [rows, width], [stride_h, 1], [BM, BK])
+        w = tl.make_tensor_descriptor(w, [vocab, width], [stride_w, 1], [BN, BK])
+        if SAVE:
+            saved = tl.make_tensor_descriptor(saved, [rows, kept_columns], [stride_saved, 1], [BM, PART])
     pid = tl.program_id(0)
     first_block = pid // (GROUP * SPLITS) * GROUP
     group = min(tl.cdiv(rows, BM) - first_block, GROUP)
@@ -159,27 +160,30 @@ def linear_stats_kernel(
     total = tl.zeros((BM,), tl.float32)
     weighted = tl.zeros((BM,), tl.float32)
     picked = tl.zeros((BM,), tl.float32)
+    given = total
+    if SAVE == 2:
+        given = tl.load(shift_ptr + r, mask=r < rows, other=0.0)
     tiles_end = min((split + 1) * PER_SPLIT, tl.cdiv(vocab, BN))
-    PART: tl.constexpr = BN // PARTS
-    for tile in range(split * PER_SPLIT, tiles_end):
+    for tile in tl.range(split * PER_SPLIT, tiles_end, warp_specialize=SPECIALIZED):
         col0 = tile * BN
         acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
         if PARTS == 2:
             acc, right = halves(acc, BM, BN)
         peak, total, weighted, picked = _absorb(
             acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-            rows, vocab, kept_columns, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+            rows, vocab, kept_columns, stride_saved, temperature, softcap, given, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
         )  # fmt: skip
         if PARTS == 2:
             peak, total, weighted, picked = _absorb(
                 right, row0, col0 + PART, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-                rows, vocab, kept_columns, stride_saved, temperature, softcap, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+                rows, vocab, kept_columns, stride_saved, temperature, softcap, given, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
             )  # fmt: skip
+    scale = LOG2E / temperature
     out = parts_ptr + tl.cast(split, tl.int64) * rows + r
     plane = tl.cast(rows, tl.int64) * SPLITS
-    tl.store(out, peak, mask=r < rows)
+    tl.store(out, peak * scale, mask=r < rows)
     tl.store(out + plane, total, mask=r < rows)
-    tl.store(out + 2 * plane, picked, mask=r < rows)
+    tl.store(out + 2 * plane, picked * scale, mask=r < rows)
     if ENTROPY:
         tl.store(out + 3 * plane, weighted, mask=r < rows)
 
@@ -273,6 +277,16 @@ def block_constants(tile: tiles.Tile) -> dict:
     return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PARTS": tile.parts, **tile.launch}
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def allow_device_descriptors() -> None:
+    """Kernels that make descriptors themselves need memory for them. Triton keeps the function that gives it in a
+    context variable, which autograd's threads do not inherit: a launcher sets it each time."""
+    triton.set_allocator(_scratch)
+
+
 def linear_forward_triton(
     hidden: Tensor,
     targets: Tensor,
@@ -281,8 +295,12 @@ def linear_forward_triton(
     want_entropy: bool = False,
     save_dtype: torch.dtype | None = None,
     save_share: float = 1.0,
+    row_shift: Tensor | None = None,
 ) -> LinearStats:
-    """hidden [N, H], targets [N] → the rows' statistics, fp32."""
+    """hidden [N, H], targets [N] → the rows' statistics, fp32.
+
+    `row_shift` [N] fp32, in base-2 units: what is kept is 2^(z·log₂e − row_shift), one shift a row.
+    """
     n, vocab = hidden.shape[0], head.weight.shape[0]
     run = LinearLaunch(hidden, head)
     hidden, targets = run.rows(hidden), targets.contiguous()
@@ -292,24 +310,29 @@ def linear_forward_triton(
     entropy = torch.empty(n if want_entropy else 0, dtype=torch.float32, device=hidden.device)
     shape, shifts = saved_shapes_triton(hidden, vocab, save_share) if save_dtype else ((0, 8), 0)
     columns = min(shape[1], vocab)
-    saved = torch.empty(shape, dtype=torch.bfloat16, device=hidden.device)
-    shift = torch.empty(shifts, dtype=torch.float32, device=hidden.device)
+    saved = torch.empty(shape, dtype=save_dtype or torch.bfloat16, device=hidden.device)
+    shift = torch.empty(shifts, dtype=torch.float32, device=hidden.device) if row_shift is None else row_shift
+    save = 0 if save_dtype is None else 1 if row_shift is None else 2
     step = n if save_dtype else FORWARD_TOKENS
     for n0 in range(0, n, max(step, 1)):
         h, t = hidden[n0 : n0 + step], targets[n0 : n0 + step]
         rows = h.shape[0]
         kept = saved[:, :columns]
-        if save_dtype is not None:
+        special = tile.specialized and run.descriptors
+        if special:
+            allow_device_descriptors()
+        elif save_dtype is not None:
             kept = run.operand(kept, [tile.rows, tile.part])
         parts = torch.empty((3 + want_entropy, splits, rows), dtype=torch.float32, device=hidden.device)
         with launching("linear_stats", hidden.device):
             linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
-                run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
+                h if special else run.operand(h, [tile.rows, tile.depth]),
+                run.weight if special else run.operand(run.weight, [tile.columns, tile.depth]),
                 run.bias, t, parts, kept, shift,
                 rows, vocab, run.width, columns, h.stride(0), run.weight.stride(0), saved.stride(0),
                 head.temperature, head.softcap,
                 SPLITS=splits, PER_SPLIT=per_split, ENTROPY=want_entropy,
-                SAVE=save_dtype is not None, GROUP=GROUP,
+                SAVE=save, GROUP=GROUP, SPECIALIZED=special,
                 **run.flags, **block_constants(tile),
             )  # fmt: skip
         with launching("linear_merge", hidden.device):

@@ -63,6 +63,11 @@ def linear_passes(backend: str) -> Passes:
     )
 
 
+def kept_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the probabilities that are kept: 16 bits, of which fp16 gradients need more behind the point."""
+    return torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16
+
+
 def _grads(hidden, targets, head: Head, stats: LinearStats, g, ge, needs, backend, wide=None) -> list[Tensor]:
     """d(hidden) (in `wide` if given), d(weight), d(bias) in the inputs' dtypes; [0] where not needed."""
     grads = linear_passes(backend).backward(hidden, targets, head, stats, g, ge, needs)
@@ -85,7 +90,7 @@ def _linear_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, softcap, by_row)
-    keep = torch.bfloat16 if save_share else None
+    keep = kept_dtype(hidden) if save_share else None
     return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep, save_share))
 
 
@@ -98,7 +103,7 @@ def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy
         row,
         torch.empty_like(row) if entropy else row.new_empty(0),
         torch.empty_like(row),
-        row.new_empty(saved, dtype=torch.bfloat16),
+        row.new_empty(saved, dtype=kept_dtype(hidden)),
         row.new_empty(shift),
     )
 
@@ -111,6 +116,7 @@ def _linear_logprob_backward(
     bias: Tensor | None,
     temperature: float,
     softcap: float,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
     grad_logp: Tensor | None,
@@ -121,12 +127,12 @@ def _linear_logprob_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, softcap)
-    stats = LinearStats(lse, entropy, lse, saved, shift)
+    stats = LinearStats(logp, entropy, lse, saved, shift)
     return tuple(_grads(hidden, targets, head, stats, grad_logp, grad_entropy, needs, backend))
 
 
 @_linear_logprob_backward.register_fake
-def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, saved, shift, needs, backend):
+def _(hidden, weight, targets, bias, temperature, softcap, logp, lse, entropy, g, ge, saved, shift, needs, backend):
     need_hidden, need_weight, need_bias = needs
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
@@ -137,8 +143,8 @@ def _(hidden, weight, targets, bias, temperature, softcap, lse, entropy, g, ge, 
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, _, backend = inputs
-    _, entropy, lse, saved, shift = output
-    ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, saved, shift)
+    logp, entropy, lse, saved, shift = output
+    ctx.save_for_backward(hidden, weight, targets, bias, logp, lse, entropy, saved, shift)
     ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.args = temperature, softcap, ignore_index, backend
@@ -149,14 +155,14 @@ def _mask_upstream(grad: Tensor | None, ignored: Tensor) -> Tensor | None:
 
 
 def _backward(ctx, grad_logp, grad_entropy, *_):
-    hidden, weight, targets, bias, lse, entropy, saved, shift = ctx.saved_tensors
+    hidden, weight, targets, bias, logp, lse, entropy, saved, shift = ctx.saved_tensors
     temperature, softcap, ignore_index, backend = ctx.args
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
         return (None,) * 11
     ignored = targets == ignore_index
     grads = _linear_logprob_backward(
-        hidden, weight, targets, bias, temperature, softcap, lse, entropy,
+        hidden, weight, targets, bias, temperature, softcap, logp, lse, entropy,
         _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored),
         saved, shift, needs, backend,
     )  # fmt: skip
@@ -174,7 +180,7 @@ class _ShardedLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, save_share, by_row, backend, group):
         # `targets` are local: IGNORED where ignored, ELSEWHERE where another rank holds the column.
         head = Head(weight, bias, temperature, softcap, by_row)
-        keep = torch.bfloat16 if save_share else None
+        keep = kept_dtype(hidden) if save_share else None
         stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep, save_share)
         here = targets >= 0
         target_logit = torch.where(here, stats.logp + stats.lse, -torch.inf)
@@ -193,7 +199,7 @@ class _ShardedLogprob(torch.autograd.Function):
             share = torch.exp(lse_r - lse)
             entropy += torch.where(share == 0, 0.0, share * (entropy_r + lse - lse_r))
         entropy.masked_fill_(ignored, 0)
-        ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, stats.saved, stats.shift)
+        ctx.save_for_backward(hidden, weight, targets, bias, logp, lse, entropy, stats.saved, stats.shift)
         ctx.set_materialize_grads(False)
         ctx.args = temperature, softcap, backend, group
         return logp, entropy
@@ -201,12 +207,12 @@ class _ShardedLogprob(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, targets, bias, lse, entropy, saved, shift = ctx.saved_tensors
+        hidden, weight, targets, bias, logp, lse, entropy, saved, shift = ctx.saved_tensors
         temperature, softcap, backend, group = ctx.args
         needs = list(ctx.needs_input_grad[:3])
         ignored = targets == IGNORED
         head = Head(weight, bias, temperature, softcap)
-        stats = LinearStats(lse, entropy, lse, saved, shift)
+        stats = LinearStats(logp, entropy, lse, saved, shift)
         g, ge = _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored)
         d_hidden, d_weight, d_bias = _grads(hidden, targets, head, stats, g, ge, needs, backend, compute_dtype(hidden))
         if needs[0]:
@@ -277,7 +283,7 @@ def token_logprobs(
     Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a
     frozen weight) is not computed, and rows with a zero upstream gradient are skipped.
 
-    `save_probs` keeps exp(z − shift) in bf16 for the backward pass: 2·N·V bytes in place of a third matrix
+    `save_probs` keeps exp(z − shift) in bf16 (fp16 for fp16) for the backward pass: 2·N·V bytes in place of a third matrix
     product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name. `save_share`, in
     (0, 1], keeps that share of the vocabulary, in whole blocks, and computes the rest again: memory and time
     lie between.

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._chunked import Head, LinearGrads
-from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, resolve_backend
+from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, describe, resolve_backend
 from ._layout import check_layout, compute_dtype
+from .linear_factored import factors, linear_backward_factored, row_shifts
 from .linear_logprob import check_linear, linear_passes
 from .ppo_loss import INF, UNCAPPED, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
 
@@ -100,6 +101,8 @@ def _linear_ppo(
     logp = h.new_zeros(n, dtype=dtype)
     entropy = h.new_zeros(n if want_entropy else 0, dtype=dtype)
     need_hidden, need_weight, need_bias = needs
+    # A mask leaves rows out of the products, which the package's own can do and the vendor's cannot.
+    factored = any(needs) and backend == "triton" and mask is None and factors(hidden, head, entropy_coef)
     chunk = passes.chunk_tokens(weight.shape[0])
     # One chunk writes d(weight) in its own dtype; several add up in the compute dtype first.
     several = n > chunk or n == 0
@@ -112,8 +115,12 @@ def _linear_ppo(
     one = h.new_ones((), dtype=torch.float32)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
-        keep = passes.chunk_dtype(h) if any(needs) else None
-        stats = passes.forward(h[rows], t[rows], head, ignore_index, want_entropy, keep)
+        x, keep = h[rows], passes.chunk_dtype(h) if any(needs) else None
+        if factored:
+            x, shift = row_shifts(x, t[rows], head, old[rows], flat[rows])
+            stats = passes.forward(x, t[rows], head, ignore_index, want_entropy, keep, row_shift=shift)
+        else:
+            stats = passes.forward(x, t[rows], head, ignore_index, want_entropy, keep)
         logp[rows] = torch.where(flat[rows], stats.logp, 0)
         if want_entropy:
             entropy[rows] = torch.where(flat[rows], stats.entropy, 0)
@@ -126,8 +133,11 @@ def _linear_ppo(
         )  # fmt: skip
         # `where`: outside the mask old_logp and advantages may be NaN.
         g = torch.where(flat[rows], g[0] * c[rows], 0)
-        ge = -entropy_coef * c[rows] if entropy_coef else None
-        grads = passes.backward(h[rows], t[rows], head, stats, g, ge, needs, total if several else None)
+        if factored:
+            grads = linear_backward_factored(x, t[rows], head, stats, g, needs[:2], total.weight)
+        else:
+            ge = -entropy_coef * c[rows] if entropy_coef else None
+            grads = passes.backward(x, t[rows], head, stats, g, ge, needs, total if several else None)
         if need_hidden:
             total.hidden[rows] = grads.hidden
         d_weight, d_bias = grads.weight, grads.bias
@@ -212,8 +222,8 @@ def fused_linear_ppo_loss(
     """The policy loss of `ppo_loss` over the log-probs of `token_logprobs`, with no logits and no second
     pass.
 
-    hidden   [B, T, H], or packed [N, H] with cu_seqlens [B + 1]; bf16, fp16 or fp32 (fp64 on the PyTorch
-             path)
+    hidden   [B, T, H], or packed [N, H] with cu_seqlens [B + 1]; bf16 or fp32, fp16 without gradients
+             (fp64 on the PyTorch path)
     weight   [V, H] of hidden's dtype, bias [V]
     targets, old_logp, advantages, sampler_logp, mask   [B, T], or [N]; a target of ignore_index is outside
                                                         the mask
@@ -228,6 +238,14 @@ def fused_linear_ppo_loss(
     """
     backend = resolve_backend(backend, hidden)
     check_tensor("hidden", hidden, dtypes=FLOATS_TORCH)
+    inputs = (hidden, weight, bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    if any(needs) and hidden.dtype == torch.float16:
+        raise ValueError(
+            "hidden must have dtype bfloat16 or float32 where gradients are wanted: they are computed with the loss, "
+            f"before a loss scale can reach them, and most would be 0 in float16; got {describe(hidden)}. "
+            "token_logprobs followed by ppo_loss takes float16"
+        )
     packed = cu_seqlens is not None
     rank = 2 if packed else 3
     if hidden.ndim != rank:
@@ -255,8 +273,6 @@ def fused_linear_ppo_loss(
     check_tensor("old_logp", like_logp, shape=shape, expect=f"{list(shape)} like targets")
     denominator = _check_inputs(backend, like_logp, given, cu_seqlens, mask, aggregation, denominator)
     mean, rstd = (None, None) if whiten is None else (_scalar(x, hidden) for x in whiten)
-    inputs = (hidden, weight, bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, stats, logp, entropy, *grads = _linear_ppo(
         *(None if x is None else x.detach() for x in inputs),
         targets,

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from ._chunked import FLOOR
 from ._dispatch import (
     FLOATS,
     FLOATS_TORCH,
@@ -24,11 +23,7 @@ from ._dispatch import (
     values_checked,
 )
 from ._layout import compute_dtype
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NEG_INF = tl.constexpr(float("-inf"))
-_FLOOR = tl.constexpr(FLOOR)
+from ._math import FLOOR, LN2, LOG2E, NEG_INF, expm1
 
 # Rows of a PyTorch-path block: about this many elements are widened at a time.
 BLOCK_ELEMENTS = 1 << 21
@@ -53,8 +48,8 @@ def row_logprob(row_ptr, target, vocab, scale, ENTROPY: tl.constexpr, BLOCK: tl.
         decay = tl.exp2(peak - base)
         e = tl.exp2(z - base)
         if ENTROPY:
-            weighted = decay * (weighted + total * tl.maximum(peak - base, _FLOOR))
-            weighted += tl.sum(e * tl.maximum(z - base, _FLOOR), 0)
+            weighted = decay * (weighted + total * tl.maximum(peak - base, FLOOR))
+            weighted += tl.sum(e * tl.maximum(z - base, FLOOR), 0)
         total = total * decay + tl.sum(e, 0)
         peak = new
     inside = (target >= 0) & (target < vocab)
@@ -84,7 +79,7 @@ def logits_logprob_kernel(
 
 @triton.jit
 def logits_gradient_kernel(
-    logits_ptr, targets_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, out_ptr,
+    logits_ptr, targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, out_ptr,
     vocab, stride, stride_out, temperature, scale, ignore_index,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +89,8 @@ def logits_gradient_kernel(
     target = tl.load(targets_ptr + row)
     lse = tl.load(lse_ptr + row)
     g = tl.load(grad_logp_ptr + row)
+    # g·(1 − p) of the target. logp is exact near 0; z − lse is as far off as the rounding of two large numbers.
+    missing = -g * expm1(tl.load(logp_ptr + row))
     ge = tl.full((), 0.0, tl.float32)
     entropy = ge
     if ENTROPY:
@@ -109,10 +106,10 @@ def logits_gradient_kernel(
             inside = start + offs < vocab
             z = tl.load(logits_ptr + row * stride + start + offs, mask=inside, other=NEG_INF).to(tl.float32)
             log_p = z * scale - lse
-            coefficient = -g
+            p = tl.exp2(log_p)
+            d = tl.where(start + offs == target, missing, p * -g)
             if ENTROPY:
-                coefficient = -g - ge * (tl.maximum(log_p, _FLOOR) * LN2 + entropy)
-            d = tl.exp2(log_p) * coefficient + tl.where(start + offs == target, g, 0.0)
+                d -= p * ge * (tl.maximum(log_p, FLOOR) * LN2 + entropy)
             tl.store(out + start + offs, (d / temperature).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -136,14 +133,14 @@ def _forward_triton(logits, targets, temperature, ignore_index, entropy) -> tupl
     return logp, row_entropy, lse
 
 
-def _backward_triton(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out: Tensor) -> Tensor:
+def _backward_triton(logits, targets, temperature, ignore_index, logp, lse, entropy, g, ge, out: Tensor) -> Tensor:
     n, vocab = logits.shape
     g = torch.zeros_like(lse) if g is None else g.contiguous()
     if n:
         logits = dense_rows(logits)
         with launching("logits_gradient", logits.device):
             logits_gradient_kernel[(n,)](
-                logits, targets.contiguous(), lse, entropy, g, g if ge is None else ge.contiguous(), out,
+                logits, targets.contiguous(), logp, lse, entropy, g, g if ge is None else ge.contiguous(), out,
                 vocab, logits.stride(0), out.stride(0), temperature, LOG2E.value / temperature, ignore_index,
                 ENTROPY=ge is not None, **tiles.row_block(vocab),
             )  # fmt: skip
@@ -166,16 +163,14 @@ def _forward_torch(logits, targets, temperature, ignore_index, entropy) -> tuple
             z = z / temperature
         t = targets[rows]
         inside = (t >= 0) & (t < vocab)
-        picked = z.gather(1, torch.where(inside, t, 0).long()[:, None])[:, 0]
+        log_p = torch.log_softmax(z, 1)
+        at = torch.where(inside, t, 0).long()[:, None]
+        logp[rows] = torch.where(inside, log_p.gather(1, at)[:, 0], torch.nan)
+        # The log-sum-exp leaves by the largest logit, where the subtraction loses least.
+        peak, at = z.max(1)
+        lse[rows] = peak - log_p.gather(1, at[:, None])[:, 0]
         if entropy:
-            log_p = torch.log_softmax(z, 1)
-            # The log-sum-exp leaves by the largest logit, where the subtraction loses least.
-            peak, at = z.max(1)
-            lse[rows] = peak - log_p.gather(1, at[:, None])[:, 0]
-            rows_entropy[rows] = -(log_p.exp() * log_p.clamp(min=FLOOR)).sum(1)
-        else:
-            lse[rows] = torch.logsumexp(z, 1)
-        logp[rows] = torch.where(inside, picked - lse[rows], torch.nan)
+            rows_entropy[rows] = -(log_p.exp() * log_p.clamp(min=FLOOR.value)).sum(1)
     ignored = targets == ignore_index
     logp.masked_fill_(ignored, 0)
     if entropy:
@@ -183,7 +178,7 @@ def _forward_torch(logits, targets, temperature, ignore_index, entropy) -> tuple
     return logp, rows_entropy, lse
 
 
-def _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out: Tensor) -> Tensor:
+def _backward_torch(logits, targets, temperature, ignore_index, logp, lse, entropy, g, ge, out: Tensor) -> Tensor:
     dtype, vocab = compute_dtype(logits), logits.shape[1]
     ignored = targets == ignore_index
     g = torch.zeros_like(lse) if g is None else g.masked_fill(ignored, 0)
@@ -191,18 +186,20 @@ def _backward_torch(logits, targets, temperature, ignore_index, lse, entropy, g,
     for rows in _blocks(logits):
         z = logits[rows].to(dtype)
         log_p = (z / temperature if temperature != 1.0 else z).sub(lse[rows, None])
-        coefficient = -g[rows, None]
+        # p − 1 of the targets. logp is exact near 0; z − lse is as far off as the rounding of two large numbers.
+        at_target = -g[rows] * torch.expm1(logp[rows])
         if ge is not None:
             p = log_p.exp()
-            coefficient = log_p.clamp_(min=FLOOR).add_(entropy[rows, None]).mul_(-ge[rows, None]).add_(coefficient)
-            d = p.mul_(coefficient)
+            coefficient = log_p.clamp_(min=FLOOR.value).add_(entropy[rows, None]).mul_(-ge[rows, None])
+            d = p.mul_(coefficient.sub_(g[rows, None]))
+            at_target -= ge[rows] * logp[rows].exp() * (logp[rows].clamp(min=FLOOR.value) + entropy[rows])
             silent = (g[rows] == 0) & (ge[rows] == 0)
         else:
-            d = log_p.exp_().mul_(coefficient)
+            d = log_p.exp_().mul_(-g[rows, None])
             silent = g[rows] == 0
         t = targets[rows]
         here = ((t >= 0) & (t < vocab)).nonzero()[:, 0]
-        d[here, t[here].long()] += g[rows][here]
+        d[here, t[here].long()] = at_target[here]
         if temperature != 1.0:
             d.div_(temperature)
         # A row nobody asks about takes exactly 0, whatever it holds (padding may be NaN).
@@ -230,6 +227,7 @@ def _logits_logprob_backward(
     targets: Tensor,
     temperature: float,
     ignore_index: int,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
     grad_logp: Tensor | None,
@@ -237,36 +235,37 @@ def _logits_logprob_backward(
     backend: str,
 ) -> Tensor:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return _gradient(logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, out, backend)
+    stats = (logp, lse, entropy)
+    return _gradient(logits, targets, temperature, ignore_index, *stats, grad_logp, grad_entropy, out, backend)
 
 
 @_logits_logprob_backward.register_fake
-def _(logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, backend):
+def _(logits, targets, temperature, ignore_index, logp, lse, entropy, grad_logp, grad_entropy, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _gradient(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out, backend) -> Tensor:
+def _gradient(logits, targets, temperature, ignore_index, logp, lse, entropy, g, ge, out, backend) -> Tensor:
     """d(logits) into `out`, which may be `logits` itself: every element is read before it is written."""
     run = _backward_triton if backend == "triton" else _backward_torch
-    return run(logits, targets, temperature, ignore_index, lse, entropy, g, ge, out)
+    return run(logits, targets, temperature, ignore_index, logp, lse, entropy, g, ge, out)
 
 
 def _setup_context(ctx, inputs, output):
     logits, targets, *ctx.args = inputs
-    _, entropy, lse = output
-    ctx.save_for_backward(logits, targets, lse, entropy)
+    logp, entropy, lse = output
+    ctx.save_for_backward(logits, targets, logp, lse, entropy)
     want_entropy = inputs[4]
     ctx.mark_non_differentiable(lse, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_logp, grad_entropy, _):
-    logits, targets, lse, entropy = ctx.saved_tensors
+    logits, targets, logp, lse, entropy = ctx.saved_tensors
     temperature, ignore_index, _, backend = ctx.args
     if grad_logp is None and grad_entropy is None:
         return (None,) * 6
     grad = _logits_logprob_backward(
-        logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy, backend
+        logits, targets, temperature, ignore_index, logp, lse, entropy, grad_logp, grad_entropy, backend
     )
     return grad, *(None,) * 5
 
@@ -280,7 +279,7 @@ class _InplaceLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature, ignore_index, want_entropy, backend):
         logp, entropy, lse = _logits_logprob(logits, targets, temperature, ignore_index, want_entropy, backend)
-        ctx.save_for_backward(logits, targets, lse, entropy)
+        ctx.save_for_backward(logits, targets, logp, lse, entropy)
         ctx.set_materialize_grads(False)
         ctx.args = temperature, ignore_index, backend
         return logp, entropy
@@ -288,14 +287,14 @@ class _InplaceLogprob(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
-        logits, targets, lse, entropy = ctx.saved_tensors
+        logits, targets, logp, lse, entropy = ctx.saved_tensors
         temperature, ignore_index, backend = ctx.args
         if grad_logp is None and grad_entropy is None:
             return (None,) * 6
         # Autograd sees the version move, and refuses a second backward pass over the same logits.
         torch.autograd.graph.increment_version(logits)
         grad = _gradient(
-            logits, targets, temperature, ignore_index, lse, entropy, grad_logp, grad_entropy,
+            logits, targets, temperature, ignore_index, logp, lse, entropy, grad_logp, grad_entropy,
             logits.detach(), backend,
         )  # fmt: skip
         return grad, *(None,) * 5

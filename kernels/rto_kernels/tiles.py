@@ -42,6 +42,8 @@ class Tile(NamedTuple):
     parts: int = 2
     # Left to itself (0) the assembler spills a few, for an occupancy that shared memory rules out.
     registers: int = 255
+    # The forward pass gives the copies and the products warps of their own (Hopper, tensor descriptors).
+    specialized: bool = False
 
     @property
     def part(self) -> int:

@@ -5,7 +5,7 @@ import rto_kernels as rk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, check_error, layouts, sample
+from kernel_checks import BACKENDS, DEVICE, KINDS, bits, check_error, layouts, sample
 from rto_kernels import linear_ppo as module
 from rto_kernels import reference
 from rto_kernels._dispatch import INTERPRET, count_launches
@@ -99,7 +99,7 @@ OPTIONS = {
     layout=layouts(),
     width=st.sampled_from([5, 8]),
     vocab=st.sampled_from([1, 40, 70]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     kw=st.fixed_dictionaries(OPTIONS),
 )
 def test_equals_fp64_truth(backend, layout, width, vocab, dtype, kw):
@@ -114,7 +114,7 @@ def test_equals_fp64_truth(backend, layout, width, vocab, dtype, kw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_add_up(backend, dtype, monkeypatch):
     problem = Problem(sample("packed_masked"), 8, 40, dtype)
     passes = module.linear_passes(backend)
@@ -299,3 +299,16 @@ def test_bad_input_is_named(backend, change, message):
     on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     with pytest.raises(ValueError, match=message):
         rk.fused_linear_ppo_loss(**on_device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp16_gradients_are_refused_with_the_way_out(backend):
+    row = torch.zeros(2, 3, device=DEVICE)
+    hidden, weight = (
+        torch.zeros(s, dtype=torch.float16, device=DEVICE, requires_grad=True) for s in ((2, 3, 8), (7, 8))
+    )
+    with pytest.raises(ValueError, match="token_logprobs followed by ppo_loss takes float16"):
+        rk.fused_linear_ppo_loss(hidden, weight, row.long(), row, row, backend=backend)
+    with torch.no_grad():
+        out = rk.fused_linear_ppo_loss(hidden, weight, row.long(), row, row, backend=backend)
+    assert out.policy_loss.isfinite()
