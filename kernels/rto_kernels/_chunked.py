@@ -85,9 +85,9 @@ def kept_columns(vocab: int, share: float, block: int) -> int:
     return vocab if share >= 1 else min(vocab, max(1, int(share * vocab) // block) * block)
 
 
-def saved_shapes(hidden: Tensor, vocab: int, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
+def saved_shapes(hidden: Tensor, head: Head, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `saved` and `shift`."""
-    kept = kept_columns(vocab, share, BLOCK_VOCAB)
+    kept = kept_columns(head.weight.shape[0], share, BLOCK_VOCAB)
     return (hidden.shape[0], kept), (-(-kept // BLOCK_VOCAB), hidden.shape[0])
 
 
@@ -139,7 +139,7 @@ def linear_forward(
     total = h.new_zeros(n)
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
     target_logit = h.new_full((n,), torch.nan)
-    shape, shifts = saved_shapes(hidden, vocab, save_share) if save_dtype else ((0, 0), 0)
+    shape, shifts = saved_shapes(hidden, head, save_share) if save_dtype else ((0, 0), 0)
     saved = h.new_empty(shape if save_dtype else 0, dtype=save_dtype or torch.bfloat16)
     shift = h.new_empty(shifts)
     in_place = save_dtype == dtype and not want_entropy
@@ -269,9 +269,9 @@ def linear_backward(
                 else:
                     dz = log_p.clamp_(min=FLOOR).add_(entropy[rows, None])
                     dz.mul_(-ge[rows, None]).sub_(g[rows, None]).mul_(p)
-                at_target = (
-                    -g * missing if ge is None else -g * missing - ge * logp.exp() * (logp.clamp(min=FLOOR) + entropy)
-                )
+                at_target = -g * missing
+                if ge is not None:
+                    at_target -= ge * logp.exp() * (logp.clamp(min=FLOOR) + entropy)
                 dz[chosen] = at_target[rows][here]
                 if slope is not None:
                     dz.mul_(slope)

@@ -111,6 +111,38 @@ def linear_dlogits_kernel(
 
 
 @triton.jit
+def linear_probabilities_kernel(
+    h, w, targets_ptr, logp_ptr, lse_ptr, count_ptr, out, start, rows, col_start, columns, vocab, width,
+    stride_h, stride_w, stride_out, temperature,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """p of [rows, chunk], but p − 1 at the target: d(logits) without its factor a row, which is spared here."""
+    row0 = tl.program_id(0) * BM
+    live = tl.load(count_ptr) - start
+    if row0 >= live:
+        return
+    r = row0 + tl.arange(0, BM)
+    active = (r < rows) & (r < live)
+    col0 = col_start + tl.program_id(1) * BN
+    target = tl.load(targets_ptr + start + r, mask=active, other=-1).to(tl.int32)
+    lse = tl.load(lse_ptr + start + r, mask=active, other=0.0) * LOG2E
+    missing = expm1(tl.load(logp_ptr + start + r, mask=active, other=0.0))
+    scale = LOG2E / temperature
+    acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
+    PART: tl.constexpr = BN // PARTS
+    if PARTS == 2:
+        acc, right = halves(acc, BM, BN)
+    cols = col0 + tl.arange(0, PART)
+    p = tl.where(cols[None, :] == target[:, None], missing[:, None], tl.exp2(acc * scale - lse[:, None]))
+    store_block(out, p, row0, col0 - col_start, rows, columns, stride_out, TMA)
+    if PARTS == 2:
+        cols += PART
+        p = tl.where(cols[None, :] == target[:, None], missing[:, None], tl.exp2(right * scale - lse[:, None]))
+        store_block(out, p, row0, col0 - col_start + PART, rows, columns, stride_out, TMA)
+
+
+@triton.jit
 def linear_dlogits_saved_kernel(
     saved_ptr, shift_ptr, order_ptr, targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
     count_ptr, dz, start, rows, col_start, columns, vocab, saved_rows, stride_saved, stride_dz,
@@ -242,6 +274,15 @@ def linear_bias_kernel(
     tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < columns)
 
 
+def factors(hidden: Tensor, head: Head, entropy_gradient: bool) -> bool:
+    """Whether d(logits) is a number a row times something that does not know the upstream gradient.
+
+    Not under a soft-cap or with a gradient of the entropy. d(bias) would need the numbers in full precision, and fp16
+    could not hold them. fp32 would gain nothing.
+    """
+    return hidden.dtype == torch.bfloat16 and head.bias is None and not head.softcap and not entropy_gradient
+
+
 def linear_backward_triton(
     hidden: Tensor,
     targets: Tensor,
@@ -270,7 +311,13 @@ def linear_backward_triton(
     )
     run = LinearLaunch(h, head)
     kept = min(stats.saved.shape[1], run.vocab) if stats.saved.numel() else 0  # columns whose exp(z) was kept
-    tile, product = run.tiles.full, run.tiles.product
+    # The factor a row leaves the [rows, columns] block: it scales hidden on one side, d(hidden) on the other.
+    factored = not kept and factors(hidden, head, ge is not None)
+    special = head.bias is not None or head.softcap > 0
+    tile = run.tiles.saving if factored or (kept and not special) else run.tiles.full
+    product = run.tiles.product
+    factor = g * (-1.0 / head.temperature)
+    left = (h * factor[:, None]).to(h.dtype) if factored else h
     wide = n > BACKWARD_TOKENS  # several token blocks add up in fp32
     if into is not None:
         d_weight, d_bias = into.weight, into.bias
@@ -283,7 +330,7 @@ def linear_backward_triton(
             if x is not None:
                 x.zero_()
     for n0 in range(0, n, BACKWARD_TOKENS):
-        hc = h[n0 : n0 + BACKWARD_TOKENS]
+        hc, lc = h[n0 : n0 + BACKWARD_TOKENS], left[n0 : n0 + BACKWARD_TOKENS]
         rows = hc.shape[0]
         chunk = max(1, DLOGITS_BYTES // (rows * hidden.element_size() * tile.columns)) * tile.columns
         dz = torch.empty((rows, min(chunk, -(-run.vocab // 128) * 128)), dtype=hidden.dtype, device=device)
@@ -305,6 +352,16 @@ def linear_backward_triton(
                         ROWS=min(16, tile.rows),
                         num_warps=4, **tiles.FUSION,
                     )  # fmt: skip
+            elif factored:
+                with launching("linear_probabilities", device):
+                    linear_probabilities_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+                        run.operand(hc, [tile.rows, tile.depth]),
+                        run.operand(run.weight, [tile.columns, tile.depth]),
+                        t, logp, lse, count, run.operand(dz_part, [tile.rows, tile.part]),
+                        n0, rows, v0, columns, run.vocab, width,
+                        hc.stride(0), run.weight.stride(0), dz.stride(0), head.temperature,
+                        TMA=run.descriptors, PRECISION=run.flags["PRECISION"], **block_constants(tile),
+                    )  # fmt: skip
             else:
                 with launching("linear_dlogits", device):
                     linear_dlogits_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
@@ -324,11 +381,11 @@ def linear_backward_triton(
                         ACCUMULATE=accumulate, BM=16, BN=128, num_warps=4, **tiles.FUSION,
                     )  # fmt: skip
             if need_weight:
-                _product(run, product, dz_part, hc, d_weight[v0:end], count, n0, True, accumulate)
+                _product(run, product, dz_part, lc, d_weight[v0:end], count, n0, True, accumulate)
             if need_hidden:
                 _product(run, product, dz_part, w, dh, count, n0, False, True)
         if need_hidden:
-            d_hidden[order[n0 : n0 + rows]] = dh
+            d_hidden[order[n0 : n0 + rows]] = dh * factor[n0 : n0 + rows, None] if factored else dh
     return LinearGrads(d_hidden, d_weight, d_bias)
 
 

@@ -74,11 +74,6 @@ def linear_factor_kernel(
         tl.store(scaled_ptr + row * width + at, (h * factor).to(scaled_ptr.dtype.element_ty), mask=at < width)
 
 
-def factors(hidden: Tensor, head: Head, entropy_coef: float) -> bool:
-    """Whether dz is r ⊙ D: without soft-cap and entropy gradient. A bias' gradient would need r in full precision."""
-    return hidden.dtype == torch.bfloat16 and head.bias is None and not head.softcap and not entropy_coef
-
-
 def row_shifts(hidden: Tensor, targets: Tensor, head: Head, old_logp: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """(hidden [N, H] with zeros outside the mask, s·log₂e [N] fp32)."""
     (n, width), vocab = hidden.shape, head.weight.shape[0]

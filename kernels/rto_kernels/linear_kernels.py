@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiles
 from ._chunked import Head, LinearStats, kept_columns
 from ._dispatch import INTERPRET, launching
-from ._math import FLOOR, LN2, LOG2E, NEG_INF, tanh
+from ._math import FLOOR, LN2, LOG2E, NEG_INF, log2, tanh
 
 # The interpreter keeps bf16 as its bits and would multiply those; there the operands are widened first.
 WIDEN = tl.constexpr(INTERPRET)
@@ -132,8 +132,7 @@ def linear_stats_kernel(
     rows, vocab, width, kept_columns, stride_h, stride_w, stride_saved, temperature, softcap,
     SPLITS: tl.constexpr, PER_SPLIT: tl.constexpr, ENTROPY: tl.constexpr, SAVE: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, SPECIALIZED: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """parts [3 or 4, SPLITS, rows]: max, Σ 2^(z − max), target logit, (ENTROPY) Σ 2^(z − max)·(z − max).
 
@@ -141,12 +140,6 @@ def linear_stats_kernel(
     shift [rows] given.
     """
     PART: tl.constexpr = BN // PARTS
-    if SPECIALIZED:
-        # Warps of their own copy while others multiply. Triton does that with descriptors made on the device alone.
-        h = tl.make_tensor_descriptor(h, [rows, width], [stride_h, 1], [BM, BK])
-        w = tl.make_tensor_descriptor(w, [vocab, width], [stride_w, 1], [BN, BK])
-        if SAVE:
-            saved = tl.make_tensor_descriptor(saved, [rows, kept_columns], [stride_saved, 1], [BM, PART])
     pid = tl.program_id(0)
     first_block = pid // (GROUP * SPLITS) * GROUP
     group = min(tl.cdiv(rows, BM) - first_block, GROUP)
@@ -164,7 +157,7 @@ def linear_stats_kernel(
     if SAVE == 2:
         given = tl.load(shift_ptr + r, mask=r < rows, other=0.0)
     tiles_end = min((split + 1) * PER_SPLIT, tl.cdiv(vocab, BN))
-    for tile in tl.range(split * PER_SPLIT, tiles_end, warp_specialize=SPECIALIZED):
+    for tile in range(split * PER_SPLIT, tiles_end):
         col0 = tile * BN
         acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
         if PARTS == 2:
@@ -217,12 +210,13 @@ def linear_merge_kernel(
         peak = new
     target = tl.load(targets_ptr + r, mask=inside, other=0)
     ignored = target == ignore_index
-    logp = (picked - peak - tl.log2(total)) * LN2
+    log_total = log2(total)
+    logp = (picked - peak - log_total) * LN2
     logp = tl.where((target >= 0) & (target < vocab), logp, float("nan"))
     tl.store(logp_ptr + r, tl.where(ignored, 0.0, logp), mask=inside)
-    tl.store(lse_ptr + r, (peak + tl.log2(total)) * LN2, mask=inside)
+    tl.store(lse_ptr + r, (peak + log_total) * LN2, mask=inside)
     if ENTROPY:
-        entropy = (tl.log2(total) - weighted / total) * LN2
+        entropy = (log_total - weighted / total) * LN2
         tl.store(entropy_ptr + r, tl.where(ignored, 0.0, entropy), mask=inside)
 
 
@@ -256,16 +250,17 @@ def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
     """(whether operands are read through tensor descriptors, tiles); from shapes, dtype and device alone."""
     chip, size = tiles.chip_of(hidden.device), hidden.element_size()
     # The copy engine wants rows of whole 16 bytes; sm_80 has none.
-    descriptors = chip != "sm80" and hidden.shape[1] * size % 16 == 0
+    descriptors = chip != "sm80" and bool(hidden.shape[1] * size % 16 == 0)
     return descriptors, tiles.choose(hidden.shape[1], vocab, size, chip, descriptors)
 
 
-def saved_shapes_triton(hidden: Tensor, vocab: int, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
+def saved_shapes_triton(hidden: Tensor, head: Head, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `saved` and `shift`: rows of whole 16 bytes; a shift for each row and part of a column tile, of
     those that are not kept too, which spares the kernel the register that would tell them apart."""
-    full = tiles_of(hidden, vocab)[1].full
-    kept = kept_columns(vocab, share, full.columns)
-    return (hidden.shape[0], -(-kept // 8) * 8), (full.parts * -(-vocab // full.columns), hidden.shape[0])
+    vocab = head.weight.shape[0]
+    tile = tiles_of(hidden, vocab)[1].logits(head.bias is not None, head.softcap > 0, True)
+    kept = kept_columns(vocab, share, tile.columns)
+    return (hidden.shape[0], -(-kept // 8) * 8), (tile.parts * -(-vocab // tile.columns), hidden.shape[0])
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -275,16 +270,6 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def block_constants(tile: tiles.Tile) -> dict:
     return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PARTS": tile.parts, **tile.launch}
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def allow_device_descriptors() -> None:
-    """Kernels that make descriptors themselves need memory for them. Triton keeps the function that gives it in a
-    context variable, which autograd's threads do not inherit: a launcher sets it each time."""
-    triton.set_allocator(_scratch)
 
 
 def linear_forward_triton(
@@ -308,7 +293,7 @@ def linear_forward_triton(
     splits, per_split = tiles.splits_of(vocab, tile)
     logp, lse = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty(n if want_entropy else 0, dtype=torch.float32, device=hidden.device)
-    shape, shifts = saved_shapes_triton(hidden, vocab, save_share) if save_dtype else ((0, 8), 0)
+    shape, shifts = saved_shapes_triton(hidden, head, save_share) if save_dtype else ((0, 8), 0)
     columns = min(shape[1], vocab)
     saved = torch.empty(shape, dtype=save_dtype or torch.bfloat16, device=hidden.device)
     shift = torch.empty(shifts, dtype=torch.float32, device=hidden.device) if row_shift is None else row_shift
@@ -318,21 +303,17 @@ def linear_forward_triton(
         h, t = hidden[n0 : n0 + step], targets[n0 : n0 + step]
         rows = h.shape[0]
         kept = saved[:, :columns]
-        special = tile.specialized and run.descriptors
-        if special:
-            allow_device_descriptors()
-        elif save_dtype is not None:
+        if save_dtype is not None:
             kept = run.operand(kept, [tile.rows, tile.part])
         parts = torch.empty((3 + want_entropy, splits, rows), dtype=torch.float32, device=hidden.device)
         with launching("linear_stats", hidden.device):
             linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
-                h if special else run.operand(h, [tile.rows, tile.depth]),
-                run.weight if special else run.operand(run.weight, [tile.columns, tile.depth]),
+                run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
                 run.bias, t, parts, kept, shift,
                 rows, vocab, run.width, columns, h.stride(0), run.weight.stride(0), saved.stride(0),
                 head.temperature, head.softcap,
                 SPLITS=splits, PER_SPLIT=per_split, ENTROPY=want_entropy,
-                SAVE=save, GROUP=GROUP, SPECIALIZED=special,
+                SAVE=save, GROUP=GROUP,
                 **run.flags, **block_constants(tile),
             )  # fmt: skip
         with launching("linear_merge", hidden.device):

@@ -39,7 +39,7 @@ class Passes(NamedTuple):
     # (hidden, targets, head, ignore_index, want_entropy, save_dtype, save_share)
     forward: Callable[..., LinearStats]
     backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
-    saved_shapes: Callable[[Tensor, int, float], tuple]  # (hidden, vocabulary, share) → shapes of what is kept
+    saved_shapes: Callable[[Tensor, Head, float], tuple]  # (hidden, head, share) → shapes of what is kept
     chunk_tokens: Callable[[int], int]  # vocabulary → tokens of a chunk of fused_linear_ppo_loss
     chunk_dtype: Callable[[Tensor], torch.dtype | None]  # hidden → what such a chunk keeps; None: nothing
 
@@ -96,9 +96,9 @@ def _linear_logprob(
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_share, by_row, backend):
-    n, vocab = hidden.shape[0], weight.shape[0]
-    row = hidden.new_empty(n, dtype=compute_dtype(hidden))
-    saved, shift = linear_passes(backend).saved_shapes(hidden, vocab, save_share) if save_share else ((0,), (0,))
+    row = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
+    head = Head(weight, bias, temperature, softcap, by_row)
+    saved, shift = linear_passes(backend).saved_shapes(hidden, head, save_share) if save_share else ((0,), (0,))
     return (
         row,
         torch.empty_like(row) if entropy else row.new_empty(0),
@@ -283,9 +283,9 @@ def token_logprobs(
     Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a
     frozen weight) is not computed, and rows with a zero upstream gradient are skipped.
 
-    `save_probs` keeps exp(z − shift) in bf16 (fp16 for fp16) for the backward pass: 2·N·V bytes in place of a third matrix
-    product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name. `save_share`, in
-    (0, 1], keeps that share of the vocabulary, in whole blocks, and computes the rest again: memory and time
+    `save_probs` keeps exp(z − shift) in bf16 (fp16 for fp16) for the backward pass: 2·N·V bytes in place of a third
+    matrix product. True is for bf16 and fp16 inputs; fp32 inputs must ask for torch.bfloat16 by name. `save_share`,
+    in (0, 1], keeps that share of the vocabulary, in whole blocks, and computes the rest again: memory and time
     lie between.
 
     `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;

@@ -14,13 +14,16 @@ pass.
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._chunked import Head, LinearGrads
-from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, describe, resolve_backend
+from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, describe, launching, resolve_backend
 from ._layout import check_layout, compute_dtype
-from .linear_factored import factors, linear_backward_factored, row_shifts
+from .linear_backward import factors
+from .linear_factored import linear_backward_factored, row_shifts
 from .linear_logprob import check_linear, linear_passes
 from .ppo_loss import INF, UNCAPPED, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
 
@@ -102,7 +105,7 @@ def _linear_ppo(
     entropy = h.new_zeros(n if want_entropy else 0, dtype=dtype)
     need_hidden, need_weight, need_bias = needs
     # A mask leaves rows out of the products, which the package's own can do and the vendor's cannot.
-    factored = any(needs) and backend == "triton" and mask is None and factors(hidden, head, entropy_coef)
+    factored = any(needs) and backend == "triton" and mask is None and factors(hidden, head, entropy_coef != 0)
     chunk = passes.chunk_tokens(weight.shape[0])
     # One chunk writes d(weight) in its own dtype; several add up in the compute dtype first.
     several = n > chunk or n == 0
@@ -171,6 +174,29 @@ def _(hidden, weight, bias, targets, *args):
     ]
 
 
+@triton.jit
+def scale_kernel(x_ptr, by_ptr, count, BLOCK: tl.constexpr):
+    """x ·= by in place; nothing is touched where `by` is 1."""
+    by = tl.load(by_ptr).to(tl.float32)
+    if by == 1.0:
+        return
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, step):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+        tl.store(x_ptr + at, (x * by).to(x_ptr.dtype.element_ty), mask=at < count)
+
+
+def _scale(x: Tensor, by: Tensor) -> Tensor:
+    """x·by over x, of which autograd is told: a gradient of gigabytes is neither copied nor, where by is 1, read."""
+    if not x.is_cuda or x.numel() == 0:
+        return x.mul_(by)
+    torch.autograd.graph.increment_version(x)
+    with launching("scale", x.device):
+        scale_kernel[(min(1056, triton.cdiv(x.numel(), 4096)),)](x, by, x.numel(), BLOCK=4096, num_warps=8)
+    return x
+
+
 class _Attach(torch.autograd.Function):
     """Gives the finished loss its finished gradients, scaled in place by the upstream one.
 
@@ -189,7 +215,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, grad):
         # detach: a new handle on the same memory, which the caller's .grad may then keep without a copy.
         scaled = (
-            x.mul_(grad).detach() if need else None
+            _scale(x, grad).detach() if need else None
             for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
         )
         return None, None, None, None, *scaled

@@ -23,7 +23,7 @@ from ._dispatch import (
     values_checked,
 )
 from ._layout import compute_dtype
-from ._math import FLOOR, LN2, LOG2E, NEG_INF, expm1
+from ._math import FLOOR, LN2, LOG2E, NEG_INF, expm1, log2
 
 # Rows of a PyTorch-path block: about this many elements are widened at a time.
 BLOCK_ELEMENTS = 1 << 21
@@ -54,8 +54,9 @@ def row_logprob(row_ptr, target, vocab, scale, ENTROPY: tl.constexpr, BLOCK: tl.
         peak = new
     inside = (target >= 0) & (target < vocab)
     picked = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32) * scale
-    logp = tl.where(inside, (picked - peak - tl.log2(total)) * LN2, float("nan"))
-    return logp, peak + tl.log2(total), (tl.log2(total) - weighted / total) * LN2
+    log_total = log2(total)
+    logp = tl.where(inside, (picked - peak - log_total) * LN2, float("nan"))
+    return logp, peak + log_total, (log_total - weighted / total) * LN2
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 
 from ._dispatch import INTERPRET
 
@@ -26,6 +27,8 @@ MAX_SPLITS = 64
 MIN_PER_SPLIT = 2 if INTERPRET else 8
 # FMA contraction is Triton's default up to 3.9 and not from 3.10 on; results shall not depend on the release.
 FUSION = {"enable_fp_fusion": True}
+# Of the kernels that tiles are for. A measured choice holds for the revision and the Triton that it was measured with.
+REVISION = 2
 
 
 class Tile(NamedTuple):
@@ -42,8 +45,6 @@ class Tile(NamedTuple):
     parts: int = 2
     # Left to itself (0) the assembler spills a few, for an occupancy that shared memory rules out.
     registers: int = 255
-    # The forward pass gives the copies and the products warps of their own (Hopper, tensor descriptors).
-    specialized: bool = False
 
     @property
     def part(self) -> int:
@@ -59,36 +60,46 @@ class Tiles(NamedTuple):
     """The tiles of one problem. The logits' epilogue decides what fits in registers."""
 
     plain: Tile  # logits without bias, soft-cap and kept probabilities
-    full: Tile  # logits with any of them, and d(logits)
+    saving: Tile  # the same, with probabilities written
+    full: Tile  # logits with a bias or a soft-cap, and d(logits)
     product: Tile  # d(hidden) and d(weight) from d(logits); its `depth` divides the others' `rows`
 
     def logits(self, bias: bool, softcap: bool, save: bool) -> Tile:
-        return self.full if bias or softcap or save else self.plain
+        return self.full if bias or softcap else self.saving if save else self.plain
 
 
-# (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. Each was compiled for its chip: none
-# spills.
-_POINTERS_2 = Tiles(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3))
-_POINTERS_4 = Tiles(Tile(64, 64, 32, 8, 3), Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3))
-_DESCRIPTORS_2 = Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
-_DESCRIPTORS_4 = Tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3))
+def _tiles(plain: Tile, full: Tile, product: Tile, saving: Tile | None = None) -> Tiles:
+    return Tiles(plain, saving or full, full, product)
+
+
+# (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. Each was compiled for its chip: no loop
+# over the inner dimension spills.
+_POINTERS_2 = _tiles(Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3))
+_POINTERS_4 = _tiles(Tile(64, 64, 32, 8, 3), Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3))
+_DESCRIPTORS_2 = _tiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
+_DESCRIPTORS_4 = _tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3))
 _DEFAULTS = {
     ("sm80", 2, False): _POINTERS_2,
     ("sm80", 4, False): _POINTERS_4,
-    ("sm90", 2, True): _DESCRIPTORS_2,
+    # Measured on an H100 (bench/LOG.md).
+    ("sm90", 2, True): _DESCRIPTORS_2._replace(saving=Tile(128, 256, 64, 8, 4)),
     ("sm90", 2, False): _POINTERS_2,
     ("sm90", 4, True): _DESCRIPTORS_4,
     ("sm90", 4, False): _POINTERS_4,
     # Triton 3.9 fails to lower a block split in two that is stored through a descriptor there.
     ("sm100", 2, True): _DESCRIPTORS_2._replace(
-        plain=Tile(128, 256, 64, 8, 3, registers=0), full=Tile(128, 64, 64, 8, 3, parts=1)
+        plain=Tile(128, 256, 64, 8, 3, registers=0),
+        saving=Tile(128, 64, 64, 8, 3, parts=1),
+        full=Tile(128, 64, 64, 8, 3, parts=1),
     ),
     ("sm100", 2, False): _POINTERS_2,
-    ("sm100", 4, True): _DESCRIPTORS_4._replace(plain=Tile(128, 64, 32, 8, 3), full=Tile(64, 64, 32, 8, 3)),
+    ("sm100", 4, True): _DESCRIPTORS_4._replace(
+        plain=Tile(128, 64, 32, 8, 3), saving=Tile(64, 64, 32, 8, 3), full=Tile(64, 64, 32, 8, 3)
+    ),
     ("sm100", 4, False): _POINTERS_4,
 }
 # Under the interpreter small sizes must still cross tile and split borders.
-_INTERPRETED = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
+_INTERPRETED = _tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
 
 
 def selectable(chip: str, itemsize: int) -> list[tuple[bool, Tiles]]:
@@ -123,7 +134,8 @@ def _measured(path: Path) -> dict[str, list]:
 
 
 def _key(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) -> str:
-    return f"{chip} H{width} V{vocab} {8 * itemsize}bit {'tma' if descriptors else 'pointers'}"
+    operands = "tma" if descriptors else "pointers"
+    return f"{chip} H{width} V{vocab} {8 * itemsize}bit {operands}, kernels {REVISION}, Triton {triton.__version__}"
 
 
 _trial: ContextVar[Tiles | None] = ContextVar("trial", default=None)

@@ -14,7 +14,7 @@ from rto_kernels import reference
 N, H, V = 96, 40, 330
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Of fp32 a share of a percent: 1e-6 beside 1 leaves one digit of it, which is rounding's in every formula.
-SLACK = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-3}
+SLACK = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 5e-3}
 
 
 def sure_problem(dtype: torch.dtype, seed: int = 0):

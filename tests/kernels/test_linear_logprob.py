@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, bits, check_error
+from rto_kernels import _chunked as chunked
 from rto_kernels import _dispatch, linear_backward, linear_kernels, reference, tiles
 from rto_kernels import linear_logprob as module
 from rto_kernels._dispatch import INTERPRET, count_launches
@@ -107,6 +108,13 @@ def test_probabilities_kept_in_bf16_are_close(backend, softcap):
         assert float((a - b).abs().max()) <= bound, name
 
 
+def block_of(backend, hidden, vocab, role):
+    """Columns that are kept together."""
+    if backend == "torch":
+        return chunked.BLOCK_VOCAB
+    return getattr(linear_kernels.tiles_of(hidden, vocab)[1], role).columns
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
@@ -116,7 +124,8 @@ def test_a_share_of_the_probabilities_kept(backend, dtype, share):
     got = problem.run(rk.token_logprobs, save_probs=torch.bfloat16, save_share=share, **kw)
     for name, limits in (("kept", {"save_probs": torch.bfloat16}), ("computed", {})):
         whole = problem.run(rk.token_logprobs, **limits, **kw)
-        border = {0.01: 32, 0.5: 64, 0.99: 128}[share]
+        block = block_of(backend, problem.hidden, 150, "full")
+        border = max(1, int(150 * share) // block) * block
         side = slice(0, border) if name == "kept" else slice(border, None)
         # Each column's gradient is that of the way it was computed.
         assert bits(got[3][side], got[4][side]) == bits(whole[3][side], whole[4][side]), name
@@ -130,7 +139,7 @@ def test_a_share_of_the_probabilities_kept(backend, dtype, share):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_share_kept_is_the_memory_kept(backend):
-    problem = Problem(5, 8, 150, torch.bfloat16)
+    problem = Problem(5, 8, 600, torch.bfloat16)
     logp = rk.token_logprobs(
         problem.hidden.requires_grad_(),
         problem.weight,
@@ -140,7 +149,9 @@ def test_the_share_kept_is_the_memory_kept(backend):
         backend=backend,
     )
     saved = [x for x in logp.grad_fn.saved_tensors if x is not None and x.ndim == 2 and x.shape[0] == 5]
-    assert [list(x.shape) for x in saved if x.dtype == torch.bfloat16 and x.shape[1] != 8] == [[5, 64]]
+    block = block_of(backend, problem.hidden, 600, "saving")
+    kept = [5, 300 // block * block]
+    assert [list(x.shape) for x in saved if x.dtype == torch.bfloat16 and x.shape[1] != 8] == [kept]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -107,7 +107,10 @@ def test_equals_fp64_truth(backend, layout, width, vocab, dtype, kw):
     kw = {k: v for k, v in kw.items() if v is not None or k == "clip"}
     with count_launches() as launches:
         got = problem.run(rk.fused_linear_ppo_loss, backend=backend, **kw)
-    assert bool(launches) == (backend == "triton" and problem.targets.numel() > 0)
+    # Without tokens the vocabulary is not passed, but the losses' statistics may still be asked for.
+    assert bool(launches - Counter(ppo_loss=launches["ppo_loss"])) == (
+        backend == "triton" and problem.targets.numel() > 0
+    )
     check(problem, got, dtype, **kw)
     if layout.mask is not None:
         assert not bool((got[NAMES.index("d(hidden)")][layout.mask == 0] != 0).any())
@@ -239,6 +242,7 @@ def test_gradcheck():
             softcap=4.0,
             entropy_coef=0.1,
             clip=None,
+            backend="torch",
             **layout.kw,
         ).policy_loss
 

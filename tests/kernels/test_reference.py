@@ -62,7 +62,8 @@ def test_vocabulary_sized_twins_agree():
     targets = torch.randint(vocab, (n,), generator=generator).to(DEVICE)
     targets[3] = -100
     kw = {"bias": bias, "temperature": 0.7, "softcap": 3.0}
-    ours = rk.token_logprobs(h, w, targets, return_entropy=True, **kw)
+    on = {"backend": "torch"}  # fp64 is its alone
+    ours = rk.token_logprobs(h, w, targets, return_entropy=True, **kw, **on)
     twin = reference.token_logprobs(h, w, targets, return_entropy=True, **kw)
     torch.testing.assert_close(ours, twin)
     up = random(2, n)
@@ -74,12 +75,12 @@ def test_vocabulary_sized_twins_agree():
         torch.testing.assert_close(a, b)
     logits = random(n, vocab)
     torch.testing.assert_close(
-        rk.logprobs_from_logits(logits, targets, temperature=1.3, return_entropy=True),
+        rk.logprobs_from_logits(logits, targets, temperature=1.3, return_entropy=True, **on),
         reference.logprobs_from_logits(logits, targets, temperature=1.3, return_entropy=True),
     )
     old_logp, advantages = twin[0].detach() + 0.2 * random(n), random(n)
     loss_kw = {**kw, "entropy_coef": 0.1, "clip": (0.1, 0.3), "cu_seqlens": layout.cu_seqlens}
-    a = rk.fused_linear_ppo_loss(h, w, targets, old_logp, advantages, **loss_kw)
+    a = rk.fused_linear_ppo_loss(h, w, targets, old_logp, advantages, **loss_kw, **on)
     b = reference.fused_linear_ppo_loss(h, w, targets, old_logp, advantages, **loss_kw)
     torch.testing.assert_close(a.policy_loss, b.policy_loss)
     torch.testing.assert_close(tuple(a.stats), tuple(b.stats))
