@@ -130,7 +130,8 @@ def _describe(kernel: JITFunction, chip: str, args: tuple, kwargs: dict) -> Laun
     signature, constants, aligned = [], [], []
     for position, name in enumerate(names):
         value = given[name]
-        if name in constexprs or value is None or (type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not kernel.params[position].do_not_specialize
+        if name in constexprs or value is None or is_one:
             # Triton specialises on 1, as it does on a constexpr.
             signature.append((name, "constexpr"))
             constants.append((name, value))
@@ -145,7 +146,7 @@ def _describe(kernel: JITFunction, chip: str, args: tuple, kwargs: dict) -> Laun
             signature.append((name, "i1"))
         elif isinstance(value, int):
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and not kernel.params[position].do_not_specialize:
                 aligned.append(position)
         else:
             signature.append((name, "fp32"))

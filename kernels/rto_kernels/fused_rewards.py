@@ -35,7 +35,7 @@ def _sequence_of(token, cu_ptr, batch):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "width"])
 def logits_token_rewards_kernel(
     policy_ptr, ref_ptr, dpo_ptr, dpo_ref_ptr, targets_ptr, scores_ptr, cu_ptr, mask_ptr,
     rewards_ptr, dpo_reward_ptr, kl_ptr, policy_out_ptr, ref_out_ptr, dpo_out_ptr,

@@ -79,7 +79,7 @@ def combine_moments(parts_ptr, parts, PARTS: tl.constexpr):
     return count, mean, m2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _gae_kernel(
     policy_ptr, ref_ptr, dpo_ptr, dpo_ref_ptr, scores_ptr,
     rewards_ptr, dpo_reward_ptr, kl_ptr, policy_out_ptr, ref_out_ptr, dpo_out_ptr,

@@ -25,6 +25,7 @@ from .linear_kernels import (
     LinearLaunch,
     block_constants,
     dot,
+    grouped_block,
     halves,
     store_block,
     tile_logits,
@@ -33,6 +34,7 @@ from .linear_kernels import (
 
 BACKWARD_TOKENS = 8192  # rows a pass over the vocabulary takes at once
 DLOGITS_BYTES = 1 << 28  # of dz held at once
+TILES_EACH = 2  # column tiles that a program of linear_probabilities takes
 
 
 @triton.jit
@@ -73,26 +75,27 @@ def _load_rows(
     return target, lse, g, missing, ge, entropy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "rows", "col_start", "columns"])
 def linear_dlogits_kernel(
     h, w, bias_ptr, targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, count_ptr, dz,
     start, rows, col_start, columns, vocab, width, stride_h, stride_w, stride_dz, temperature, softcap,
-    ENTROPY: tl.constexpr,
+    ENTROPY: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d(hidden·Wᵀ + bias) of [rows, chunk], rows in gathered order; a block past `count` is left alone."""
-    row0 = tl.program_id(0) * BM
+    row_block, column_block = grouped_block(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(columns, BN), GROUP)
+    row0, col0 = row_block * BM, col_start + column_block * BN
     live = tl.load(count_ptr) - start
     if row0 >= live:
         return
     r = row0 + tl.arange(0, BM)
     active = (r < rows) & (r < live)
-    col0 = col_start + tl.program_id(1) * BN
-    acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
+    # Loaded before the product: after it, ptxas (CUDA 12.8) waits for each step of the product by itself.
     target, lse, g, missing, ge, entropy = _load_rows(
         targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr, start + r, active, vocab, ENTROPY
     )
+    acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
     PART: tl.constexpr = BN // PARTS
     if PARTS == 2:
         acc, right = halves(acc, BM, BN)
@@ -110,39 +113,46 @@ def linear_dlogits_kernel(
         store_block(dz, d, row0, col0 - col_start + PART, rows, columns, stride_dz, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "rows", "col_start", "columns"])
 def linear_probabilities_kernel(
     h, w, targets_ptr, logp_ptr, lse_ptr, count_ptr, out, start, rows, col_start, columns, vocab, width,
-    stride_h, stride_w, stride_out, temperature,
+    stride_h, stride_w, stride_out, temperature, EACH: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p of [rows, chunk], but p − 1 at the target: d(logits) without its factor a row, which is spared here."""
-    row0 = tl.program_id(0) * BM
+    """p of [rows, chunk], but p − 1 at the target: d(logits) without its factor a row, which is spared here.
+
+    A program takes EACH column tiles: in a loop ptxas (CUDA 12.8) lets the product's steps overlap, without one it
+    waits for each.
+    """
+    column_tiles = tl.cdiv(columns, BN)
+    row_block, split = grouped_block(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(column_tiles, EACH), GROUP)
+    row0 = row_block * BM
     live = tl.load(count_ptr) - start
     if row0 >= live:
         return
     r = row0 + tl.arange(0, BM)
     active = (r < rows) & (r < live)
-    col0 = col_start + tl.program_id(1) * BN
     target = tl.load(targets_ptr + start + r, mask=active, other=-1).to(tl.int32)
     lse = tl.load(lse_ptr + start + r, mask=active, other=0.0) * LOG2E
     missing = expm1(tl.load(logp_ptr + start + r, mask=active, other=0.0))
     scale = LOG2E / temperature
-    acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
     PART: tl.constexpr = BN // PARTS
-    if PARTS == 2:
-        acc, right = halves(acc, BM, BN)
-    cols = col0 + tl.arange(0, PART)
-    p = tl.where(cols[None, :] == target[:, None], missing[:, None], tl.exp2(acc * scale - lse[:, None]))
-    store_block(out, p, row0, col0 - col_start, rows, columns, stride_out, TMA)
-    if PARTS == 2:
-        cols += PART
-        p = tl.where(cols[None, :] == target[:, None], missing[:, None], tl.exp2(right * scale - lse[:, None]))
-        store_block(out, p, row0, col0 - col_start + PART, rows, columns, stride_out, TMA)
+    for tile in range(split * EACH, min((split + 1) * EACH, column_tiles)):
+        col0 = col_start + tile * BN
+        acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
+        if PARTS == 2:
+            acc, right = halves(acc, BM, BN)
+        cols = col0 + tl.arange(0, PART)
+        p = tl.where(cols[None, :] == target[:, None], missing[:, None], tl.exp2(acc * scale - lse[:, None]))
+        store_block(out, p, row0, col0 - col_start, rows, columns, stride_out, TMA)
+        if PARTS == 2:
+            cols += PART
+            p = tl.where(cols[None, :] == target[:, None], missing[:, None], tl.exp2(right * scale - lse[:, None]))
+            store_block(out, p, row0, col0 - col_start + PART, rows, columns, stride_out, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "rows", "col_start", "columns", "saved_rows"])
 def linear_dlogits_saved_kernel(
     saved_ptr, shift_ptr, order_ptr, targets_ptr, logp_ptr, lse_ptr, entropy_ptr, grad_logp_ptr, grad_entropy_ptr,
     count_ptr, dz, start, rows, col_start, columns, vocab, saved_rows, stride_saved, stride_dz,
@@ -199,7 +209,7 @@ def _add(c, x, row0, col0, rows, columns, stride, TMA: tl.constexpr):
     return x + there.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "m", "k"])
 def linear_product_kernel(
     a, b, c, count_ptr, start, m, n, k, stride_a, stride_b, stride_c,
     A_IS_KM: tl.constexpr, ACCUMULATE: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -207,13 +217,8 @@ def linear_product_kernel(
 ):  # fmt: skip
     """c [m, n] (+)= a·b, b [k, n], a stored [m, k], or [k, m] with A_IS_KM; the token dimension (k if
     A_IS_KM, else m) ends where `count` − start says."""
-    pid = tl.program_id(0)
-    columns = tl.cdiv(n, BN)
-    first_block = pid // (GROUP * columns) * GROUP
-    group = min(tl.cdiv(m, BM) - first_block, GROUP)
-    local = pid % (GROUP * columns)
-    row0 = (first_block + local % group) * BM
-    col0 = local // group * BN
+    row_block, column_block = grouped_block(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP)
+    row0, col0 = row_block * BM, column_block * BN
     live = tl.load(count_ptr) - start
     if A_IS_KM:
         k = max(min(k, live), 0)
@@ -255,7 +260,7 @@ def linear_product_kernel(
         store_block(c, right, row0, col0 + PART, m, n, stride_c, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "rows", "columns"])
 def linear_bias_kernel(
     dz_ptr, out_ptr, count_ptr, start, rows, columns, stride_dz,
     ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -354,24 +359,26 @@ def linear_backward_triton(
                     )  # fmt: skip
             elif factored:
                 with launching("linear_probabilities", device):
-                    linear_probabilities_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+                    splits = triton.cdiv(columns, TILES_EACH * tile.columns)
+                    linear_probabilities_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
                         run.operand(hc, [tile.rows, tile.depth]),
                         run.operand(run.weight, [tile.columns, tile.depth]),
                         t, logp, lse, count, run.operand(dz_part, [tile.rows, tile.part]),
                         n0, rows, v0, columns, run.vocab, width,
                         hc.stride(0), run.weight.stride(0), dz.stride(0), head.temperature,
-                        TMA=run.descriptors, PRECISION=run.flags["PRECISION"], **block_constants(tile),
+                        EACH=TILES_EACH, GROUP=GROUP, TMA=run.descriptors, PRECISION=run.flags["PRECISION"],
+                        **block_constants(tile),
                     )  # fmt: skip
             else:
                 with launching("linear_dlogits", device):
-                    linear_dlogits_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))](
+                    linear_dlogits_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
                         run.operand(hc, [tile.rows, tile.depth]),
                         run.operand(run.weight, [tile.columns, tile.depth]),
                         run.bias, t, logp, lse, entropy, g, g if ge is None else ge, count,
                         run.operand(dz_part, [tile.rows, tile.part]),
                         n0, rows, v0, columns, run.vocab, width,
                         hc.stride(0), run.weight.stride(0), dz.stride(0),
-                        head.temperature, head.softcap, ENTROPY=ge is not None,
+                        head.temperature, head.softcap, ENTROPY=ge is not None, GROUP=GROUP,
                         **run.flags, **block_constants(tile),
                     )  # fmt: skip
             if need_bias:

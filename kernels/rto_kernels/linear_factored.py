@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from ._chunked import Head, LinearGrads, LinearStats
+from ._chunked import Head, LinearStats
 from ._dispatch import INTERPRET, launching
 from ._math import LOG2E, expm1
 from .linear_kernels import LinearLaunch
@@ -74,6 +74,19 @@ def linear_factor_kernel(
         tl.store(scaled_ptr + row * width + at, (h * factor).to(scaled_ptr.dtype.element_ty), mask=at < width)
 
 
+@triton.jit
+def linear_rescale_kernel(x_ptr, factor_ptr, out_ptr, width, stride_out, BLOCK: tl.constexpr):
+    """One program a row: out = factor·x in out's dtype, 0 where the factor is."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr + row)
+    for start in range(0, width, BLOCK):
+        at = start + offs
+        x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)
+        x = tl.where(factor == 0, 0.0, x * factor)
+        tl.store(out_ptr + row * stride_out + at, x.to(out_ptr.dtype.element_ty), mask=at < width)
+
+
 def row_shifts(hidden: Tensor, targets: Tensor, head: Head, old_logp: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """(hidden [N, H] with zeros outside the mask, s·log₂e [N] fp32)."""
     (n, width), vocab = hidden.shape, head.weight.shape[0]
@@ -106,16 +119,16 @@ def linear_backward_factored(
     head: Head,
     stats: LinearStats,
     grad_logp: Tensor,
-    needs: tuple[bool, bool],
+    d_hidden: Tensor | None,
+    need_weight: bool,
     into: Tensor | None = None,
-) -> LinearGrads:
+) -> Tensor | None:
     """Gradients of Σ grad_logp·logp, from `stats.saved` = E, which is used up, and `stats.shift` = s·log₂e [N].
 
-    hidden is what `row_shifts` gave. d(hidden) comes in hidden's dtype; d(weight) [V, H] in the weight's, or it is
-    added to `into` (fp32). A row whose grad_logp is 0 takes and gives exactly 0.
+    hidden is what `row_shifts` gave. d(hidden) is written to `d_hidden` [N, H], if given; d(weight) [V, H] is returned,
+    in the weight's dtype, or added to `into` (fp32). A row whose grad_logp is 0 takes and gives exactly 0.
     """
     (n, width), vocab = hidden.shape, head.weight.shape[0]
-    need_hidden, need_weight = needs
     factor = torch.empty(n, dtype=torch.float32, device=hidden.device)
     scaled = torch.empty_like(hidden)
     with launching("linear_factor", hidden.device):
@@ -125,10 +138,10 @@ def linear_backward_factored(
             BLOCK=BLOCK, num_warps=4, **tiles.FUSION,
         )  # fmt: skip
     d = stats.saved[:, :vocab]
-    d_hidden = d_weight = None
-    if need_hidden:
-        d_hidden = product(d, head.weight, torch.float32)
-        d_hidden = torch.where(factor[:, None] == 0, 0.0, d_hidden.mul_(factor[:, None])).to(hidden.dtype)
-    if need_weight:
-        d_weight = product(d.t(), scaled, head.weight.dtype, into)
-    return LinearGrads(d_hidden, d_weight, None)
+    if d_hidden is not None:
+        with launching("linear_rescale", hidden.device):
+            linear_rescale_kernel[(n,)](
+                product(d, head.weight, torch.float32), factor, d_hidden, width, d_hidden.stride(0),
+                BLOCK=BLOCK, num_warps=4, **tiles.FUSION,
+            )  # fmt: skip
+    return product(d.t(), scaled, head.weight.dtype, into) if need_weight else None

@@ -96,8 +96,8 @@ def _absorb(
 ):  # fmt: skip
     """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc.
 
-    max and the target's logit are kept as z·temperature: the scale to base-2 units then costs no instruction of its
-    own, since it goes into the exponent's multiply-add.
+    max and the target's logit are kept as z·temperature. They are subtracted before anything is scaled to base-2
+    units: of the largest logit that leaves exactly 0, where a fused multiply-add would leave the product's rounding.
     """
     WIDTH: tl.constexpr = acc.shape[1]
     cols = col0 + tl.arange(0, WIDTH)
@@ -105,11 +105,12 @@ def _absorb(
     z, _ = tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
     picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
     new = tl.maximum(peak, tl.max(z, 1))
-    base = tl.where(new == NEG_INF, 0.0, new) * scale  # a row of −inf alone must not give NaN here
-    moved = tl.maximum(peak * scale - base, FLOOR)
+    base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
+    moved = tl.maximum((peak - base) * scale, FLOOR)
     decay = tl.exp2(moved)
-    z = z * scale - base[:, None]
+    z = (z - base[:, None]) * scale
     e = tl.exp2(z)
+    base *= scale
     if ENTROPY:
         weighted = decay * (weighted + total * moved) + tl.sum(e * tl.maximum(z, FLOOR), 1)
     total = total * decay + tl.sum(e, 1)
@@ -127,6 +128,16 @@ def _absorb(
 
 
 @triton.jit
+def grouped_block(pid, row_blocks, columns, GROUP: tl.constexpr):
+    """(row block, column block) of a program: GROUP row blocks go through the columns together, so that their rows stay
+    in the L2 cache while the columns pass once."""
+    first = pid // (GROUP * columns) * GROUP
+    group = min(row_blocks - first, GROUP)
+    local = pid % (GROUP * columns)
+    return first + local % group, local // group
+
+
+@triton.jit(do_not_specialize=["rows"])
 def linear_stats_kernel(
     h, w, bias_ptr, targets_ptr, parts_ptr, saved, shift_ptr,
     rows, vocab, width, kept_columns, stride_h, stride_w, stride_saved, temperature, softcap,
@@ -140,12 +151,8 @@ def linear_stats_kernel(
     shift [rows] given.
     """
     PART: tl.constexpr = BN // PARTS
-    pid = tl.program_id(0)
-    first_block = pid // (GROUP * SPLITS) * GROUP
-    group = min(tl.cdiv(rows, BM) - first_block, GROUP)
-    local = pid % (GROUP * SPLITS)
-    row0 = (first_block + local % group) * BM
-    split = local // group
+    block, split = grouped_block(tl.program_id(0), tl.cdiv(rows, BM), SPLITS, GROUP)
+    row0 = block * BM
     r = row0 + tl.arange(0, BM)
     target = tl.load(targets_ptr + r, mask=r < rows, other=-1)
     target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
@@ -181,7 +188,7 @@ def linear_stats_kernel(
         tl.store(out + 3 * plane, weighted, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_merge_kernel(
     parts_ptr, targets_ptr, logp_ptr, entropy_ptr, lse_ptr, rows, vocab, ignore_index,
     SPLITS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,

@@ -137,14 +137,16 @@ def _linear_ppo(
         # `where`: outside the mask old_logp and advantages may be NaN.
         g = torch.where(flat[rows], g[0] * c[rows], 0)
         if factored:
-            grads = linear_backward_factored(x, t[rows], head, stats, g, needs[:2], total.weight)
+            into = total.hidden[rows] if need_hidden else None
+            d_weight = linear_backward_factored(x, t[rows], head, stats, g, into, need_weight, total.weight)
+            del stats
         else:
             ge = -entropy_coef * c[rows] if entropy_coef else None
             grads = passes.backward(x, t[rows], head, stats, g, ge, needs, total if several else None)
-        if need_hidden:
-            total.hidden[rows] = grads.hidden
-        d_weight, d_bias = grads.weight, grads.bias
-        del stats, grads  # else the next chunk's exp(z) stands beside this one's
+            if need_hidden:
+                total.hidden[rows] = grads.hidden
+            d_weight, d_bias = grads.weight, grads.bias
+            del stats, grads  # else the next chunk's exp(z) stands beside this one's
     loss, statistics, _ = _policy_loss(
         logp.view(shape), old_logp, advantages, entropy.view(shape) if want_entropy else None, sampler_logp,
         (mean, rstd), (cu_seqlens, inside, denominator), clip, is_cap, entropy_coef, (aggregation, backend),
@@ -174,7 +176,7 @@ def _(hidden, weight, bias, targets, *args):
     ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def scale_kernel(x_ptr, by_ptr, count, BLOCK: tl.constexpr):
     """x ·= by in place; nothing is touched where `by` is 1."""
     by = tl.load(by_ptr).to(tl.float32)

@@ -42,21 +42,25 @@ def row_logprob(row_ptr, target, vocab, scale, ENTROPY: tl.constexpr, BLOCK: tl.
     offs = tl.arange(0, BLOCK)
     for start in range(0, vocab, BLOCK):
         inside = start + offs < vocab
-        z = tl.load(row_ptr + start + offs, mask=inside, other=NEG_INF).to(tl.float32) * scale
+        z = tl.load(row_ptr + start + offs, mask=inside, other=NEG_INF).to(tl.float32)
         new = tl.maximum(peak, tl.max(z, 0))
         base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
-        decay = tl.exp2(peak - base)
-        e = tl.exp2(z - base)
+        # Subtracted before it is scaled: of the largest logit that leaves exactly 0, where a fused multiply-add would
+        # leave the product's rounding.
+        moved = tl.maximum((peak - base) * scale, FLOOR)
+        decay = tl.exp2(moved)
+        z = (z - base) * scale
+        e = tl.exp2(z)
         if ENTROPY:
-            weighted = decay * (weighted + total * tl.maximum(peak - base, FLOOR))
-            weighted += tl.sum(e * tl.maximum(z - base, FLOOR), 0)
+            weighted = decay * (weighted + total * moved)
+            weighted += tl.sum(e * tl.maximum(z, FLOOR), 0)
         total = total * decay + tl.sum(e, 0)
         peak = new
     inside = (target >= 0) & (target < vocab)
-    picked = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32) * scale
+    picked = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32)
     log_total = log2(total)
-    logp = tl.where(inside, (picked - peak - log_total) * LN2, float("nan"))
-    return logp, peak + log_total, (log_total - weighted / total) * LN2
+    logp = tl.where(inside, ((picked - peak) * scale - log_total) * LN2, float("nan"))
+    return logp, peak * scale + log_total, (log_total - weighted / total) * LN2
 
 
 @triton.jit

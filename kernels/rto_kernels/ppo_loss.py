@@ -78,7 +78,7 @@ class PPOLoss(NamedTuple):
     stats: PPOStats
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "moments_rows"])
 def _ppo_loss_kernel(
     logp_ptr, old_logp_ptr, advantages_ptr, values_ptr, old_values_ptr, returns_ptr, entropy_ptr, sampler_ptr,
     mean_ptr, rstd_ptr, moments_ptr, cu_ptr, mask_ptr, denominator_ptr,
@@ -233,7 +233,7 @@ def _ppo_loss_kernel(
         tl.store(stats_ptr + column - 3, total.to(tl.float32), mask=(column >= 3) & (column < 3 + N_STATS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _scale_kernel(
     x_ptr, y_ptr, unit_ptr, grad_ptr, x_out_ptr, y_out_ptr, n, BOTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

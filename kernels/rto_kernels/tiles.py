@@ -125,7 +125,6 @@ def cache_path() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "rto_kernels" / "tiles.json"
 
 
-@functools.cache
 def _measured(path: Path) -> dict[str, list]:
     try:
         return json.loads(path.read_text())
@@ -157,6 +156,12 @@ def choose(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) 
         return trial
     if chip == "cpu":
         return _INTERPRETED
+    # The path is part of what is remembered, and costs a tenth of a millisecond to work out.
+    return _chosen(width, vocab, itemsize, chip, descriptors, os.environ.get("RTO_KERNELS_TILES"))
+
+
+@functools.cache
+def _chosen(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool, _: str | None) -> Tiles:
     measured = _measured(cache_path()).get(_key(width, vocab, itemsize, chip, descriptors))
     if measured:
         return Tiles(*(Tile(*t) for t in measured))

@@ -78,7 +78,7 @@ def reward_block(
     return reward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _token_rewards_kernel(
     policy_ptr, ref_ptr, dpo_ptr, dpo_ref_ptr, scores_ptr, cu_ptr, mask_ptr,
     rewards_ptr, dpo_reward_ptr, kl_ptr, policy_out_ptr, ref_out_ptr, dpo_out_ptr,

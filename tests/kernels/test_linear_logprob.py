@@ -387,15 +387,15 @@ def test_measured_tiles_outlive_the_process(tmp_path, monkeypatch):
     other = tiles.choose(4096, 128256, 2, "sm80", False)
     tiles.remember(4096, 128256, 2, "sm90", True, other)
     assert tiles.choose(4096, 128256, 2, "sm90", True) == before  # this process keeps what it has
-    tiles._measured.cache_clear()
+    tiles._chosen.cache_clear()
     assert tiles.choose(4096, 128256, 2, "sm90", True) == other
     assert tiles.choose(4096, 128257, 2, "sm90", True) == before
     (tmp_path / "cache" / "tiles.json").write_text("{half a fi")
-    tiles._measured.cache_clear()
+    tiles._chosen.cache_clear()
     assert tiles.choose(4096, 128256, 2, "sm90", True) == before
     tiles.remember(4096, 128256, 2, "sm90", True, other)
     assert len(json.loads((tmp_path / "cache" / "tiles.json").read_text())) == 1
-    tiles._measured.cache_clear()
+    tiles._chosen.cache_clear()
 
 
 def test_tiles_do_not_depend_on_the_tokens():
