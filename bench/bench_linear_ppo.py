@@ -99,7 +99,8 @@ def test_fused_linear_ppo_loss(once, tokens, hidden, vocab, moved):
         contenders["torch.compile"] = lambda: run(lambda: whole(h, w))
     record = compare(
         "fused_linear_ppo_loss", f"N {tokens}, H {hidden}, V {vocab}, {moved}", contenders,
-        reference=lambda: run(truth), tolerance=TOLERANCE,
+        # A clipped loss is a small difference of large terms, and in bf16 off by more than its gradients.
+        reference=lambda: run(truth), tolerance=TOLERANCE * (5 if moved == "clipped" else 1),
         flops=6 * tokens * hidden * vocab, held=(w.numel() + h.numel()) * w.element_size(),
         rounds=min(ROUNDS, 15 if ON_GPU else 3) if vocab > 100_000 else ROUNDS,
         shape={"N": tokens, "H": hidden, "V": vocab, "dtype": str(DTYPE)},

@@ -70,8 +70,9 @@ def tests(minutes: float, folder: Path, toy: bool) -> list[Command]:
     chosen = ["tests/kernels/test_tiles.py"] if toy else ["tests/kernels", "--ignore=tests/kernels/test_aot.py"]
     argv = [PYTHON, "-m", "pytest", "-q", "-rf", *chosen, f"--junitxml={folder / 'tests.xml'}"]
     if not toy and importlib.util.find_spec("xdist"):
-        # Most of the time goes into compiling on the host; the tests past 32 bits take the GPU's memory in turn.
-        argv += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
+        # Most of the time goes into compiling on the host. The tests past 32 bits go to one worker, and so take the
+        # GPU's memory in turn.
+        argv += ["-n", str(min(15, os.cpu_count() or 1)), "--dist", "loadgroup"]
     return [Command(argv, {"TRITON_INTERPRET": "0"})]
 
 
@@ -104,12 +105,12 @@ def ceilings(minutes: float, folder: Path, toy: bool) -> list[Command]:
 KERNEL_BENCHES = (
     "bench_token_rewards.py",
     "bench_ppo_loss.py",
-    "bench_linear_ppo.py",
-    "bench_linear_logprob.py::test_token_logprobs",
-    "bench_linear_logprob.py::test_forward",
-    "bench_fused_rewards.py",
     "bench_logprob.py",
+    "bench_linear_ppo.py",
+    "bench_linear_logprob.py::test_forward",
+    "bench_linear_logprob.py::test_token_logprobs",
     "bench_linear_logprob.py::test_cross_entropy",
+    "bench_fused_rewards.py",
     "bench_linear_logprob.py::test_cost_against_tokens",
 )
 

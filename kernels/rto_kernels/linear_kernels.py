@@ -255,10 +255,11 @@ class LinearLaunch:
 
 def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
     """(whether operands are read through tensor descriptors, tiles); from shapes, dtype and device alone."""
-    chip, size = tiles.chip_of(hidden.device), hidden.element_size()
+    # Symbolic sizes become numbers: a choice of tiles holds for one width and one vocabulary.
+    chip, size, width, vocab = tiles.chip_of(hidden.device), hidden.element_size(), int(hidden.shape[1]), int(vocab)
     # The copy engine wants rows of whole 16 bytes; sm_80 has none.
-    descriptors = chip != "sm80" and bool(hidden.shape[1] * size % 16 == 0)
-    return descriptors, tiles.choose(hidden.shape[1], vocab, size, chip, descriptors)
+    descriptors = chip != "sm80" and width * size % 16 == 0
+    return descriptors, tiles.choose(width, vocab, size, chip, descriptors)
 
 
 def saved_shapes_triton(hidden: Tensor, head: Head, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:

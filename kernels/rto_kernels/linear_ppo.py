@@ -96,7 +96,7 @@ def _linear_ppo(
     inside = targets != ignore_index
     if mask is not None:
         inside &= mask != 0
-    c = token_weights(inside, cu_seqlens, aggregation, denominator).to(dtype).reshape(-1)
+    c = None
     h, flat = hidden.reshape(-1, hidden.shape[-1]), inside.reshape(-1)
     t, old, adv = (x.reshape(-1) for x in (targets, old_logp, advantages))
     sampler = None if sampler_logp is None else sampler_logp.reshape(-1)
@@ -129,6 +129,8 @@ def _linear_ppo(
             entropy[rows] = torch.where(flat[rows], stats.entropy, 0)
         if not any(needs):
             continue
+        if c is None:  # not before the first pass: its launches would hold that up
+            c = token_weights(inside, cu_seqlens, aggregation, denominator).to(dtype).reshape(-1)
         _, _, g = _policy_loss(
             logp[rows][None], old[rows][None], adv[rows][None], None,
             None if sampler is None else sampler[rows][None],
@@ -189,9 +191,9 @@ def scale_kernel(x_ptr, by_ptr, count, BLOCK: tl.constexpr):
         tl.store(x_ptr + at, (x * by).to(x_ptr.dtype.element_ty), mask=at < count)
 
 
-def _scale(x: Tensor, by: Tensor) -> Tensor:
+def _scale(x: Tensor, by: Tensor, backend: str) -> Tensor:
     """x·by over x, of which autograd is told: a gradient of gigabytes is neither copied nor, where by is 1, read."""
-    if not x.is_cuda or x.numel() == 0:
+    if backend == "torch" or torch.compiler.is_compiling() or x.numel() == 0:
         return x.mul_(by)
     torch.autograd.graph.increment_version(x)
     with launching("scale", x.device):
@@ -207,8 +209,9 @@ class _Attach(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss, d_hidden, d_weight, d_bias, hidden, weight, bias):
+    def forward(ctx, loss, d_hidden, d_weight, d_bias, hidden, weight, bias, backend):
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.backend = backend
         ctx.mark_dirty(loss)
         return loss
 
@@ -217,10 +220,10 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, grad):
         # detach: a new handle on the same memory, which the caller's .grad may then keep without a copy.
         scaled = (
-            _scale(x, grad).detach() if need else None
-            for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
+            _scale(x, grad, ctx.backend).detach() if need else None
+            for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[4:-1], strict=True)
         )
-        return None, None, None, None, *scaled
+        return None, None, None, None, *scaled, None
 
 
 def fused_linear_ppo_loss(
@@ -325,5 +328,5 @@ def fused_linear_ppo_loss(
         backend,
     )
     if any(needs):
-        loss = _Attach.apply(loss, *grads, *inputs)
+        loss = _Attach.apply(loss, *grads, *inputs, backend)
     return LinearPPOLoss(loss, logp, entropy if return_entropy else entropy.new_empty(0), PPOStats(*stats.unbind()))

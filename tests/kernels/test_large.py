@@ -5,7 +5,10 @@ import rto_kernels as rk
 import torch
 from kernel_checks import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU"),
+    pytest.mark.xdist_group("large"),  # on one worker, so that they take the GPU's memory in turn
+]
 
 TOKENS, VOCAB = 65537, 262144
 BORDER = 2**31 // VOCAB  # the row where a 32-bit offset would turn negative
