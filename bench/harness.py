@@ -76,6 +76,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
+    """The commit that is measured; $RTO_BENCH_COMMIT names it where the tree travels without its history."""
+    if named := os.environ.get("RTO_BENCH_COMMIT"):
+        return named
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
