@@ -80,6 +80,25 @@ class Head(NamedTuple):
         return z.clamp_(min=0).div_(self.temperature)
 
 
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """a·b summed and returned in `dtype`, or added to `into`, which has it. 16-bit operands are multiplied as such
+    where there are matrix units for them, on a GPU."""
+    if a.dtype == dtype and into is None:
+        return torch.mm(a, b)
+    wide = dtype if into is None else into.dtype
+    if a.dtype == wide or not a.is_cuda:
+        a, b = a.to(wide), b.to(wide)
+        return torch.mm(a, b) if into is None else into.addmm_(a, b)
+    if into is None:
+        return torch.mm(a, b, out_dtype=wide)
+    return torch.addmm(into, a, b, out_dtype=wide, out=into)
+
+
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """Of a vendor product's operands: their own on a GPU, else the compute dtype, which a CPU multiplies as fast."""
+    return x.dtype if x.is_cuda else compute_dtype(x)
+
+
 def kept_columns(vocab: int, share: float, block: int) -> int:
     """How many columns a share of the vocabulary is: all, or whole blocks of it, at least one."""
     return vocab if share >= 1 else min(vocab, max(1, int(share * vocab) // block) * block)

@@ -122,8 +122,23 @@ def check_local(name: str, tensor: Tensor) -> None:
         )
     if hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0:
         raise ValueError(
-            f"{name} is a ZeRO-3 partition of shape {list(getattr(tensor, 'ds_shape', []))}; "
-            f"call inside `with deepspeed.zero.GatheredParameters([{name}]):`"
+            f"{name} is a ZeRO-3 partition of shape {list(getattr(tensor, 'ds_shape', []))}; {ZERO3_REMEDY}"
+        )
+
+
+# Gathered for the forward pass alone, a weight is gone when the backward pass reads it.
+ZERO3_REMEDY = (
+    "make the call in the forward() of the module that owns it, which DeepSpeed gathers for both passes, or keep "
+    "`with deepspeed.zero.GatheredParameters([...]):` open until backward() has returned"
+)
+
+
+def check_unreleased(name: str, tensor: Tensor, size: int) -> None:
+    """Raise ValueError in a backward pass whose saved tensor of `size` elements has been taken away since."""
+    if tensor.numel() != size:
+        raise ValueError(
+            f"{name} had {size} elements in the forward pass and has {tensor.numel()} in the backward pass: a ZeRO-3 "
+            f"parameter that was released in between; {ZERO3_REMEDY}"
         )
 
 

@@ -5,6 +5,8 @@ packed   tokens [N], cu_seqlens [B + 1]: sequence b is tokens[cu_seqlens[b] : cu
          a mask [N] may leave tokens out here too
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import triton
 import triton.language as tl
@@ -94,8 +96,17 @@ def arrival_counter(device: torch.device) -> Tensor:
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+        # torch.compile(mode="reduce-overhead") warms up with this thread's allocations in a graph's own pool, which
+        # ends with the graph; another thread's are not.
+        with ThreadPoolExecutor(1) as other:
+            _counters[key] = other.submit(_lasting_zero, device).result()
     return _counters[key]
+
+
+def _lasting_zero(device: torch.device) -> Tensor:
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)
+    return zero
 
 
 def kernel_mask(mask: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from ._chunked import Head, LinearStats
+from ._chunked import Head, LinearStats, product
 from ._dispatch import INTERPRET, launching
 from ._math import LOG2E, expm1
 from .linear_kernels import LinearLaunch
@@ -101,16 +101,6 @@ def row_shifts(hidden: Tensor, targets: Tensor, head: Head, old_logp: Tensor, in
             BLOCK=BLOCK, num_warps=4, **tiles.FUSION,
         )  # fmt: skip
     return clean, shift
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-    """a·b with fp32 sums, in `dtype`, or added to `into`, which is fp32."""
-    if not a.is_cuda:
-        out = a.float() @ b.float()
-        return out.to(dtype) if into is None else into.add_(out)
-    if into is not None:
-        return torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
-    return torch.mm(a, b) if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
 
 
 def linear_backward_factored(

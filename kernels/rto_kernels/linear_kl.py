@@ -5,7 +5,8 @@
     KL(p_ref ‖ p)_t = Σ_v p_ref · (z_ref − z) − lse_ref + lse
     d KL / dz       = p − p_ref
 
-Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB] as in `_chunked`, the arithmetic is fp32 (fp64 for fp64 inputs). The
+Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB] as in `_chunked`, the arithmetic is fp32 (fp64 for fp64 inputs), with
+16-bit operands multiplied as such on a GPU. The
 backward pass computes both blocks of logits again; rows without upstream gradient are left out. The function is
 plain PyTorch on every device, on a GPU too, with the vendor's matrix product.
 """
@@ -13,21 +14,31 @@ plain PyTorch on every device, on a GPU too, with the vendor's matrix product.
 import torch
 from torch import Tensor
 
-from ._chunked import Head, _token_blocks
-from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor
+from ._chunked import Head, _token_blocks, operand_dtype, product
+from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, check_unreleased
 from ._layout import compute_dtype
 
 
+def _logits(head: Head, h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """z [rows, columns] in `dtype`, from operands in theirs."""
+    if h.dtype == dtype:
+        return head.logits(h, weight, bias, h.new_empty(h.shape[0], weight.shape[0]))
+    z = product(h, weight.t(), dtype)
+    if bias is not None:
+        z.add_(bias)
+    return z.div_(head.softcap).tanh_().mul_(head.softcap) if head.softcap else z
+
+
 def _forward(h: Tensor, head: Head, h_ref: Tensor, ref_head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states in the compute dtype -> (KL, lse, lse_ref), each [N], by one online pass over the vocabulary."""
-    n = h.shape[0]
-    peak, peak_ref = (h.new_full((n,), -torch.inf) for _ in range(2))
-    total, total_ref, weighted = (h.new_zeros(n) for _ in range(3))  # weighted: Σ exp(z_ref − peak_ref)·(z_ref − z)
-    for (_, columns, w, b), (_, _, w_ref, b_ref) in zip(head.blocks(h.dtype), ref_head.blocks(h.dtype), strict=True):
+    """Hidden states -> (KL, lse, lse_ref), each [N] in the compute dtype, by one online pass over the vocabulary."""
+    n, dtype = h.shape[0], compute_dtype(h)
+    peak, peak_ref = (h.new_full((n,), -torch.inf, dtype=dtype) for _ in range(2))
+    # weighted: Σ exp(z_ref − peak_ref)·(z_ref − z)
+    total, total_ref, weighted = (h.new_zeros(n, dtype=dtype) for _ in range(3))
+    for (_, _, w, b), (_, _, w_ref, b_ref) in zip(head.blocks(h.dtype), ref_head.blocks(h.dtype), strict=True):
         for rows in _token_blocks(n):
-            size = (rows.stop - rows.start, columns.stop - columns.start)
-            z = head.logits(h[rows], w, b, h.new_empty(size))
-            z_ref = ref_head.logits(h_ref[rows], w_ref, b_ref, h.new_empty(size))
+            z = _logits(head, h[rows], w, b, dtype)
+            z_ref = _logits(ref_head, h_ref[rows], w_ref, b_ref, dtype)
             new = torch.maximum(peak[rows], z.amax(1))
             total[rows] = total[rows] * torch.exp(peak[rows] - new) + torch.exp(z - new[:, None]).sum(1)
             peak[rows] = new
@@ -46,35 +57,37 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of Σ grad·KL to hidden, weight and bias, in the compute dtype; None where not in `needs`."""
     need_hidden, need_weight, need_bias = needs
-    d_hidden = torch.zeros_like(h) if need_hidden else None
-    d_weight = h.new_zeros(head.weight.shape) if need_weight else None
-    d_bias = h.new_zeros(head.weight.shape[0]) if need_bias else None
+    dtype = compute_dtype(h)
+    d_hidden = torch.zeros_like(h, dtype=dtype) if need_hidden else None
+    d_weight = h.new_zeros(head.weight.shape, dtype=dtype) if need_weight else None
+    d_bias = h.new_zeros(head.weight.shape[0], dtype=dtype) if need_bias else None
     for (_, columns, w, b), (_, _, w_ref, b_ref) in zip(head.blocks(h.dtype), ref_head.blocks(h.dtype), strict=True):
         for rows in _token_blocks(h.shape[0]):
-            size = (rows.stop - rows.start, columns.stop - columns.start)
-            z = head.logits(h[rows], w, b, h.new_empty(size))
-            p_ref = ref_head.logits(h_ref[rows], w_ref, b_ref, h.new_empty(size)).sub_(lse_ref[rows, None]).exp_()
+            z = _logits(head, h[rows], w, b, dtype)
+            p_ref = _logits(ref_head, h_ref[rows], w_ref, b_ref, dtype).sub_(lse_ref[rows, None]).exp_()
             dz = torch.exp(z - lse[rows, None]).sub_(p_ref).mul_(grad[rows, None])
             if head.softcap:
                 dz.mul_(head.slope(z))
-            if need_hidden:
-                d_hidden[rows].addmm_(dz, w)
-            if need_weight:
-                d_weight[columns].addmm_(dz.t(), h[rows])
             if need_bias:
                 d_bias[columns] += dz.sum(0)
+            dz = dz.to(h.dtype)
+            if need_hidden:
+                product(dz, w, dtype, d_hidden[rows])
+            if need_weight:
+                product(dz.t(), h[rows], dtype, d_weight[columns])
     return d_hidden, d_weight, d_bias
 
 
 class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, softcap, ref_hidden, ref_weight, ref_bias, ref_softcap, by_row):
-        dtype = compute_dtype(hidden)
+        dtype = compute_dtype(hidden) if by_row else operand_dtype(hidden)
         head = Head(weight, bias, 1.0, softcap, by_row)
         ref_head = Head(ref_weight, ref_bias, 1.0, ref_softcap, by_row)
         kl, lse, lse_ref = _forward(hidden.to(dtype), head, ref_hidden.to(dtype), ref_head)
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse, lse_ref)
         ctx.softcaps = softcap, ref_softcap
+        ctx.size = weight.numel()
         return kl
 
     @staticmethod
@@ -82,11 +95,12 @@ class _TokenKL(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse, lse_ref = ctx.saved_tensors
         head, ref_head = Head(weight, bias, 1.0, ctx.softcaps[0]), Head(ref_weight, ref_bias, 1.0, ctx.softcaps[1])
+        check_unreleased("weight", weight, ctx.size)
         rows = (grad != 0).nonzero()[:, 0]
-        dtype = compute_dtype(hidden)
+        dtype = operand_dtype(hidden)
         d_hidden, d_weight, d_bias = _backward(
             hidden[rows].to(dtype), head, ref_hidden[rows].to(dtype), ref_head, lse[rows], lse_ref[rows],
-            grad[rows].to(dtype), list(ctx.needs_input_grad[:3]),
+            grad[rows].to(compute_dtype(hidden)), list(ctx.needs_input_grad[:3]),
         )  # fmt: skip
         if d_hidden is not None:
             d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_hidden.to(hidden.dtype))

@@ -22,6 +22,7 @@ from ._dispatch import (
     INDICES,
     batch_invariant,
     check_tensor,
+    check_unreleased,
     describe,
     resolve_backend,
     values_checked,
@@ -148,6 +149,7 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.args = temperature, softcap, ignore_index, backend
+    ctx.size = weight.numel()
 
 
 def _mask_upstream(grad: Tensor | None, ignored: Tensor) -> Tensor | None:
@@ -160,6 +162,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
         return (None,) * 11
+    check_unreleased("weight", weight, ctx.size)
     ignored = targets == ignore_index
     grads = _linear_logprob_backward(
         hidden, weight, targets, bias, temperature, softcap, logp, lse, entropy,
@@ -202,6 +205,7 @@ class _ShardedLogprob(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, bias, logp, lse, entropy, stats.saved, stats.shift)
         ctx.set_materialize_grads(False)
         ctx.args = temperature, softcap, backend, group
+        ctx.size = weight.numel()
         return logp, entropy
 
     @staticmethod
@@ -209,6 +213,7 @@ class _ShardedLogprob(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, targets, bias, logp, lse, entropy, saved, shift = ctx.saved_tensors
         temperature, softcap, backend, group = ctx.args
+        check_unreleased("weight", weight, ctx.size)
         needs = list(ctx.needs_input_grad[:3])
         ignored = targets == IGNORED
         head = Head(weight, bias, temperature, softcap)
@@ -296,8 +301,9 @@ def token_logprobs(
     have the same bits whatever rows stand beside it. The Triton path does that anyway; the PyTorch path then
     gives up the vendor's matrix product in the forward pass for one row at a time, several times slower.
 
-    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight, and,
-    where values can be read without stalling a GPU, for a target outside the vocabulary (on a GPU: NaN).
+    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight (in the
+    backward pass too, where one was released in between), and, where values can be read without stalling a GPU, for
+    a target outside the vocabulary (on a GPU: NaN).
     """
     check_tensor("hidden", hidden)
     backend = resolve_backend(backend, hidden)

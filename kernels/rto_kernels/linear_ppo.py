@@ -37,9 +37,10 @@ class LinearPPOLoss(NamedTuple):
 
 def token_weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, denominator: Tensor | None) -> Tensor:
     """c, shaped as mask: what a token's loss counts in the mean, 0 outside. The host never waits for it."""
-    inside = mask.double()
+    # Counts are integers: a floating-point cumsum is not deterministic on a GPU.
+    inside = mask.long()
     if aggregation == "token":
-        return inside / (inside.sum().clamp(min=1) if denominator is None else denominator)
+        return inside.double() / (inside.sum().clamp(min=1) if denominator is None else denominator)
     if cu_seqlens is None:
         counts = inside.sum(1)
         per_token = counts[:, None]
@@ -50,7 +51,7 @@ def token_weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, den
         row = torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
         per_token = counts[row] if counts.numel() else counts
     units = (counts > 0).sum().clamp(min=1) if denominator is None else denominator
-    return inside / (per_token.clamp(min=1) * units)
+    return inside.double() / (per_token.clamp(min=1).double() * units)
 
 
 def _policy_loss(logp, old_logp, advantages, entropy, sampler_logp, whiten, layout, clip, is_cap, entropy_coef, how):

@@ -8,9 +8,11 @@ import sys
 import pytest
 import rto_kernels as rk
 import torch
-from kernel_checks import DEVICE, TRITON, sample
+from kernel_checks import BACKENDS, DEVICE, TRITON, sample
+from rto_kernels import linear_ppo
 from rto_kernels._dispatch import INTERPRET, check_local, count_launch, count_launches, resolve_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_public_names_are_all_there():
@@ -183,7 +185,9 @@ def test_shards_are_refused_with_the_remedy():
 
     shard = Partitioned(torch.empty(0))
     shard.ds_id, shard.ds_numel, shard.ds_shape = 0, 6, (2, 3)
-    with pytest.raises(ValueError, match=r"weight is a ZeRO-3 partition .*GatheredParameters\(\[weight\]\)"):
+    with pytest.raises(
+        ValueError, match=r"weight is a ZeRO-3 partition .*forward\(\) of the module .*GatheredParameters"
+    ):
         check_local("weight", shard)
 
 
@@ -210,3 +214,64 @@ def test_fake_tensors_pass_through():
         (grad,) = torch.autograd.grad(loss, logp)
     assert (tokens.rewards.shape, estimate.moments.dtype, loss.shape) == ((6,), torch.float64, ())
     assert (grad.shape, grad.dtype) == ((6,), torch.bfloat16)
+
+
+def _released(weight):
+    """As DeepSpeed leaves a parameter after GatheredParameters: another, empty tensor behind the same object."""
+    weight.ds_id, weight.ds_numel, weight.ds_shape = 0, weight.numel(), weight.shape
+    weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("save", [False, torch.bfloat16])
+def test_a_weight_released_before_the_backward_pass_is_refused(backend, save):
+    hidden = torch.randn(5, 8, device=DEVICE, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(40, 8, device=DEVICE), requires_grad=False)
+    targets = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    logp = rk.token_logprobs(hidden, weight, targets, save_probs=save, backend=backend)
+    _released(weight)
+    with pytest.raises(
+        ValueError, match=r"weight had 320 elements .* released in between; make the call in the forward"
+    ):
+        logp.sum().backward()
+    assert hidden.grad is None
+
+
+def test_a_reference_kl_with_a_released_weight_is_refused():
+    hidden = torch.randn(5, 8, device=DEVICE, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(40, 8, device=DEVICE), requires_grad=False)
+    kl = rk.token_kl(hidden, weight, hidden.detach() * 2, torch.randn(40, 8, device=DEVICE))
+    _released(weight)
+    with pytest.raises(ValueError, match="weight had 320 elements"):
+        kl.sum().backward()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+def test_cuda_graphs_of_torch_compile_leave_the_arrival_counter_whole():
+    """mode="reduce-overhead" warms up in a pool that ends with its graph; the counter outlives it."""
+
+    @torch.compile(mode="reduce-overhead")
+    def f(rewards, values):
+        return rk.gae(rewards, values).advantages * 1.0
+
+    for seed in range(6):
+        x = torch.randn(2, 7, 300, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE)
+        torch.testing.assert_close(f(*x), rk.gae(*x).advantages)
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_no_floating_point_cumsum(aggregation):
+    """It is not deterministic on a GPU, and refused there under torch.use_deterministic_algorithms(True)."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "cumsum" in str(function):
+                assert not args[0].is_floating_point()
+            return function(*args, **(kwargs or {}))
+
+    mask, ends = torch.tensor([True, False, True, True]), torch.tensor([0, 3, 4], dtype=torch.int32)
+    with Watch():
+        c = linear_ppo.token_weights(mask, ends, aggregation, None)
+    expected = [1 / 4, 0, 1 / 4, 1 / 2] if aggregation == "sequence" else [1 / 3, 0, 1 / 3, 1 / 3]
+    torch.testing.assert_close(c, torch.tensor(expected, dtype=torch.float64))
