@@ -16,7 +16,7 @@ import torch
 from peers import eager_logp
 
 from rto_fast import models, packing
-from rto_fast.batch import offsets, ragged_arange
+from rto_fast.contract import offsets, ragged_arange
 from rto_fast.models import PolicyModel
 from rto_fast.packing import PackedBatch
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rto_fast import vllm_engine
-from rto_fast.batch import Request
+from rto_fast.contract import Request
 from rto_fast.rollout import Sampling, sample_seed
 from rto_fast.transformers_engine import TransformersEngine
 

@@ -24,12 +24,11 @@ from rich.console import Console
 
 from rto_fast import distributed, models, stages, trainer
 from rto_fast.attention import resolve_attention
-from rto_fast.batch import Rollout
 from rto_fast.config import DPOConfig, RTOConfig
+from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo import DemoConfig, Judge, Judgement, Truth, dpo_config, prepare, rl_config, task_judge
-from rto_fast.engine import Diverged
+from rto_fast.errors import Diverged
 from rto_fast.packing import Placement
-from rto_fast.rewards import ResponseTexts
 from rto_fast.runfiles import METRICS, finite_or_none, read_metrics, write_atomic
 from rto_fast.scoring import ModelReward
 from rto_fast.tiny_task import make_task

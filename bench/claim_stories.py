@@ -21,10 +21,9 @@ from claim_cells import NO_TEXTS, learnt_rewards, reward_model
 from transformers import AutoTokenizer
 
 from rto_fast import stages
-from rto_fast.batch import Rollout
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
+from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo import Judge, Judgement, draw
-from rto_fast.rewards import ResponseTexts
 from rto_fast.rollout import sample_seed
 from rto_fast.runfiles import METRICS, json_line, read_metrics, read_rows, write_atomic
 from rto_fast.scoring import ModelReward

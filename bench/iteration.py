@@ -50,9 +50,8 @@ if not MISSING:
     from ablation import ABLATION
 
     from rto_fast import algo, scoring
-    from rto_fast.batch import Rollout, Scores, Targets
+    from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
     from rto_fast.ppo_update import TrainBatch
-    from rto_fast.rewards import ResponseTexts
     from rto_fast.rollout import Sampling
 
 # How far another path's losses and gradient norms may be from ours: no figure for one that computes something else.

@@ -14,8 +14,8 @@ import rto_kernels
 import torch
 from torch import Tensor
 
-from rto_fast.batch import Scores
 from rto_fast.config import RTOConfig
+from rto_fast.contract import Scores
 
 GROUP_STD_FLOOR = 1e-4
 """Added to a group's deviation, reward units; as in TRL's GRPO."""

@@ -11,8 +11,8 @@ from rto_kernels import LinearPPOLoss, PPOLoss
 from torch import Tensor
 
 from rto_fast.advantages import ESTIMATORS, pair
-from rto_fast.batch import Rollout, Scores, Targets
 from rto_fast.config import RTOConfig
+from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.credit import CREDIT
 
 NO_DELIMITERS = torch.empty(0, dtype=torch.int64)

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed, models
 from rto_fast.attention import resolve_attention
-from rto_fast.config import ConfigError, RunConfig, require
+from rto_fast.config import RunConfig, check_wandb
 from rto_fast.engine import DTYPES, Checkpoints, deepspeed_config
-from rto_fast.metrics import check_wandb
+from rto_fast.errors import ConfigError, require
 from rto_fast.template import ChatTemplate, save_template
 
 

@@ -19,11 +19,10 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from rto_fast.config import ConfigError, RunConfig
-from rto_fast.watchdog import STOPPED
+from rto_fast.config import RunConfig
+from rto_fast.errors import REFUSED, STOPPED, ConfigError
 
 C = TypeVar("C", bound=RunConfig)
-REFUSED = 2
 # One rank speaks; the others give it this long before the launcher sees them fail and stops everyone.
 _QUIET_SECONDS = 3.0
 
@@ -77,9 +76,7 @@ def _run(config: RunConfig, run: str) -> None:
     import transformers
 
     from rto_fast import distributed
-    from rto_fast.engine import Diverged
-    from rto_fast.rewards import RewardError
-    from rto_fast.rollout import RolloutError, SyncError
+    from rto_fast.errors import Diverged, RewardError, RolloutError, SyncError
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages

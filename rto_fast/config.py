@@ -7,18 +7,12 @@ constructing the config with another value; a user changes it by a flag of the f
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the setting and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from rto_fast.errors import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,3 +521,9 @@ class RTOConfig(RunConfig):
         for name, off in (("critic", "auto"), ("critic_warmup", 0), ("truncation", "zero")):
             value, method = getattr(self, name), self.policy_update if pairs else self.advantage
             require(self.uses_critic or value == off, f"{name}: {value!r} needs a critic, and {method} has none")
+
+
+def check_wandb(project: str) -> None:
+    """ConfigError when W&B is asked for and not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out")

@@ -11,16 +11,10 @@ what RTO itself pays; KL penalty and terminal score stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from rto_fast.runfiles import token_texts
-
-CLOSING = " \"'”’»)]}*_"
-"""What may stand behind the delimiter in a token that ends a sentence, such as `."`."""
 
 
 def token_credit(dpo: Tensor, cu: Tensor, delimiter: Tensor) -> Tensor:
@@ -68,15 +62,3 @@ def _pay_at(dpo: Tensor, ends: Tensor) -> Tensor:
     out = torch.zeros_like(dpo)
     out[places] = torch.segment_reduce(dpo, "sum", lengths=lengths)
     return out
-
-
-def delimiter_ids(tokenizer: PreTrainedTokenizerBase, delimiters: Sequence[str]) -> Tensor:
-    """[K] int64: ids of the ordinary tokens whose text ends with a delimiter, but for closing quotes and brackets."""
-    special = set(tokenizer.all_special_ids)
-    closing = "".join(c for c in CLOSING if c not in delimiters)
-    found = [
-        i
-        for i, text in enumerate(token_texts(tokenizer, range(len(tokenizer))))
-        if i not in special and text.rstrip(closing).endswith(tuple(delimiters))
-    ]
-    return torch.tensor(found, dtype=torch.int64)

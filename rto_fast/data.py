@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast import rows as row_formats
 from rto_fast import template as templates
 from rto_fast.config import DPOConfig, PreferenceConfig, RTOConfig, RunConfig, SFTConfig, SupervisedConfig
+from rto_fast.errors import DataError
 from rto_fast.rows import (
     REFUSED,
     BadRow,
@@ -45,20 +46,9 @@ from rto_fast.rows import (
     sft_columns,
     sft_row,
 )
-from rto_fast.sources import DataError, Table, has_splits, open_source
-from rto_fast.template import (
-    ChatTemplate,
-    Message,
-    Prompt,
-    as_messages,
-    check_max_length,
-    check_template,
-    check_vocabulary,
-    load_template,
-    load_tokenizer,
-    save_template,
-    stop_token_ids,
-)
+from rto_fast.sources import Table, has_splits, open_source
+from rto_fast.template import ChatTemplate, Message, Prompt, as_messages, check_template, load_template, save_template
+from rto_fast.tokenizer import check_max_length, check_vocabulary, load_tokenizer, stop_token_ids, tokenizer_hash
 
 __all__ = [
     "ChatTemplate", "Counts", "DataError", "PreferenceData", "PromptData", "SFTData", "TokenLists",
@@ -482,14 +472,6 @@ def _encode_row(row: dict[str, Any], encode: Encode, keys: list[str], as_text: b
     if reason:
         out = {"prompt_ids": [], "first_ids": [], "second_ids": [], "text": "", "prompt": ""}
     return out | {"reason": reason, "detail": detail, "line": line}
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the tokenizer's class, rules and special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    return hashlib.sha256((type(tokenizer).__name__ + rules + special).encode()).hexdigest()
 
 
 _CODE_HASH = hashlib.sha256(

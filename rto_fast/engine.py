@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rto_fast import distributed, models
-from rto_fast.config import ConfigError, RunConfig
+from rto_fast.config import RunConfig
+from rto_fast.errors import ConfigError
 
 T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -30,10 +31,6 @@ class StepResult:
     """Global gradient norm before clipping; inf or NaN where the step was skipped for it."""
     applied: bool
     """False: a gradient was not finite and no parameter has moved."""
-
-
-class Diverged(RuntimeError):
-    """Too many non-finite steps in a row; the message says what was not finite."""
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, floor: float) -> float:

@@ -28,13 +28,16 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rto_fast import cli, models, runfiles
-from rto_fast.batch import Request
-from rto_fast.config import RTOConfig, require
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request
 from rto_fast.engine import DTYPES
-from rto_fast.rollout import GREEDY, Sampling, make_engine, sample_seed
+from rto_fast.errors import DataError, require
+from rto_fast.make_engine import make_engine
+from rto_fast.rollout import GREEDY, Sampling, sample_seed
 from rto_fast.rows import PROMPT_KEYS, BadRow, prompt_row
-from rto_fast.sources import DataError, Table, open_source
-from rto_fast.template import check_template, check_vocabulary, load_template, load_tokenizer, stop_token_ids
+from rto_fast.sources import Table, open_source
+from rto_fast.template import check_template, load_template
+from rto_fast.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ second of everything),
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import resource
 import sys
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from rto_fast.config import ConfigError
+from rto_fast.config import check_wandb
 from rto_fast.runfiles import METRICS, RUN, SAMPLES, drop_after, duration, json_line, write_atomic
 
 COLUMNS = (
@@ -163,12 +162,6 @@ class PlainDisplay:
 
     def close(self) -> None:
         """Nothing to take down."""
-
-
-def check_wandb(project: str) -> None:
-    """ConfigError when W&B is asked for and not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out")
 
 
 class RunLogger:

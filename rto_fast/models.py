@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from rto_fast.config import ConfigError
+from rto_fast.errors import ConfigError
 from rto_fast.packing import PackedBatch
 
 SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name

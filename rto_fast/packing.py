@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rto_fast import distributed
 from rto_fast.attention import PackedLayout
-from rto_fast.batch import offsets, ragged_arange
+from rto_fast.contract import offsets, ragged_arange
 
 
 @dataclass(frozen=True)

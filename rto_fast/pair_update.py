@@ -10,10 +10,10 @@ from rto_kernels import token_logprobs
 from torch import Tensor
 
 from rto_fast import algo
-from rto_fast.batch import Rollout, Scores, Targets
-from rto_fast.build import Run
+from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.packing import PackedBatch
 from rto_fast.ppo_update import Share, TrainBatch, UpdateStats
+from rto_fast.run import Run
 
 
 class PairBatch(TrainBatch, ABC):

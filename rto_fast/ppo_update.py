@@ -13,10 +13,10 @@ from torch import Tensor
 
 from rto_fast import algo, distributed
 from rto_fast.algo import PairStats
-from rto_fast.batch import Rollout, Scores, Targets
-from rto_fast.build import Run
+from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.engine import StepResult, TrainEngine
 from rto_fast.packing import PackedBatch, plan
+from rto_fast.run import Run
 
 Stats = PPOStats | PairStats
 LossAndStats = tuple[Tensor, Stats]

@@ -32,13 +32,12 @@ from rto_fast.runfiles import (
     duration,
     read_metrics,
     read_samples,
-    token_texts,
     write_atomic,
 )
 
 __all__ = [
     "Chart", "Curve", "ReportSample", "Table", "append_samples", "end_figures", "read_metrics", "read_samples",
-    "report_run", "token_texts", "write_report",
+    "report_run", "write_report",
 ]  # fmt: skip
 
 QUANTITIES = {

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.batch import Rollout, Scores, Targets
-from rto_fast.rewards import ResponseTexts
-from rto_fast.runfiles import ReportSample, token_texts
+from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
+from rto_fast.runfiles import ReportSample
+from rto_fast.tokenizer import token_texts
 
 
 def report_samples(

@@ -16,7 +16,6 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -27,28 +26,8 @@ import torch
 from torch import Tensor
 
 from rto_fast import distributed
-from rto_fast.batch import Rollout
-from rto_fast.config import ConfigError, RTOConfig
-
-
-class RewardError(RuntimeError):
-    """A reward source failed; the message names the source and what it did."""
-
-
-@dataclass(frozen=True)
-class ResponseTexts:
-    """The texts of a rollout, in its order; each list has B entries."""
-
-    prompts: list[str]
-    """Prompt as rendered for the policy (chat template included)."""
-    responses: list[str]
-    """Response decoded without special tokens."""
-    messages: list[list[dict]]
-    """The prompt's messages, for sources with a chat template of their own."""
-
-    def select(self, index: Sequence[int]) -> ResponseTexts:
-        """The entries at `index`, in that order."""
-        return ResponseTexts(*([column[i] for i in index] for column in (self.prompts, self.responses, self.messages)))
+from rto_fast.contract import ResponseTexts, Rollout
+from rto_fast.errors import ConfigError, RewardError
 
 
 class RewardSource(Protocol):
@@ -70,22 +49,6 @@ def weighted_sum(named: Mapping[str, Tensor], weights: Sequence[float]) -> Tenso
         if weight:
             total += weight * score.float()
     return total
-
-
-def load_reward_sources(config: RTOConfig) -> list[RewardSource]:
-    """The sources of `reward_fn` and `reward_url`, in that order; calls and requests nothing.
-
-    Raises ConfigError for a function that cannot be imported or called with (prompts, responses), a malformed
-    URL, and a source given twice.
-    """
-    sources: list[RewardSource] = [FunctionReward.load(spec) for spec in config.reward_fn]
-    for url in config.reward_url:
-        sources.append(RemoteReward(url, timeout_s=config.reward_timeout_s, attempts=config.reward_retries + 1))
-    names = [s.name for s in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"reward source {name} is given twice; give it once with a larger --reward-weight")
-    return sources
 
 
 def try_functions(sources: Sequence[RewardSource], prompts: Sequence[str]) -> None:

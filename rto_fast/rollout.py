@@ -9,31 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from rto_fast.batch import Request, Rollout
-from rto_fast.config import ConfigError, RTOConfig
+from rto_fast.contract import Request, Rollout
+from rto_fast.errors import RolloutError, SyncError
 
 GREEDY = 1e-6
 """Temperature that takes the largest logit; what happens to ties is the engine's choice."""
 Progress = Callable[[int, int], None]
 """Called with (tokens, sequences): how many were sampled and how many ended since the last call."""
-
-
-class RolloutError(RuntimeError):
-    """Sampling cannot go on; the message says at which request and why."""
-
-
-class EngineFailure(RolloutError):
-    """The engine itself broke or hung; a new one may do better."""
-
-
-class SyncError(RuntimeError):
-    """The engine does not hold the weights it was pushed; the message names the parameter or the evidence."""
 
 
 @dataclass(frozen=True)
@@ -134,31 +120,3 @@ def check_requests(
                 f"request {i} (row {request.row}): {length} prompt tokens + max_tokens "
                 f"{sampling.max_tokens} exceed the model's {positions} positions"
             )
-
-
-def make_engine(
-    config: RTOConfig,
-    model_path: str | Path,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    pad_token_id: int,
-) -> RolloutEngine:
-    """The engine that `config.rollout_engine` names, holding the model at `model_path` as version 0.
-
-    auto: vLLM where it is installed and can sample from the model, else transformers.
-    """
-    from rto_fast import vllm_engine, vllm_serve
-
-    if config.rollout_engine == "vllm-serve":
-        return vllm_serve.from_config(config, model_path, torch.device(device), dtype)
-    if config.rollout_engine == "vllm" or (
-        config.rollout_engine == "auto" and not vllm_engine.unusable(model_path, torch.device(device))
-    ):
-        return vllm_engine.from_config(config, model_path, torch.device(device), dtype)
-    if config.rollout_engine in ("auto", "transformers"):
-        from rto_fast.transformers_engine import TransformersEngine
-
-        return TransformersEngine(model_path, device, dtype, pad_token_id, config.rollout_tokens)
-    raise ConfigError(
-        f"rollout_engine: {config.rollout_engine!r} is unknown; use auto, transformers, vllm or vllm-serve"
-    )

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from rto_fast.batch import Rollout, Scores, Targets
 from rto_fast.config import RTOConfig
+from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.ppo_update import UpdateStats
 from rto_fast.rollout import SyncStats
 

@@ -10,9 +10,8 @@ import dataclasses
 import json
 import math
 import os
-import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,34 +182,3 @@ def drop_after(path: Path | str, step: int) -> list[dict]:
     elif path.exists():
         mend(path)
     return kept
-
-
-def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
-    """[H] token ids -> [H] texts that keep their leading spaces; special tokens keep their names.
-
-    `decode` on a single id would lose SentencePiece's leading space.
-    """
-    special = set(tokenizer.all_special_ids)
-    texts, before = [], None
-    for token, piece in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
-        byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece or "")
-        if piece is None or token in special:
-            texts.append(piece or f"<{int(token)}>")
-        elif byte:
-            code = int(byte[1], 16)
-            texts.append(chr(code) if code < 128 else piece)
-        elif "▁" in piece:
-            texts.append(piece.replace("▁", " "))
-        else:
-            texts.append(_after(tokenizer, before, piece))
-        before = None if piece is None or token in special else piece
-    return texts
-
-
-def _after(tokenizer, before: str | None, piece: str) -> str:
-    """What `piece` adds to the text behind `before`: some decoders put the space between words in themselves."""
-    alone = tokenizer.convert_tokens_to_string([piece])
-    if before is None:
-        return alone
-    first, both = (tokenizer.convert_tokens_to_string(p) for p in ([before], [before, piece]))
-    return both[len(first) :] if both.startswith(first) and both.endswith(alone) else alone

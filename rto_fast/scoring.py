@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed, models
 from rto_fast.assembly import FrozenModel
-from rto_fast.batch import Rollout, Scores
 from rto_fast.config import RTOConfig
+from rto_fast.contract import ResponseTexts, Rollout, Scores
+from rto_fast.errors import RewardError
 from rto_fast.packing import Placement, balance
-from rto_fast.rewards import ResponseTexts, RewardError, RewardSource
+from rto_fast.rewards import RewardSource
 from rto_fast.template import ChatTemplate, Prompt
 
 # A model as the scorer calls it: a bare module, or a DeepSpeed engine around one.
@@ -179,10 +180,3 @@ class ModelReward:
             if index:
                 out[torch.tensor(index)] = values.float().cpu()
         return out
-
-
-def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether both give every text the same ids."""
-    if a.is_fast and b.is_fast:
-        return a.backend_tokenizer.to_str() == b.backend_tokenizer.to_str()
-    return type(a) is type(b) and a.get_vocab() == b.get_vocab()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from rto_fast.batch import Request
+from rto_fast.contract import Request
 from rto_fast.packing import balance
 
 

@@ -17,14 +17,10 @@ from typing import Any
 
 import datasets
 
-from rto_fast.config import ConfigError
+from rto_fast.errors import DataError
 from rto_fast.template import near_names
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-class DataError(ConfigError):
-    """Data that cannot be used; the message names the argument, the file, the row and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import data, distributed, models, preference
 from rto_fast.assembly import FrozenModel, choose_attention, open_output
-from rto_fast.config import DPOConfig, RMConfig, SFTConfig, SupervisedConfig, require
+from rto_fast.config import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
 from rto_fast.engine import DTYPES, Checkpoints
+from rto_fast.errors import require
 from rto_fast.metrics import RunLogger
 from rto_fast.models import PolicyModel
 from rto_fast.packing import Placement
@@ -30,14 +31,8 @@ from rto_fast.preference_stages import (
 )
 from rto_fast.reference_cache import cached_reference_logps
 from rto_fast.supervised import Row, RowBatch, Rows, Stage, Sums, fit, held_out_batches, steps_of
-from rto_fast.template import (
-    ChatTemplate,
-    check_max_length,
-    check_template,
-    check_vocabulary,
-    load_template,
-    load_tokenizer,
-)
+from rto_fast.template import ChatTemplate, check_template, load_template
+from rto_fast.tokenizer import check_max_length, check_vocabulary, load_tokenizer
 
 
 class SFT(Stage):

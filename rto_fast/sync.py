@@ -21,12 +21,13 @@ from rto_kernels import token_logprobs
 from torch import Tensor, nn
 
 from rto_fast import distributed
-from rto_fast.batch import Request, Rollout
 from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, Rollout
 from rto_fast.engine import TrainEngine
+from rto_fast.errors import EngineFailure, RolloutError, SyncError
 from rto_fast.fingerprint import Fingerprint
 from rto_fast.packing import Placement
-from rto_fast.rollout import EngineFailure, RolloutEngine, RolloutError, Sampling, SyncError, SyncStats
+from rto_fast.rollout import RolloutEngine, Sampling, SyncStats
 from rto_fast.shares import Share, share_out
 
 PROOF_RESPONSES, PROOF_TOKENS = 16, 32

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rto_fast.config import ConfigError, require
+from rto_fast.errors import ConfigError, require
 
 Message = dict[str, str]
 """{"role": ..., "content": ...}"""
@@ -224,56 +224,4 @@ def check_template(folder: str | Path, template: ChatTemplate, argument: str) ->
         stored == template.hash,
         f"{argument}: {str(folder)!r} was trained with chat template {stored}, this run uses {template.hash}"
         "; use the same --chat-template and tokenizer in every stage",
-    )
-
-
-def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBase:
-    """Tokenizer of a model folder or Hub id. Raises ConfigError, naming `argument`, when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as e:  # transformers and huggingface_hub raise many unrelated types here
-        reason = " ".join(str(e).split())
-        raise ConfigError(f"{argument}: no tokenizer in {path!r}: {reason}") from e
-
-
-def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[int, ...]:
-    """Ids that end a response: all of generation_config.eos_token_id, else the tokenizer's EOS, and the template's end.
-
-    A base model's generation_config does not know the end of turn that its fine-tuning has taught; a policy sampled
-    past it would never stop. Raises ConfigError when nothing ends a response.
-    """
-    try:
-        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:
-        ids = None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    end = template.encode_pair(tokenizer, "Hello", "Hi there")[1][-1]
-    if end == tokenizer.eos_token_id or getattr(tokenizer.added_tokens_decoder.get(end), "special", False):
-        ids.append(end)
-    require(
-        bool(ids),
-        f"{model_path!r}: neither generation_config.json nor the tokenizer names an end-of-sequence token; "
-        "no response would ever stop; set eos_token_id in generation_config.json",
-    )
-    return tuple(dict.fromkeys(ids))
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, argument: str) -> None:
-    """Raises ConfigError when the tokenizer has ids that the model's embedding has no row for."""
-    top, size = max(tokenizer.get_vocab().values()), model_config.get_text_config().vocab_size
-    require(
-        top < size,
-        f"{argument}: the tokenizer has ids up to {top}, the model has {size} (up to {size - 1}); "
-        "use the model's own tokenizer, or resize its embeddings",
-    )
-
-
-def check_max_length(max_length: int, model_config: PretrainedConfig, argument: str) -> None:
-    """Raises ConfigError when `max_length` (tokens) is more than the model's positions."""
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    require(
-        positions is None or max_length <= positions,
-        f"{argument}: {max_length} tokens exceed the model's {positions} positions; use at most {positions}",
     )

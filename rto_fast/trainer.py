@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 from rto_fast import algo, build, rto_metrics, scoring
-from rto_fast.batch import Rollout, Scores, Targets
-from rto_fast.build import Run
 from rto_fast.config import RTOConfig
-from rto_fast.engine import Diverged
+from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
+from rto_fast.errors import Diverged
 from rto_fast.pair_update import P3OBatch, RebelBatch
 from rto_fast.ppo_update import TrainBatch
-from rto_fast.rewards import ResponseTexts
+from rto_fast.run import Run
 from rto_fast.sampler_update import SamplerBatch
 from rto_fast.sync import Gap
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from rto_fast.batch import Request, Rollout
+from rto_fast.contract import Request, Rollout
 from rto_fast.decoding import ATTENTION, FixedLayer, sample, uniforms
+from rto_fast.errors import RolloutError, SyncError
 from rto_fast.fingerprint import Fingerprint
-from rto_fast.rollout import Progress, RolloutError, Sampling, SyncError, SyncStats, check_requests
+from rto_fast.rollout import Progress, Sampling, SyncStats, check_requests
 from rto_fast.shares import Tally
 
 CHECK_EVERY = 4

@@ -31,9 +31,10 @@ from torch import Tensor
 
 import rto_fast
 from rto_fast import distributed, weight_stream
-from rto_fast.batch import Request, Rollout
-from rto_fast.config import ConfigError, RTOConfig
-from rto_fast.rollout import EngineFailure, Progress, RolloutError, Sampling, SyncError, SyncStats, check_requests
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, Rollout
+from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
+from rto_fast.rollout import Progress, Sampling, SyncStats, check_requests
 from rto_fast.vllm_engine import SETTINGS, TESTED, VLLMEngine, _cpu_cache_bytes, temperature_of, unusable
 from rto_fast.vllm_server import LIFELINE
 

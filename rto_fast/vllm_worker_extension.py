@@ -7,8 +7,9 @@ from typing import Any
 import torch.distributed as dist
 
 from rto_fast import weight_stream
+from rto_fast.errors import SyncError
 from rto_fast.fingerprint import Fingerprint
-from rto_fast.rollout import SyncError
+from rto_fast.load_weights import receive
 
 BROKEN_PUSH = (SyncError, weight_stream.Abandoned, ValueError, KeyError, AssertionError)
 """Errors that say what is wrong with the weights; others are the engine's own."""
@@ -35,11 +36,9 @@ class WeightReceiver:
 
     def rto_receive(self) -> dict[str, Any]:
         """Loads the set of weights that the trainer sends: {bytes, digests}, or {error} where they are not right."""
-        from rto_fast.vllm_engine import _receive
-
         received, stream = Fingerprint(), weight_stream.receive(self.rto_group, self.device)
         try:
-            _receive(self, stream, received)
+            receive(self, stream, received)
         except BROKEN_PUSH as error:
             for _ in stream:  # the sender is to notice nothing before its end
                 pass

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-STOPPED = 3
-"""Exit code of a run that had to stop, and whose saved work is whole."""
+from rto_fast.errors import STOPPED
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from loop_helpers import TinyModels, small_run, watched_gradients
 
 from rto_fast import algo, build, distributed, models, scoring, trainer
 from rto_fast.attention import PACKED
-from rto_fast.batch import Request, Rollout
 from rto_fast.config import DPOConfig, RTOConfig
+from rto_fast.contract import Request, Rollout
 from rto_fast.engine import TrainEngine
 from rto_fast.metrics import RunLogger
 from rto_fast.packing import Placement

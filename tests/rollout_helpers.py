@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rto_fast.batch import Request
+from rto_fast.contract import Request
 from rto_fast.rollout import sample_seed
 from rto_fast.transformers_engine import TransformersEngine
 

@@ -24,9 +24,9 @@ from test_loop_math import (
 )
 
 from rto_fast import algo, build, rto_metrics, scoring, trainer
-from rto_fast.config import ConfigError, RTOConfig
-from rto_fast.rewards import ResponseTexts
-from rto_fast.rollout import SyncError
+from rto_fast.config import RTOConfig
+from rto_fast.contract import ResponseTexts
+from rto_fast.errors import ConfigError, SyncError
 from rto_fast.sampler_update import SamplerBatch
 from rto_fast.transformers_engine import TransformersEngine
 

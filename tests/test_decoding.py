@@ -10,7 +10,7 @@ import torch
 from rollout_helpers import engine_of, model_path, quiet
 from transformers import AutoModelForCausalLM
 
-from rto_fast.batch import Request
+from rto_fast.contract import Request
 from rto_fast.decoding import sample, uniforms
 from rto_fast.rollout import Sampling, sample_seed
 

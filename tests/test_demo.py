@@ -79,7 +79,7 @@ def test_other_settings_are_refused(results, small_demo):
     import dataclasses
 
     from rto_fast import demo
-    from rto_fast.config import ConfigError
+    from rto_fast.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"beta2=0\.05 \(now 0\.5\)"):
         demo.run(dataclasses.replace(small_demo, beta2=0.5))

@@ -51,7 +51,7 @@ def test_an_earlier_checkpoint_differs(finished, tmp_path):
     [({"step": 7}, "step: no checkpoint 7"), ({"run": "nowhere"}, "nowhere"), ({"to": "."}, "to: . exists")],
 )
 def test_bad_requests_name_what_is_wrong(finished, tmp_path, change, names):
-    from rto_fast.config import ConfigError
+    from rto_fast.errors import ConfigError
     from rto_fast.export import ExportConfig, export_checkpoint
 
     settings = {"run": str(finished), "to": str(tmp_path / "out")} | change

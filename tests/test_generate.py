@@ -8,7 +8,7 @@ import pytest
 from loop_helpers import write_rows
 
 from rto_fast import generate as module
-from rto_fast.config import ConfigError
+from rto_fast.errors import ConfigError
 from rto_fast.generate import GenerateConfig, generate
 
 STORIES = ["Once there was a proud fox.", "One day a sad bear ran to the hill.", "Once there was a calm owl."]

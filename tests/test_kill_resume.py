@@ -160,8 +160,9 @@ def test_a_partial_checkpoint_is_no_checkpoint(tiny, tmp_path):
 
 @pytest.mark.parametrize("change", [{"policy_lr": 2e-3}, {"beta1": 0.1}, {"seed": 1}])
 def test_a_checkpoint_of_other_settings_is_refused(tiny, tmp_path, change):
-    from rto_fast.config import ConfigError, RTOConfig
+    from rto_fast.config import RTOConfig
     from rto_fast.engine import Checkpoints
+    from rto_fast.errors import ConfigError
 
     mine = RTOConfig(**small_run(tiny, tmp_path, policy_lr=1e-3))
     folder = tmp_path / "checkpoints" / "step-00000001"

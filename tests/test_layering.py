@@ -1,26 +1,60 @@
-"""Imports go one way, read from the sources: rto_kernels <- rto_fast <- recipes; no cycle inside rto_fast."""
+"""Imports go one way, read from the sources: rto_kernels <- rto_fast <- recipes, and down inside rto_fast."""
 
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "kernels" / "rto_kernels").glob("*.py"))
-TRAINER = {p.stem: p for p in sorted((ROOT / "rto_fast").glob("*.py"))}
+TRAINER = ROOT / "rto_fast"
+FILES = sorted(TRAINER.rglob("*.py"))
+
+ORDER = (
+    ("demo", "generate", "export"),
+    ("trainer",),
+    ("metrics",),
+    ("updates",),
+    ("build",),
+    ("run",),
+    ("supervised", "rollout", "scoring"),
+    ("backend",),
+    ("models", "report", "tabular"),
+    ("data", "logs", "algo", "cli"),
+    ("config",),
+    ("errors", "distributed", "contract"),
+)
+"""Rooms of rto_fast (a folder, or a file beside them), those on top first: a room imports from those below it alone."""
+FLAT = {
+    "demo": ("tiny_task",),
+    "metrics": ("rto_metrics",),
+    "updates": ("ppo_update", "pair_update", "sampler_update"),
+    "supervised": ("stages", "preference_stages", "reference_cache"),
+    "rollout": (
+        "make_engine", "transformers_engine", "decoding", "shares", "watchdog", "sync", "fingerprint", "weight_stream",
+        "load_weights", "vllm_engine", "vllm_serve", "vllm_server", "vllm_worker_extension",
+    ),
+    "scoring": ("rewards",),
+    "backend": ("engine", "assembly", "ema"),
+    "models": ("attention", "packing"),
+    "report": ("report_samples", "curves", "panels", "page"),
+    "data": ("sources", "rows", "template", "tokenizer"),
+    "logs": ("metrics", "runfiles"),
+    "algo": ("credit", "advantages", "preference"),
+}  # fmt: skip
+"""Files that belong to a room and stand beside it."""
 
 
-def imported(path: Path, *, top_level: bool = False) -> set[str]:
-    """Absolute module names that a file imports; with top_level only those needed to import it."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level else list(ast.walk(tree))
+def imported(path: Path) -> set[str]:
+    """Absolute module names that a file imports, inside functions too; of `from a import b` also a.b."""
     names = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -33,34 +67,88 @@ def packages(names: set[str]) -> set[str]:
     return {n.split(".")[0] for n in names}
 
 
+def module_of(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(("rto_fast", *parts)).removesuffix(".__init__")
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Each module of a copy of rto_fast -> the modules of rto_fast that it imports."""
+    paths = {module_of(p, root): p for p in root.rglob("*.py")}
+    return {name: imported(path) & (set(paths) - {name}) for name, path in paths.items()}
+
+
+def room_of(module: str) -> str:
+    """The folder under rto_fast that holds a module, or the file's own name."""
+    name = module.split(".")[1]
+    return next((room for room, files in FLAT.items() if name in files), name)
+
+
+def climbing(graph: dict[str, set[str]]) -> list[str]:
+    """Imports of a module in a higher room, or in another room of the same height."""
+    height = {room: -i for i, rooms in enumerate(ORDER) for room in rooms}
+    return sorted(
+        f"{name} -> {other}"
+        for name, others in graph.items()
+        for other in others - {"rto_fast"}
+        if name == "rto_fast" or (room_of(name) != room_of(other) and height[room_of(other)] >= height[room_of(name)])
+    )
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
 def test_kernels_need_torch_and_triton_alone(path):
     outside = packages(imported(path)) - set(sys.stdlib_module_names) - {"torch", "triton", "rto_kernels"}
     assert not outside, f"{path.name} imports {sorted(outside)}"
 
 
-@pytest.mark.parametrize("path", TRAINER.values(), ids=lambda p: p.stem)
-def test_the_trainer_knows_no_recipe_bench_or_test(path):
-    assert not packages(imported(path)) & {"recipes", "bench", "tests"}
+def test_the_trainer_knows_no_recipe_bench_or_test():
+    for path in FILES:
+        assert not packages(imported(path)) & {"recipes", "bench", "tests"}, path
 
 
-def test_no_cycles_in_the_trainer():
-    """graphlib raises CycleError and names the cycle."""
-    graph = {
-        name: {n.split(".")[1] for n in imported(path, top_level=True) if n.startswith("rto_fast.")} & set(TRAINER)
-        for name, path in TRAINER.items()
-    }
-    list(TopologicalSorter(graph).static_order())
+def test_the_trainer_imports_by_full_names():
+    """Else the tests below would not see an import."""
+    for path in FILES:
+        relative = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+        assert not relative, path
 
 
-@pytest.mark.parametrize("name", ["config", "batch"])
-def test_the_contract_imports_nothing_of_the_rest(name):
-    assert "rto_fast" not in packages(imported(TRAINER[name]))
+def test_imports_go_down():
+    assert climbing(import_graph(TRAINER)) == []
 
 
-def test_only_the_loop_knows_the_loop():
+def test_no_circle_of_imports():
+    """graphlib raises CycleError and names the cycle; imports inside functions count."""
+    list(TopologicalSorter(import_graph(TRAINER)).static_order())
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize(("low", "high"), [("config", "trainer"), ("distributed", "demo"), ("errors", "config")])
+def test_a_planted_import_is_found(tmp_path, low, high, lazily):
+    """An import that climbs fails the two tests above, at the top of a file and inside a function."""
+    root = tmp_path / "rto_fast"
+    shutil.copytree(TRAINER, root, ignore=shutil.ignore_patterns("__pycache__"))
+    line = f"import rto_fast.{high}"
+    with (root / f"{low}.py").open("a") as file:
+        file.write(f"\n\ndef planted():\n    {line}\n" if lazily else f"\n\n{line}\n")
+    assert climbing(import_graph(root)) == [f"rto_fast.{low} -> rto_fast.{high}"]
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(import_graph(root)).static_order())
+
+
+def test_every_file_has_its_room():
+    rooms = [room for rung in ORDER for room in rung]
+    assert {room_of(module_of(p, TRAINER)) for p in FILES if p.parent != TRAINER or p.stem != "__init__"} <= set(rooms)
+
+
+@pytest.mark.parametrize("name", ["errors", "contract"])
+def test_the_bottom_imports_nothing_of_the_rest(name):
+    assert "rto_fast" not in packages(imported(TRAINER / f"{name}.py"))
+
+
+def test_only_the_demo_runs_the_loop():
     """Nothing that the loop is made of imports it: `trainer` is the top (the demo and recipes run it)."""
-    users = {n for n, p in TRAINER.items() if "rto_fast.trainer" in imported(p)}
+    users = {room_of(n) for n, others in import_graph(TRAINER).items() if "rto_fast.trainer" in others}
     assert users <= {"demo"}
 
 
@@ -69,10 +157,10 @@ DISTRIBUTIONS = {"decoding", "tabular"}
 """Sampling and tables of small token MDPs look at whole distributions."""
 
 
-@pytest.mark.parametrize("path", [p for n, p in TRAINER.items() if n not in DISTRIBUTIONS], ids=lambda p: p.stem)
-def test_log_probs_come_from_the_kernels_alone(path):
-    called = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
-    assert not called & SOFTMAX
+def test_log_probs_come_from_the_kernels_alone():
+    for path in (p for p in FILES if p.stem not in DISTRIBUTIONS):
+        called = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        assert not called & SOFTMAX, path
 
 
 def test_kernels_is_a_plain_folder():

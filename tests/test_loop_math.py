@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto_fast import algo, build, rto_metrics, scoring
 from rto_fast.algo import KLController
-from rto_fast.batch import Request, Rollout
 from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.engine import learning_rate
 from rto_fast.ppo_update import TrainBatch
-from rto_fast.rewards import ResponseTexts
+from rto_fast.run import Run
 
 PROMPTS = [1, 4, 2, 6, 3, 5, 1, 7]
 RESPONSES = [5, 1, 0, 12, 7, 0, 3, 9]
@@ -149,7 +149,7 @@ def reference(tiny, tmp_path_factory):
 class Case:
     """One setting: the run, the rollout and what either side makes of them."""
 
-    run: build.Run
+    run: Run
     rollout: Rollout
     scores: object
     sources: dict

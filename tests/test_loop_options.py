@@ -25,7 +25,7 @@ def run_rto(tiny, folder, **settings):
 
 def test_average_of_the_policy(tiny, tmp_path, monkeypatch):
     """average <- 0.75 * average + 0.25 * weights after each iteration, the first one copied."""
-    from rto_fast.build import Run
+    from rto_fast.run import Run
 
     seen, push = [], Run.push_weights
 
@@ -84,7 +84,7 @@ def test_the_policys_schedule_starts_after_the_warm_up(tiny, tmp_path):
 
 
 def test_ppo_epochs_go_over_the_rollout_again_in_another_order(tiny, tmp_path, monkeypatch):
-    from rto_fast.build import Run
+    from rto_fast.run import Run
 
     asked, batches = [], Run.train_batches
 
@@ -125,12 +125,12 @@ def test_the_order_of_prompts_is_each_runs_own(tiny, tmp_path):
 
 def test_the_longest_are_dropped_and_the_data_go_on_where_they_would(tiny, tmp_path, monkeypatch):
     """Half as many prompts again are drawn; pairs stay whole; a run that was stopped draws what it would have drawn."""
-    from rto_fast import build
+    from rto_fast.run import Run
 
     settings = {"rollout_oversample": 0.5, "rollout_batch": 4, "responses_per_prompt": 2, "policy_update": "rebel",
                 "iterations": 3, "policy_lr": 1e-3, "save_every": 1, "resume": "auto"}  # fmt: skip
     seen = []
-    monkeypatch.setattr(build.Run, "keep_samples", lambda run, iteration, rollout, *_: seen.append(rollout))
+    monkeypatch.setattr(Run, "keep_samples", lambda run, iteration, rollout, *_: seen.append(rollout))
     run_rto(tiny, tmp_path / "run", **settings)
     for iteration, rollout in enumerate(seen):
         index = rollout.sample_index.tolist()
@@ -147,9 +147,9 @@ def test_the_longest_are_dropped_and_the_data_go_on_where_they_would(tiny, tmp_p
         save(run)
         raise Stopped
 
-    save, first = build.Run.save_if_due, list(seen)
+    save, first = Run.save_if_due, list(seen)
     with monkeypatch.context() as patch:
-        patch.setattr(build.Run, "save_if_due", stop)
+        patch.setattr(Run, "save_if_due", stop)
         with pytest.raises(Stopped):
             run_rto(tiny, tmp_path / "again", **settings)
     run_rto(tiny, tmp_path / "again", **settings)
@@ -209,7 +209,8 @@ def test_a_rollout_without_a_finite_score_is_skipped_and_counted(tiny, tmp_path,
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(tiny, tmp_path, broken_reward):
-    from rto_fast.engine import Diverged, checkpoint_steps
+    from rto_fast.engine import checkpoint_steps
+    from rto_fast.errors import Diverged
 
     with pytest.raises(Diverged, match=r"2 bad steps in a row.*rollout 3 gave 8 non-finite score"):
         run_rto(
@@ -264,7 +265,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
 def test_bad_gradients_in_a_row_stop_the_run_and_the_checkpoint_goes_on(tiny, tmp_path, monkeypatch):
     """Iterations 2 and 3 are bad; the checkpoint of 2 has the weights and the count, and honest iterations end it."""
     from rto_fast import algo, trainer
-    from rto_fast.engine import Diverged
+    from rto_fast.errors import Diverged
 
     settings = {"iterations": 4, "max_bad_steps": 2, "save_every": 1, "policy_lr": 1e-3}
     honest, turn = trainer.updates, algo.policy_loss
@@ -323,7 +324,8 @@ def test_supervised_steps_that_are_not_finite_are_skipped_and_counted(tiny, tmp_
 
 def test_supervised_steps_bad_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
     from rto_fast import preference
-    from rto_fast.engine import Diverged, checkpoint_steps
+    from rto_fast.engine import checkpoint_steps
+    from rto_fast.errors import Diverged
 
     monkeypatch.setattr(preference, "bradley_terry_loss", nan_in(preference.bradley_terry_loss, {2, 3}))
     with pytest.raises(Diverged, match="2 non-finite steps in a row at step 3"):

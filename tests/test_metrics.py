@@ -19,7 +19,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rto_fast import metrics
-from rto_fast.config import ConfigError
+from rto_fast.errors import ConfigError
 from rto_fast.metrics import LiveDisplay, RunLogger
 from rto_fast.runfiles import (
     ReportSample,
@@ -29,9 +29,9 @@ from rto_fast.runfiles import (
     read_metrics,
     read_rows,
     read_samples,
-    token_texts,
     write_atomic,
 )
+from rto_fast.tokenizer import token_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -180,7 +180,7 @@ def test_run_json_holds_stage_and_settings(tmp_path):
 
 
 def test_wandb_that_is_not_installed_is_refused_on_every_rank(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for rank in (0, 1):
         with pytest.raises(ConfigError, match="wandb_project: wandb is not installed"):
             RunLogger(tmp_path, stage="RTO", total_steps=1, rank=rank, wandb_project="x", config={})
@@ -207,7 +207,7 @@ def test_wandb_gets_the_rows_and_keeps_its_run_on_resume(tmp_path, monkeypatch):
             return runs[-1]
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     for start in (0, 1):
         log = RunLogger(tmp_path, stage="RTO", total_steps=2, rank=0, wandb_project="p", config={}, start_step=start)
         log.log(start + 1, {"policy/loss": 0.5})
@@ -401,7 +401,7 @@ def test_moments_of_the_advantages_are_their_own(whiten):
     import torch
 
     from rto_fast import rto_metrics
-    from rto_fast.batch import Targets
+    from rto_fast.contract import Targets
 
     zeros = torch.zeros(4)
     advantages = torch.tensor([1.0, 3.0, 3.0, 7.0])

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto_fast import build, models, trainer
 from rto_fast.attention import PACKED
-from rto_fast.batch import Request, Rollout
-from rto_fast.config import ConfigError, RTOConfig
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, Rollout
+from rto_fast.errors import ConfigError
 from rto_fast.packing import PackedBatch
 
 LOADING = {"dtype": torch.float32, "attention": PACKED, "argument": "reward_model"}

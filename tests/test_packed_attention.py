@@ -10,7 +10,7 @@ from rto_kernels import token_logprobs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.attention import PACKED, PackedLayout, packed_attention, resolve_attention
-from rto_fast.batch import Request, Rollout
+from rto_fast.contract import Request, Rollout
 from rto_fast.models import load_policy, load_scalar, logps_at
 from rto_fast.packing import PackedBatch, Placement, balance, micro_batches, plan
 

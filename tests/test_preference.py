@@ -13,7 +13,9 @@ from loop_helpers import write_rows
 from transformers import AutoModelForCausalLM
 
 from rto_fast import preference, reference_cache, stages
-from rto_fast.config import ConfigError, DPOConfig
+from rto_fast.config import DPOConfig
+from rto_fast.errors import ConfigError
+from rto_fast.preference_stages import Answers
 from rto_fast.supervised import RowBatch, evaluate, train_step
 from rto_fast.tiny_task import make_task
 
@@ -260,7 +262,7 @@ def test_equals_trl_kto_trainer(tiny, tmp_path, one_rank):
     from rto_fast import models
 
     reference = models.load_policy(tiny.policy, dtype=torch.float32, attention="sdpa", argument="reference")
-    stage.answers = (stages.Answers(own, mismatched, torch.as_tensor(batch["label"]).bool()),) * 2
+    stage.answers = (Answers(own, mismatched, torch.as_tensor(batch["label"]).bool()),) * 2
     stage.desirable = (stage.answers[0].desirable,) * 2
     stage.mismatched_reference = (reference_cache.reference_logps(reference, mismatched, common.placement),) * 2
     stage.begin(stage.model, range(len(own)), False, common.placement)

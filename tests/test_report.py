@@ -14,17 +14,8 @@ import pytest
 from rto_fast.curves import Chart, Curve, draw, figure_text
 from rto_fast.metrics import RunLogger
 from rto_fast.panels import POINTS, sections, thin
-from rto_fast.report import (
-    ReportSample,
-    Table,
-    append_samples,
-    colour_scale,
-    end_figures,
-    main,
-    pick_samples,
-    report_run,
-    write_report,
-)
+from rto_fast.report import Table, colour_scale, end_figures, main, pick_samples, report_run, write_report
+from rto_fast.runfiles import ReportSample, append_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "br", "input", "wbr", "link", "img", "hr"}

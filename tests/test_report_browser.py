@@ -10,7 +10,8 @@ import shutil
 import pytest
 
 from rto_fast.curves import Chart, Curve
-from rto_fast.report import ReportSample, Table, write_report
+from rto_fast.report import Table, write_report
+from rto_fast.runfiles import ReportSample
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

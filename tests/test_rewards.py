@@ -12,16 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from rto_fast.batch import Request, Rollout
-from rto_fast.config import ConfigError, RTOConfig
-from rto_fast.rewards import (
-    FunctionReward,
-    RemoteReward,
-    ResponseTexts,
-    RewardError,
-    load_reward_sources,
-    weighted_sum,
-)
+from rto_fast.build import load_reward_sources
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, ResponseTexts, Rollout
+from rto_fast.errors import ConfigError, RewardError
+from rto_fast.rewards import FunctionReward, RemoteReward, weighted_sum
 
 WORDS = ["a", "bb", "", "dddd", "eeeee", "ff", "g"]
 

@@ -23,7 +23,7 @@ from rollout_helpers import (
 from transformers import AutoModelForCausalLM
 
 from rto_fast import transformers_engine
-from rto_fast.batch import Request
+from rto_fast.contract import Request
 from rto_fast.rollout import Sampling, sample_seed
 from rto_fast.transformers_engine import TransformersEngine
 

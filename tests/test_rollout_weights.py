@@ -9,9 +9,11 @@ import torch
 from rollout_helpers import assert_same, engine_of, model_path, quiet, reference_logp, requests_of
 from transformers import AutoModelForCausalLM
 
-from rto_fast.batch import Request
 from rto_fast.config import RTOConfig
-from rto_fast.rollout import RolloutError, Sampling, SyncError, make_engine
+from rto_fast.contract import Request
+from rto_fast.errors import RolloutError, SyncError
+from rto_fast.make_engine import make_engine
+from rto_fast.rollout import Sampling
 from rto_fast.transformers_engine import TransformersEngine
 
 # Weights

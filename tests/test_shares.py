@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rto_fast.batch import Request
+from rto_fast.contract import Request
 from rto_fast.shares import Tally, quotas_of, share_out
 
 

@@ -14,9 +14,11 @@ from loop_helpers import small_run, watched_gradients
 from recipe_helpers import flags_of, run_recipe
 
 from rto_fast import advantages, algo, credit
-from rto_fast.batch import Scores, offsets
-from rto_fast.config import ConfigError, RTOConfig
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Scores, offsets
+from rto_fast.errors import ConfigError
 from rto_fast.tiny_task import make_task
+from rto_fast.tokenizer import delimiter_ids
 
 LENS = torch.tensor([5, 0, 1, 7, 3, 2])
 CU = offsets(LENS)
@@ -61,10 +63,10 @@ def test_credit_is_paid_where_the_definition_says(kind):
 
 def test_sentences_end_at_delimiters():
     tokenizer = make_task(0).tokenizer
-    ids = credit.delimiter_ids(tokenizer, (".",)).tolist()
+    ids = delimiter_ids(tokenizer, (".",)).tolist()
     assert [tokenizer.convert_ids_to_tokens(i) for i in ids] == ["."]
-    assert credit.delimiter_ids(tokenizer, ("fox", "?")).tolist() == [tokenizer.convert_tokens_to_ids("fox")]
-    assert credit.delimiter_ids(tokenizer, ("@",)).numel() == 0
+    assert delimiter_ids(tokenizer, ("fox", "?")).tolist() == [tokenizer.convert_tokens_to_ids("fox")]
+    assert delimiter_ids(tokenizer, ("@",)).numel() == 0
 
 
 # Targets: clip first, then move
@@ -80,7 +82,7 @@ def scores_of(seed=0):
 
 
 def rollout_of():
-    from rto_fast.batch import Request, Rollout
+    from rto_fast.contract import Request, Rollout
 
     rng = random.Random(0)
     requests = [Request((1, 2), i // 2, i // 2, i % 2, i) for i in range(len(LENS))]

@@ -19,11 +19,13 @@ from rollout_helpers import quiet, reference_logp, requests_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rto_fast import trainer, vllm_engine
-from rto_fast.batch import Request
-from rto_fast.config import ConfigError, RTOConfig
+from rto_fast import load_weights, trainer, vllm_engine
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request
+from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
 from rto_fast.generate import GenerateConfig, generate
-from rto_fast.rollout import GREEDY, EngineFailure, RolloutError, Sampling, SyncError, make_engine, sample_seed
+from rto_fast.make_engine import make_engine
+from rto_fast.rollout import GREEDY, Sampling, sample_seed
 from rto_fast.transformers_engine import TransformersEngine
 from rto_fast.vllm_engine import VLLMEngine
 
@@ -352,7 +354,7 @@ def test_a_broken_sync_stops_the_run(tied, tmp_path, one_rank, monkeypatch, faul
 
 def test_a_head_that_keeps_its_packed_copy_is_found_at_the_start(tied, tmp_path, one_rank, monkeypatch):
     """All bytes arrive, vLLM says nothing, and the tied head multiplies by the old ones: only log-probs show it."""
-    monkeypatch.setattr(vllm_engine, "_repack_head", lambda model: None)
+    monkeypatch.setattr(load_weights, "_repack_head", lambda model: None)
     with pytest.raises(SyncError, match="the sampler is not the policy: after a push of moved weights"):
         trainer.train(run_of(tied, tmp_path / "run"))
 

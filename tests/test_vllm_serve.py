@@ -18,8 +18,9 @@ from test_vllm import HEADS, assert_same_weights, figures, moved, partial, rows,
 from transformers import AutoModelForCausalLM
 
 from rto_fast import vllm_engine, vllm_serve
-from rto_fast.config import ConfigError, RTOConfig
-from rto_fast.rollout import EngineFailure, RolloutError, Sampling, SyncError
+from rto_fast.config import RTOConfig
+from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
+from rto_fast.rollout import Sampling
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not vllm_engine.installed(), reason="vLLM is not installed (make install-vllm)")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rto_fast import report, trainer
 from rto_fast.config import RTOConfig
-from rto_fast.rollout import SyncError
+from rto_fast.errors import SyncError
 from rto_fast.vllm_engine import VLLMEngine
 
 

@@ -13,7 +13,8 @@ from launches import forks, free_port
 from test_template import byte_tokenizer
 
 from rto_fast import data as data_module
-from rto_fast.data import Counts, DataError
+from rto_fast.data import Counts
+from rto_fast.errors import DataError
 from rto_fast.template import load_template
 
 

@@ -7,7 +7,8 @@ import pytest
 from data_helpers import GOOD, ROWS, bad_file, preferences, prompts, sft, write_jsonl
 
 from rto_fast.config import PreferenceConfig, SFTConfig
-from rto_fast.data import Counts, DataError, load_preferences, load_sft
+from rto_fast.data import Counts, load_preferences, load_sft
+from rto_fast.errors import DataError
 
 
 def test_overlong_pairs(tmp_path, tokenizer, template):

@@ -190,3 +190,19 @@ class Targets:
     """[R] GAE + values; the reward still to come where there is no critic."""
     whiten: tuple[Tensor, Tensor]
     """(mean, rstd) of the advantages over the whole rollout; (0, 1) where the estimate is not whitened."""
+
+
+@dataclass(frozen=True)
+class ResponseTexts:
+    """The texts of a rollout, in its order; each list has B entries."""
+
+    prompts: list[str]
+    """Prompt as rendered for the policy (chat template included)."""
+    responses: list[str]
+    """Response decoded without special tokens."""
+    messages: list[list[dict]]
+    """The prompt's messages, for sources with a chat template of their own."""
+
+    def select(self, index: Sequence[int]) -> ResponseTexts:
+        """The entries at `index`, in that order."""
+        return ResponseTexts(*([column[i] for i in index] for column in (self.prompts, self.responses, self.messages)))
