@@ -1,6 +1,6 @@
 """Packaging: the kernels need torch and triton alone; the trainer is the `train` extra."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TRAIN = [
     "datasets>=3",
@@ -28,11 +28,11 @@ setup(
         "rto_kernels.integrations": "kernels/rto_kernels/integrations",
         "rto_fast": "rto_fast",
     },
-    packages=["rto_kernels", "rto_kernels.integrations", "rto_fast"],
+    packages=["rto_kernels", "rto_kernels.integrations", *find_packages(include=["rto_fast", "rto_fast.*"])],
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={
         "train": TRAIN,
-        "vllm": ["vllm>=0.32,<0.33"],  # the series that rto_fast/vllm_engine.py was tested with
+        "vllm": ["vllm>=0.32,<0.33"],  # the series that rto_fast/rollout/vllm_engines was tested with
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb>=0.18"],
         "dev": [

@@ -24,7 +24,7 @@ from rto_fast import stages
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo import Judge, Judgement, draw
-from rto_fast.rollout import sample_seed
+from rto_fast.rollout.engine import sample_seed
 from rto_fast.runfiles import METRICS, json_line, read_metrics, read_rows, write_atomic
 from rto_fast.scoring import ModelReward
 

@@ -52,7 +52,7 @@ if not MISSING:
     from rto_fast import algo, scoring
     from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
     from rto_fast.ppo_update import TrainBatch
-    from rto_fast.rollout import Sampling
+    from rto_fast.rollout.engine import Sampling
 
 # How far another path's losses and gradient norms may be from ours: no figure for one that computes something else.
 ROUNDING = {"fp32": 1e-3, "bf16": 0.2}

@@ -23,10 +23,10 @@ import tyro
 
 from rto_fast import build, demo, trainer
 from rto_fast.demo import DemoConfig
+from rto_fast.rollout.transformers_engine import TransformersEngine
+from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
 from rto_fast.runfiles import METRICS, read_metrics, write_atomic
 from rto_fast.tiny_task import make_task
-from rto_fast.transformers_engine import TransformersEngine
-from rto_fast.vllm_serve import VLLMServeEngine
 
 ROOT = Path(__file__).parents[1]
 LAGS = (0, 1)

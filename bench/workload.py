@@ -28,11 +28,11 @@ try:
     from rto_fast.config import RTOConfig
     from rto_fast.contract import Request
     from rto_fast.engine import DTYPES, TrainEngine
-    from rto_fast.make_engine import make_engine
     from rto_fast.models import PolicyModel, ScalarModel
     from rto_fast.packing import Placement
-    from rto_fast.rollout import sample_seed
-    from rto_fast.transformers_engine import TransformersEngine
+    from rto_fast.rollout.engine import sample_seed
+    from rto_fast.rollout.make_engine import make_engine
+    from rto_fast.rollout.transformers_engine import TransformersEngine
 except ImportError as error:  # DeepSpeed, mostly: without it there is no trainer to time
     MISSING = f"{error.name or error} is not importable"
 else:

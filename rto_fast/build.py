@@ -18,15 +18,15 @@ from rto_fast.data import PromptData
 from rto_fast.ema import WeightAverage
 from rto_fast.engine import DTYPES, TrainEngine
 from rto_fast.errors import ConfigError, require
-from rto_fast.make_engine import make_engine
 from rto_fast.metrics import RunLogger
 from rto_fast.models import ScalarModel
 from rto_fast.packing import Placement
 from rto_fast.rewards import FunctionReward, RemoteReward, RewardSource, try_functions
-from rto_fast.rollout import Sampling
+from rto_fast.rollout.engine import Sampling
+from rto_fast.rollout.make_engine import make_engine
+from rto_fast.rollout.weights.sync import WeightSync
 from rto_fast.run import Run, State
 from rto_fast.scoring import ModelReward, OwnText, Scorers
-from rto_fast.sync import WeightSync
 from rto_fast.template import ChatTemplate, check_template, load_template
 from rto_fast.tokenizer import (
     check_max_length,

@@ -32,8 +32,8 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
 from rto_fast.engine import DTYPES
 from rto_fast.errors import DataError, require
-from rto_fast.make_engine import make_engine
-from rto_fast.rollout import GREEDY, Sampling, sample_seed
+from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
+from rto_fast.rollout.make_engine import make_engine
 from rto_fast.rows import PROMPT_KEYS, BadRow, prompt_row
 from rto_fast.sources import Table, open_source
 from rto_fast.template import check_template, load_template

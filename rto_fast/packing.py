@@ -20,7 +20,7 @@ from rto_fast.contract import offsets, ragged_arange
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Whole sequences side by side on the device; see batch.py for B, N and R."""
+    """Whole sequences side by side on the device; see contract.py for B, N and R."""
 
     tokens: Tensor
     """[N] int64."""

@@ -26,10 +26,10 @@ from rto_fast.engine import DTYPES, Checkpoints, TrainEngine
 from rto_fast.metrics import RunLogger
 from rto_fast.packing import Placement
 from rto_fast.report_samples import report_samples
-from rto_fast.rollout import Sampling, SyncStats, sample_seed
+from rto_fast.rollout.assignment import Share
+from rto_fast.rollout.engine import Sampling, SyncStats, sample_seed
+from rto_fast.rollout.weights.sync import WeightSync
 from rto_fast.scoring import Scorers
-from rto_fast.shares import Share
-from rto_fast.sync import WeightSync
 from rto_fast.template import ChatTemplate
 
 SAMPLED_ITERATIONS = 4

@@ -1,4 +1,4 @@
-"""What a tokenizer is asked: loading, stop tokens, texts of tokens, and whether it fits a model."""
+"""What a tokenizer is asked: stop tokens, texts of tokens, whether it fits."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
 from rto_fast.errors import Diverged
 from rto_fast.pair_update import P3OBatch, RebelBatch
 from rto_fast.ppo_update import TrainBatch
+from rto_fast.rollout.weights.sync import Gap
 from rto_fast.run import Run
 from rto_fast.sampler_update import SamplerBatch
-from rto_fast.sync import Gap
 
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
 

@@ -27,8 +27,8 @@ from rto_fast import algo, build, rto_metrics, scoring, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts
 from rto_fast.errors import ConfigError, SyncError
+from rto_fast.rollout.transformers_engine import TransformersEngine
 from rto_fast.sampler_update import SamplerBatch
-from rto_fast.transformers_engine import TransformersEngine
 
 CASES = {
     "skipped": {"is_cap": 1.1},

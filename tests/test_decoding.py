@@ -11,8 +11,8 @@ from rollout_helpers import engine_of, model_path, quiet
 from transformers import AutoModelForCausalLM
 
 from rto_fast.contract import Request
-from rto_fast.decoding import sample, uniforms
-from rto_fast.rollout import Sampling, sample_seed
+from rto_fast.rollout.decoding import sample, uniforms
+from rto_fast.rollout.engine import Sampling, sample_seed
 
 
 def chi_square_p(counts: torch.Tensor, expected: torch.Tensor) -> float:

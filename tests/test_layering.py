@@ -36,10 +36,6 @@ FLAT = {
     "metrics": ("rto_metrics",),
     "updates": ("ppo_update", "pair_update", "sampler_update"),
     "supervised": ("stages", "preference_stages", "reference_cache"),
-    "rollout": (
-        "make_engine", "transformers_engine", "decoding", "shares", "watchdog", "sync", "fingerprint", "weight_stream",
-        "load_weights", "vllm_engine", "vllm_serve", "vllm_server", "vllm_worker_extension",
-    ),
     "scoring": ("rewards",),
     "backend": ("engine", "assembly", "ema"),
     "models": ("attention", "packing"),

@@ -22,10 +22,10 @@ from rollout_helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from rto_fast import transformers_engine
 from rto_fast.contract import Request
-from rto_fast.rollout import Sampling, sample_seed
-from rto_fast.transformers_engine import TransformersEngine
+from rto_fast.rollout import transformers_engine
+from rto_fast.rollout.engine import Sampling, sample_seed
+from rto_fast.rollout.transformers_engine import TransformersEngine
 
 # Log-probs, batches, stops
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
 from rto_fast.errors import RolloutError, SyncError
-from rto_fast.make_engine import make_engine
-from rto_fast.rollout import Sampling
-from rto_fast.transformers_engine import TransformersEngine
+from rto_fast.rollout.engine import Sampling
+from rto_fast.rollout.make_engine import make_engine
+from rto_fast.rollout.transformers_engine import TransformersEngine
 
 # Weights
 

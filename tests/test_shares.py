@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rto_fast.contract import Request
-from rto_fast.shares import Tally, quotas_of, share_out
+from rto_fast.rollout.assignment import Tally, quotas_of, share_out
 
 
 def requests_of(prompts: int, each: int, seed: int = 0) -> list[Request]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rto_fast.fingerprint import Fingerprint
-from rto_fast.sync import _difference, move
+from rto_fast.rollout.weights.fingerprint import Fingerprint
+from rto_fast.rollout.weights.sync import _difference, move
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

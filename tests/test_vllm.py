@@ -19,18 +19,20 @@ from rollout_helpers import quiet, reference_logp, requests_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rto_fast import load_weights, trainer, vllm_engine
+from rto_fast import trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
 from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
 from rto_fast.generate import GenerateConfig, generate
-from rto_fast.make_engine import make_engine
-from rto_fast.rollout import GREEDY, Sampling, sample_seed
-from rto_fast.transformers_engine import TransformersEngine
-from rto_fast.vllm_engine import VLLMEngine
+from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
+from rto_fast.rollout.make_engine import make_engine
+from rto_fast.rollout.transformers_engine import TransformersEngine
+from rto_fast.rollout.vllm_engines import load_weights, support
+from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
+from rto_fast.rollout.vllm_engines.support import installed
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not vllm_engine.installed(), reason="vLLM is not installed (make install-vllm)")
+pytestmark = pytest.mark.skipif(not installed(), reason="vLLM is not installed (make install-vllm)")
 VLLM = {"rollout_engine": "vllm", "vllm_max_sequences": 16, "policy_lr": 0.01}
 RESUMABLE = {"iterations": 3, "save_every": 1, "resume": "auto"}
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -443,6 +445,6 @@ def test_auto_takes_vllm_where_it_knows_the_model(tied, tiny, one_rank, monkeypa
     assert isinstance(make_engine(config, tiny.policy, CPU, torch.float32, 0), TransformersEngine)  # heads of 8
     with pytest.raises(ConfigError, match="no attention for heads of 8"):
         VLLMEngine(tiny.policy, CPU, torch.float32, max_length=24)
-    monkeypatch.setattr(vllm_engine, "installed", lambda: "0.99.1")
+    monkeypatch.setattr(support, "installed", lambda: "0.99.1")
     with pytest.raises(ConfigError, match=r"vLLM 0\.99\.1 is not one of the tested series"):
         VLLMEngine(tied.policy, CPU, torch.float32, max_length=24)

@@ -17,13 +17,16 @@ from rollout_helpers import quiet, reference_logp, requests_of
 from test_vllm import HEADS, assert_same_weights, figures, moved, partial, rows, stale
 from transformers import AutoModelForCausalLM
 
-from rto_fast import vllm_engine, vllm_serve
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
-from rto_fast.rollout import Sampling
+from rto_fast.rollout.engine import Sampling
+from rto_fast.rollout.vllm_engines import servers
+from rto_fast.rollout.vllm_engines.server_process import Server
+from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
+from rto_fast.rollout.vllm_engines.support import installed
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not vllm_engine.installed(), reason="vLLM is not installed (make install-vllm)")
+pytestmark = pytest.mark.skipif(not installed(), reason="vLLM is not installed (make install-vllm)")
 
 
 class Served:
@@ -31,14 +34,14 @@ class Served:
 
     def __init__(self, folder: Path, *, tied: bool) -> None:
         self.tied, self.models = tied, make_tiny_models(folder / "models", tied=tied, **HEADS)
-        self.owner = vllm_serve.VLLMServeEngine(
+        self.owner = VLLMServeEngine(
             self.models.policy, CPU, torch.float32, folder=folder, max_length=64, max_sequences=64
         )
         self.url = self.owner.urls[0]
 
-    def engine(self, **settings) -> vllm_serve.VLLMServeEngine:
+    def engine(self, **settings) -> VLLMServeEngine:
         base = {"urls": [self.url], "max_length": 64, "max_sequences": 64, "timeout_s": 60.0}
-        return vllm_serve.VLLMServeEngine(self.models.policy, CPU, torch.float32, **(base | settings))
+        return VLLMServeEngine(self.models.policy, CPU, torch.float32, **(base | settings))
 
     def config(self, folder: Path, **settings) -> dict:
         base = {"rollout_engine": "vllm-serve", "vllm_url": (self.url,), "policy_lr": 0.01, "iterations": 3,
@@ -95,7 +98,7 @@ def test_log_probs_before_and_after_a_push(served, tmp_path):
 def test_small_buckets_bring_the_same(tied, monkeypatch):
     weights = moved(tied.models.policy, 0.3)
     whole = tied.engine().push(weights.items(), 1)
-    monkeypatch.setattr(vllm_serve, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(servers, "BUCKET_BYTES", 1000)
     assert tied.engine().push(weights.items(), 1).digests == whole.digests
 
 
@@ -142,16 +145,14 @@ def test_a_server_that_cannot_serve_the_run(tied, monkeypatch):
         tied.engine(max_length=65)
     with pytest.raises(EngineFailure, match=r"127\.0\.0\.1:9: no answer after 0.5 s"):
         tied.engine(urls=["http://127.0.0.1:9"], start_timeout_s=0.5)
-    monkeypatch.setattr(vllm_serve, "TESTED", ("0.99",))
+    monkeypatch.setattr(servers, "TESTED", ("0.99",))
     with pytest.raises(ConfigError, match=r"runs vLLM 0\.32\.0.*, not one of the tested series 0\.99"):
         tied.engine()
 
 
 def test_a_start_that_fails_shows_the_log(tied, tmp_path):
     with pytest.raises(EngineFailure, match=r"(?s)vLLM ended while it started\n  from .*vllm-0\.log:.*max_num_seqs"):
-        vllm_serve.VLLMServeEngine(
-            tied.models.policy, CPU, torch.float32, folder=tmp_path, max_length=64, max_sequences=-1
-        )
+        VLLMServeEngine(tied.models.policy, CPU, torch.float32, folder=tmp_path, max_length=64, max_sequences=-1)
 
 
 def test_settings_that_contradict_each_other():
@@ -170,7 +171,7 @@ def test_a_server_dies_with_its_trainer(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from rto_fast.vllm_serve import Server
+from rto_fast.rollout.vllm_engines.server_process import Server
 print(Server({{"model": "none"}}, (), Path({str(tmp_path)!r}) / "log").process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -203,14 +204,14 @@ def test_every_token_agrees_after_each_of_three_steps(served, tmp_path, launch):
 
 def skipped(monkeypatch):
     """The second push of the run says that all went well and does nothing."""
-    plain, last = vllm_serve.VLLMServeEngine._transfer, []
+    plain, last = VLLMServeEngine._transfer, []
 
     def transfer(engine, weights, version):
         if version < 2:
             last.append(plain(engine, weights, version))
         return last[-1]
 
-    monkeypatch.setattr(vllm_serve.VLLMServeEngine, "_transfer", transfer)
+    monkeypatch.setattr(VLLMServeEngine, "_transfer", transfer)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +226,12 @@ def test_a_broken_sync_stops_the_run(tied, tmp_path, one_rank, monkeypatch, faul
         trainer.train(RTOConfig(**tied.config(tmp_path / "run", policy_lr=5e-7, warmup_ratio=0.0)))
 
 
-def kills_servers(monkeypatch, times: int) -> list[vllm_serve.Server]:
+def kills_servers(monkeypatch, times: int) -> list[Server]:
     """The recipe's server is killed in the middle of the second rollout, and what replaces it; the victims so far.
 
     One request is asked again of the dead server: the others' answers may all have come already.
     """
-    plain, victims = vllm_serve.VLLMServeEngine._ask, []
+    plain, victims = VLLMServeEngine._ask, []
 
     async def ask(engine, client, url, body):
         answer = await plain(engine, client, url, body)
@@ -241,7 +242,7 @@ def kills_servers(monkeypatch, times: int) -> list[vllm_serve.Server]:
             return await plain(engine, client, url, body)
         return answer
 
-    monkeypatch.setattr(vllm_serve.VLLMServeEngine, "_ask", ask)
+    monkeypatch.setattr(VLLMServeEngine, "_ask", ask)
     return victims
 
 
@@ -323,7 +324,7 @@ def test_a_lagging_run_is_killed_and_resumed(tied, tmp_path, launch):
 def test_an_engine_that_fails_ahead_samples_anew(tied, tmp_path, one_rank, monkeypatch):
     from rto_fast import trainer
 
-    plain, left = vllm_serve.VLLMServeEngine.generate, [1]
+    plain, left = VLLMServeEngine.generate, [1]
 
     def generate(engine, *args):
         if engine.version == 1 and left.pop():
@@ -331,7 +332,7 @@ def test_an_engine_that_fails_ahead_samples_anew(tied, tmp_path, one_rank, monke
             raise EngineFailure("gone")
         return plain(engine, *args)
 
-    monkeypatch.setattr(vllm_serve.VLLMServeEngine, "generate", generate)
+    monkeypatch.setattr(VLLMServeEngine, "generate", generate)
     trainer.train(RTOConfig(**tied.config(tmp_path, rollout_lag=1, iterations=4)))
     assert [row["rollout/lag"] for row in rows(tmp_path)] == [0, 1, 0, 1]
 

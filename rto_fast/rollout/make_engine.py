@@ -8,7 +8,7 @@ import torch
 
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
-from rto_fast.rollout import RolloutEngine
+from rto_fast.rollout.engine import RolloutEngine
 
 
 def make_engine(
@@ -22,16 +22,17 @@ def make_engine(
 
     auto: vLLM where it is installed and can sample from the model, else transformers.
     """
-    from rto_fast import vllm_engine, vllm_serve
+    from rto_fast.rollout.vllm_engines import colocated, servers
+    from rto_fast.rollout.vllm_engines.support import unusable
 
     if config.rollout_engine == "vllm-serve":
-        return vllm_serve.from_config(config, model_path, torch.device(device), dtype)
+        return servers.from_config(config, model_path, torch.device(device), dtype)
     if config.rollout_engine == "vllm" or (
-        config.rollout_engine == "auto" and not vllm_engine.unusable(model_path, torch.device(device))
+        config.rollout_engine == "auto" and not unusable(model_path, torch.device(device))
     ):
-        return vllm_engine.from_config(config, model_path, torch.device(device), dtype)
+        return colocated.from_config(config, model_path, torch.device(device), dtype)
     if config.rollout_engine in ("auto", "transformers"):
-        from rto_fast.transformers_engine import TransformersEngine
+        from rto_fast.rollout.transformers_engine import TransformersEngine
 
         return TransformersEngine(model_path, device, dtype, pad_token_id, config.rollout_tokens)
     raise ConfigError(

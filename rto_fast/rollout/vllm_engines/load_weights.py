@@ -1,4 +1,4 @@
-"""Loads pushed weights into vLLM's model and reports every tensor that its loaders took."""
+"""Loads pushed weights into vLLM's model, and reports what its loaders took."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rto_fast.errors import SyncError
-from rto_fast.fingerprint import Fingerprint
+from rto_fast.rollout.weights.fingerprint import Fingerprint
 
 
 def receive(worker: Any, weights: Iterator[tuple[str, Tensor]], received: Fingerprint) -> None:

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rto_fast.contract import Request, Rollout
-from rto_fast.decoding import ATTENTION, FixedLayer, sample, uniforms
 from rto_fast.errors import RolloutError, SyncError
-from rto_fast.fingerprint import Fingerprint
-from rto_fast.rollout import Progress, Sampling, SyncStats, check_requests
-from rto_fast.shares import Tally
+from rto_fast.rollout.assignment import Tally
+from rto_fast.rollout.decoding import ATTENTION, FixedLayer, sample, uniforms
+from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.weights.fingerprint import Fingerprint
 
 CHECK_EVERY = 4
 """Steps between looks at which sequences have ended: a look waits for the device."""

@@ -76,7 +76,7 @@ class RolloutEngine(Protocol):
     ) -> Rollout:
         """Samples one response a request; the Rollout keeps the order of the requests.
 
-        keep: stop when that many prompts have all their responses, and leave the other prompts out (see shares.py);
+        keep: stop when that many prompts have all their responses, and leave the other prompts out (see assignment.py);
         None = sample all.
 
         Raises:

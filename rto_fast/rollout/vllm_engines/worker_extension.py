@@ -1,4 +1,4 @@
-"""What vLLM's workers do for the trainer; `vllm serve --worker-extension-cls` puts it into them (see vllm_serve.py)."""
+"""What vLLM's workers do for the trainer; `vllm serve --worker-extension-cls` puts it into them (see servers.py)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rto_fast import weight_stream
 from rto_fast.errors import SyncError
-from rto_fast.fingerprint import Fingerprint
-from rto_fast.load_weights import receive
+from rto_fast.rollout.vllm_engines.load_weights import receive
+from rto_fast.rollout.weights import stream
+from rto_fast.rollout.weights.fingerprint import Fingerprint
 
-BROKEN_PUSH = (SyncError, weight_stream.Abandoned, ValueError, KeyError, AssertionError)
+BROKEN_PUSH = (SyncError, stream.Abandoned, ValueError, KeyError, AssertionError)
 """Errors that say what is wrong with the weights; others are the engine's own."""
 
 
@@ -32,15 +32,15 @@ class WeightReceiver:
     def rto_join(self, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
         """Joins the trainer's group for weights; a second call leaves the first group."""
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        self.rto_group = weight_stream.join(store, rank, size, self.device, weight_stream.own_address(host), timeout_s)
+        self.rto_group = stream.join(store, rank, size, self.device, stream.own_address(host), timeout_s)
 
     def rto_receive(self) -> dict[str, Any]:
         """Loads the set of weights that the trainer sends: {bytes, digests}, or {error} where they are not right."""
-        received, stream = Fingerprint(), weight_stream.receive(self.rto_group, self.device)
+        received, weights = Fingerprint(), stream.receive(self.rto_group, self.device)
         try:
-            receive(self, stream, received)
+            receive(self, weights, received)
         except BROKEN_PUSH as error:
-            for _ in stream:  # the sender is to notice nothing before its end
+            for _ in weights:  # the sender is to notice nothing before its end
                 pass
             return {"error": str(error)}
         return {"bytes": received.bytes, "digests": received.digests()}

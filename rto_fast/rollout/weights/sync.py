@@ -25,10 +25,10 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.engine import TrainEngine
 from rto_fast.errors import EngineFailure, RolloutError, SyncError
-from rto_fast.fingerprint import Fingerprint
 from rto_fast.packing import Placement
-from rto_fast.rollout import RolloutEngine, Sampling, SyncStats
-from rto_fast.shares import Share, share_out
+from rto_fast.rollout.assignment import Share, share_out
+from rto_fast.rollout.engine import RolloutEngine, Sampling, SyncStats
+from rto_fast.rollout.weights.fingerprint import Fingerprint
 
 PROOF_RESPONSES, PROOF_TOKENS = 16, 32
 """Responses (over all ranks) and tokens each that a comparison at the start samples."""
