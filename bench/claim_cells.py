@@ -30,7 +30,7 @@ from rto_fast.demo import DemoConfig, Judge, Judgement, Truth, dpo_config, prepa
 from rto_fast.errors import Diverged
 from rto_fast.packing import Placement
 from rto_fast.runfiles import METRICS, finite_or_none, read_metrics, write_atomic
-from rto_fast.scoring import ModelReward
+from rto_fast.scoring.reward_model import ModelReward
 from rto_fast.tiny_task import make_task
 
 PREFERENCE = {

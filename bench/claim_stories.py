@@ -26,7 +26,7 @@ from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo import Judge, Judgement, draw
 from rto_fast.rollout.engine import sample_seed
 from rto_fast.runfiles import METRICS, json_line, read_metrics, read_rows, write_atomic
-from rto_fast.scoring import ModelReward
+from rto_fast.scoring.reward_model import ModelReward
 
 TASKS = ("stories-rule", "stories-taste")
 SHARED = Path(__file__).parents[2] / "shared"

@@ -22,7 +22,7 @@ PAD, STOP = 0, 1
 SEED = 0
 
 try:
-    from rto_fast import distributed, models, scoring
+    from rto_fast import distributed, models
     from rto_fast.assembly import FrozenModel
     from rto_fast.attention import resolve_attention
     from rto_fast.config import RTOConfig
@@ -33,6 +33,8 @@ try:
     from rto_fast.rollout.engine import sample_seed
     from rto_fast.rollout.make_engine import make_engine
     from rto_fast.rollout.transformers_engine import TransformersEngine
+    from rto_fast.scoring.reward_model import ModelReward
+    from rto_fast.scoring.score import Scorers
 except ImportError as error:  # DeepSpeed, mostly: without it there is no trainer to time
     MISSING = f"{error.name or error} is not importable"
 else:
@@ -105,11 +107,11 @@ class Parts:
     """The policy as a Hugging Face folder, for the rollout engines."""
 
     @property
-    def scorers(self) -> scoring.Scorers:
+    def scorers(self) -> Scorers:
         frozen = [FrozenModel(m, self.placement.device, parks=False) for m in (self.reference, self.dpo)]
-        return scoring.Scorers(
+        return Scorers(
             policy=self.policy.evaluate, critic=self.critic.evaluate, reference=frozen[0], dpo=frozen[1],
-            dpo_ref=frozen[0], rewards=[scoring.ModelReward("model", self.reward_model, self.placement)],
+            dpo_ref=frozen[0], rewards=[ModelReward("model", self.reward_model, self.placement)],
             reward_weights=(1.0,), frozen=frozen,
         )  # fmt: skip
 

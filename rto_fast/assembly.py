@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast import distributed, models
 from rto_fast.attention import resolve_attention
 from rto_fast.config import RunConfig, check_wandb
+from rto_fast.data.chat_template import ChatTemplate, save_template
 from rto_fast.engine import DTYPES, Checkpoints, deepspeed_config
 from rto_fast.errors import ConfigError, require
-from rto_fast.template import ChatTemplate, save_template
 
 
 def open_output(config: RunConfig) -> Checkpoints:

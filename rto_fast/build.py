@@ -10,25 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import algo, data, distributed, models
-from rto_fast.algo import KLController
+from rto_fast import distributed, models
+from rto_fast.algo.targets import NO_DELIMITERS, KLController
 from rto_fast.assembly import FrozenModel, choose_attention, frozen, open_output
 from rto_fast.config import RTOConfig
-from rto_fast.data import PromptData
-from rto_fast.ema import WeightAverage
-from rto_fast.engine import DTYPES, TrainEngine
-from rto_fast.errors import ConfigError, require
-from rto_fast.metrics import RunLogger
-from rto_fast.models import ScalarModel
-from rto_fast.packing import Placement
-from rto_fast.rewards import FunctionReward, RemoteReward, RewardSource, try_functions
-from rto_fast.rollout.engine import Sampling
-from rto_fast.rollout.make_engine import make_engine
-from rto_fast.rollout.weights.sync import WeightSync
-from rto_fast.run import Run, State
-from rto_fast.scoring import ModelReward, OwnText, Scorers
-from rto_fast.template import ChatTemplate, check_template, load_template
-from rto_fast.tokenizer import (
+from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
+from rto_fast.data.load import PromptData, load_prompts
+from rto_fast.data.tokenizer import (
     check_max_length,
     check_vocabulary,
     delimiter_ids,
@@ -36,6 +24,21 @@ from rto_fast.tokenizer import (
     same_tokenizer,
     stop_token_ids,
 )
+from rto_fast.ema import WeightAverage
+from rto_fast.engine import DTYPES, TrainEngine
+from rto_fast.errors import ConfigError, require
+from rto_fast.metrics import RunLogger
+from rto_fast.models import ScalarModel
+from rto_fast.packing import Placement
+from rto_fast.rollout.engine import Sampling
+from rto_fast.rollout.make_engine import make_engine
+from rto_fast.rollout.weights.sync import WeightSync
+from rto_fast.run import Run, State
+from rto_fast.scoring.reward_function import FunctionReward, try_functions
+from rto_fast.scoring.reward_model import ModelReward, OwnText
+from rto_fast.scoring.reward_server import RemoteReward
+from rto_fast.scoring.reward_source import RewardSource
+from rto_fast.scoring.score import Scorers
 
 
 def build(config: RTOConfig) -> Run:
@@ -59,7 +62,7 @@ def build(config: RTOConfig) -> Run:
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
     delimiters = _delimiters(config, tokenizer)
-    prompts = data.load_prompts(config, tokenizer, template)
+    prompts = load_prompts(config, tokenizer, template)
     try_functions(remote_and_functions, prompts.texts)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
@@ -133,7 +136,7 @@ def build(config: RTOConfig) -> Run:
 
 def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if config.credit != "sentence":
-        return algo.NO_DELIMITERS
+        return NO_DELIMITERS
     ids = delimiter_ids(tokenizer, config.delimiters)
     require(ids.numel() > 0, f"delimiters: no token of the policy's vocabulary ends with any of {config.delimiters}")
     return ids

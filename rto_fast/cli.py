@@ -80,7 +80,7 @@ def _run(config: RunConfig, run: str) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
-    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported by rto_fast.sources
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported by rto_fast.data.sources
     transformers.logging.disable_progress_bar()
     try:
         pkgutil.resolve_name(run)(config)

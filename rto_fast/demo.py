@@ -25,14 +25,14 @@ from rto_fast.attention import resolve_attention
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.curves import Chart, Curve
+from rto_fast.data.chat_template import load_template
+from rto_fast.data.tokenizer import stop_token_ids
 from rto_fast.errors import ConfigError
 from rto_fast.packing import Placement
 from rto_fast.report import Table, write_report
 from rto_fast.rollout.engine import Sampling, sample_seed
 from rto_fast.rollout.transformers_engine import TransformersEngine
-from rto_fast.template import load_template
 from rto_fast.tiny_task import TinyTask, make_task
-from rto_fast.tokenizer import stop_token_ids
 
 ARMS = ("PPO", "RTO")
 

@@ -15,10 +15,10 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from rto_fast import models
 from rto_fast.assembly import save_tokenizer
+from rto_fast.data.chat_template import load_template
+from rto_fast.data.tokenizer import load_tokenizer
 from rto_fast.engine import DTYPES, find_checkpoint
 from rto_fast.errors import ConfigError, require
-from rto_fast.template import load_template
-from rto_fast.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rto_fast import cli, models, runfiles
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
+from rto_fast.data.chat_template import check_template, load_template
+from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, prompt_row
+from rto_fast.data.sources import Table, open_source
+from rto_fast.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.engine import DTYPES
 from rto_fast.errors import DataError, require
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
-from rto_fast.rows import PROMPT_KEYS, BadRow, prompt_row
-from rto_fast.sources import Table, open_source
-from rto_fast.template import check_template, load_template
-from rto_fast.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 
 
 @dataclass(frozen=True, kw_only=True)

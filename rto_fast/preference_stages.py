@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rto_fast import distributed, models, preference
+from rto_fast import distributed, models
+from rto_fast.algo import preference
 from rto_fast.assembly import FrozenModel
 from rto_fast.config import DPOConfig
-from rto_fast.data import PreferenceData
+from rto_fast.data.load import PreferenceData
 from rto_fast.errors import require
 from rto_fast.packing import Placement
 from rto_fast.supervised import Row, RowBatch, Rows, Stage, Sums, held_out_batches

@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast import distributed, models
 from rto_fast.assembly import frozen
 from rto_fast.config import DPOConfig
+from rto_fast.data.chat_template import ChatTemplate
+from rto_fast.data.tokenizer import tokenizer_hash
 from rto_fast.packing import Placement
 from rto_fast.supervised import Row, held_out_batches
-from rto_fast.template import ChatTemplate
-from rto_fast.tokenizer import tokenizer_hash
 
 _FORMAT = 1
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
+from rto_fast.data.tokenizer import token_texts
 from rto_fast.runfiles import ReportSample
-from rto_fast.tokenizer import token_texts
 
 
 def report_samples(

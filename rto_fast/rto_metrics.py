@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Rollout, Scores, Targets
-from rto_fast.ppo_update import UpdateStats
 from rto_fast.rollout.engine import SyncStats
+from rto_fast.updates.ppo import UpdateStats
 
 
 def not_finite(scores: Scores) -> str:

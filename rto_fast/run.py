@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed, report, runfiles
-from rto_fast.algo import KLController
+from rto_fast.algo.targets import KLController
 from rto_fast.assembly import save_model, save_tokenizer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout, Scores, Targets
-from rto_fast.data import PromptData
+from rto_fast.data.chat_template import ChatTemplate
+from rto_fast.data.load import PromptData
 from rto_fast.ema import WeightAverage
 from rto_fast.engine import DTYPES, Checkpoints, TrainEngine
 from rto_fast.metrics import RunLogger
@@ -29,8 +30,7 @@ from rto_fast.report_samples import report_samples
 from rto_fast.rollout.assignment import Share
 from rto_fast.rollout.engine import Sampling, SyncStats, sample_seed
 from rto_fast.rollout.weights.sync import WeightSync
-from rto_fast.scoring import Scorers
-from rto_fast.template import ChatTemplate
+from rto_fast.scoring.score import Scorers
 
 SAMPLED_ITERATIONS = 4
 """Iterations, evenly spread, whose samples go into the report."""

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import data, distributed, models, preference
+from rto_fast import distributed, models
+from rto_fast.algo import preference
 from rto_fast.assembly import FrozenModel, choose_attention, open_output
 from rto_fast.config import DPOConfig, RMConfig, SFTConfig, SupervisedConfig
+from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
+from rto_fast.data.load import load_answers, load_preferences, load_sft
+from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer
 from rto_fast.engine import DTYPES, Checkpoints
 from rto_fast.errors import require
 from rto_fast.metrics import RunLogger
@@ -31,8 +35,6 @@ from rto_fast.preference_stages import (
 )
 from rto_fast.reference_cache import cached_reference_logps
 from rto_fast.supervised import Row, RowBatch, Rows, Stage, Sums, fit, held_out_batches, steps_of
-from rto_fast.template import ChatTemplate, check_template, load_template
-from rto_fast.tokenizer import check_max_length, check_vocabulary, load_tokenizer
 
 
 class SFT(Stage):
@@ -125,7 +127,7 @@ def _run(config: SupervisedConfig, common: _Common, stage: Stage) -> Path:
 def train_sft(config: SFTConfig) -> Path:
     """Supervised fine-tuning; returns the model's folder. Raises ConfigError on input that cannot work."""
     common = _prepare(config)
-    parts = data.load_sft(config, common.tokenizer, common.template)
+    parts = load_sft(config, common.tokenizer, common.template)
     train, held_out = (Rows(part.prompt_ids, part.response_ids) for part in parts)
     model = models.load_policy(config.model, argument="model", **common.loading)
     return _run(config, common, SFT(model, train, held_out))
@@ -134,7 +136,7 @@ def train_sft(config: SFTConfig) -> Path:
 def train_rm(config: RMConfig) -> Path:
     """Reward model from preference pairs; returns the model's folder."""
     common = _prepare(config)
-    parts = data.load_preferences(config, common.tokenizer, common.template)
+    parts = load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(pair_rows, parts)
     if not held_out and distributed.rank() == 0:
         print("warning: no pair is held out: the scores are not measured, their mean and std stay 0 and 1", flush=True)
@@ -172,7 +174,7 @@ def _reference_tables(
 
 
 def _referenced(config: DPOConfig, common: _Common) -> Referenced:
-    parts = data.load_preferences(config, common.tokenizer, common.template)
+    parts = load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(pair_rows, parts)
     tables = _reference_tables(config, common, (parts[0].rows, train), (parts[1].rows, held_out))
     model = models.load_policy(config.model, argument="model", **common.loading)
@@ -180,17 +182,17 @@ def _referenced(config: DPOConfig, common: _Common) -> Referenced:
 
 
 def _simpo(config: DPOConfig, common: _Common) -> SimPO:
-    train, held_out = map(pair_rows, data.load_preferences(config, common.tokenizer, common.template))
+    train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
     return SimPO(models.load_policy(config.model, argument="model", **common.loading), train, held_out, config)
 
 
 def _mppo(config: DPOConfig, common: _Common) -> MPPO:
-    train, held_out = map(grouped_rows, data.load_preferences(config, common.tokenizer, common.template))
+    train, held_out = map(grouped_rows, load_preferences(config, common.tokenizer, common.template))
     return MPPO(models.load_policy(config.model, argument="model", **common.loading), train, held_out, config)
 
 
 def _tdpo(config: DPOConfig, common: _Common) -> TDPO:
-    train, held_out = map(pair_rows, data.load_preferences(config, common.tokenizer, common.template))
+    train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
     device = common.placement.device
     reference = _load_reference(config, common).eval().requires_grad_(False).to(device)
     whole = FrozenModel(reference, device, parks=False)
@@ -198,7 +200,7 @@ def _tdpo(config: DPOConfig, common: _Common) -> TDPO:
 
 
 def _kto(config: DPOConfig, common: _Common) -> KTO:
-    parts = data.load_answers(config, common.tokenizer, common.template)
+    parts = load_answers(config, common.tokenizer, common.template)
     learnt = Answers.of(parts[0], config.max_length)
     answers = (learnt, Answers.of(parts[1], config.max_length, spare=learnt.rows))
     rows = [rows for a in answers for rows in (a.rows, a.mismatched)]

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast import distributed
 from rto_fast.assembly import save_model
 from rto_fast.config import SupervisedConfig
+from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.engine import Checkpoints, TrainEngine
 from rto_fast.errors import Diverged
 from rto_fast.metrics import RunLogger
 from rto_fast.packing import PackedBatch, Placement, balance, micro_batches, plan
-from rto_fast.template import ChatTemplate
 
 Sums = dict[str, Tensor]
 """Metric name -> sum over rows (fp32 scalar)."""

@@ -17,8 +17,8 @@ import rto_kernels
 import torch
 from torch import Tensor
 
-from rto_fast.credit import CREDIT
-from rto_fast.preference import dpo_loss
+from rto_fast.algo.credit import CREDIT
+from rto_fast.algo.preference import dpo_loss
 
 Tables = list[Tensor]
 

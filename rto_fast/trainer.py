@@ -19,15 +19,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from rto_fast import algo, build, rto_metrics, scoring
+from rto_fast import build, rto_metrics
+from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
 from rto_fast.errors import Diverged
-from rto_fast.pair_update import P3OBatch, RebelBatch
-from rto_fast.ppo_update import TrainBatch
 from rto_fast.rollout.weights.sync import Gap
 from rto_fast.run import Run
-from rto_fast.sampler_update import SamplerBatch
+from rto_fast.scoring.score import score_rollout
+from rto_fast.updates.pairs import P3OBatch, RebelBatch
+from rto_fast.updates.ppo import TrainBatch
+from rto_fast.updates.sampler_corrected import SamplerBatch
 
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
 
@@ -73,7 +75,7 @@ def learn(run: Run, iteration: int, rollout: Rollout, observe: Observer | None) 
     config, state = run.config, run.state
     with run.logger.phase("score"):
         texts = run.texts(rollout)
-        scores, sources = scoring.score(rollout, texts, run.scorers, config, run.placement, run.logger.progress)
+        scores, sources = score_rollout(rollout, texts, run.scorers, config, run.placement, run.logger.progress)
     metrics = rto_metrics.of_rollout(rollout, scores, sources)
     metrics |= {"samples": (iteration + 1) * config.responses, "rollout/lag": run.sync.version - rollout.version}
     metrics |= rto_metrics.of_dropped(config, len(rollout)) if config.rollout_oversample else {}
@@ -83,7 +85,7 @@ def learn(run: Run, iteration: int, rollout: Rollout, observe: Observer | None) 
     if config.scores_policy:
         check_sampler(run, rollout, scores)
 
-    targets = algo.targets(rollout, scores, config, state.kl.beta2, run.delimiters)
+    targets = compute_targets(rollout, scores, config, state.kl.beta2, run.delimiters)
     metrics |= rto_metrics.of_targets(targets, len(rollout), state.kl.beta2)
     state.kl.update(metrics["kl/token"], len(rollout))
     run.keep_samples(iteration, rollout, scores, targets, texts)

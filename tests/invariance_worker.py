@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 from loop_helpers import TinyModels, small_run, watched_gradients
 
-from rto_fast import algo, build, distributed, models, scoring, trainer
+from rto_fast import build, distributed, models, trainer
+from rto_fast.algo.targets import compute_targets
 from rto_fast.attention import PACKED
 from rto_fast.config import DPOConfig, RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.engine import TrainEngine
 from rto_fast.metrics import RunLogger
 from rto_fast.packing import Placement
-from rto_fast.ppo_update import TrainBatch
 from rto_fast.preference_stages import Referenced
 from rto_fast.reference_cache import reference_logps
+from rto_fast.scoring.score import score_rollout
 from rto_fast.stages import SFT, RewardModel
 from rto_fast.supervised import Row, train_step
+from rto_fast.updates.ppo import TrainBatch
 
 CASES = ((2, 1), (2, 512), (2, 4096), (3, 1), (3, 512))
 """(ZeRO stage, tokens of a micro-batch): every sequence alone, some together, all together."""
@@ -55,8 +57,8 @@ def rl(paths: dict[str, str], stage: int, budget: int, folder: Path) -> dict[str
     )  # fmt: skip
     run = build.build(config)
     drawn = rollout()
-    scores, _ = scoring.score(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
-    targets = algo.targets(drawn, scores, config, config.beta2)
+    scores, _ = score_rollout(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
+    targets = compute_targets(drawn, scores, config, config.beta2)
     batch = TrainBatch(run, drawn, scores, targets, list(range(len(drawn))))
     out = {}
     for name, engine, update in (

@@ -23,12 +23,14 @@ from test_loop_math import (
     truth_from,
 )
 
-from rto_fast import algo, build, rto_metrics, scoring, trainer
+from rto_fast import build, rto_metrics, trainer
+from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts
 from rto_fast.errors import ConfigError, SyncError
 from rto_fast.rollout.transformers_engine import TransformersEngine
-from rto_fast.sampler_update import SamplerBatch
+from rto_fast.scoring.score import score_rollout
+from rto_fast.updates.sampler_corrected import SamplerBatch
 
 CASES = {
     "skipped": {"is_cap": 1.1},
@@ -49,8 +51,8 @@ def case(request, one_rank, tiny, tmp_path_factory):
     noise = 0.15 * torch.randn(own.shape, generator=torch.Generator().manual_seed(3))
     rollout = dataclasses.replace(rollout, sampler_logp=own + noise)
     texts = ResponseTexts(["p"] * 8, ["x" * n for n in RESPONSES], [[]] * 8)
-    scores, _ = scoring.score(rollout, texts, run.scorers, config, run.placement, lambda tokens: None)
-    yield run, rollout, scores, algo.targets(rollout, scores, config, run.state.kl.beta2)
+    scores, _ = score_rollout(rollout, texts, run.scorers, config, run.placement, lambda tokens: None)
+    yield run, rollout, scores, compute_targets(rollout, scores, config, run.state.kl.beta2)
     run.logger.close()
 
 

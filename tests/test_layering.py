@@ -34,15 +34,11 @@ ORDER = (
 FLAT = {
     "demo": ("tiny_task",),
     "metrics": ("rto_metrics",),
-    "updates": ("ppo_update", "pair_update", "sampler_update"),
     "supervised": ("stages", "preference_stages", "reference_cache"),
-    "scoring": ("rewards",),
     "backend": ("engine", "assembly", "ema"),
     "models": ("attention", "packing"),
     "report": ("report_samples", "curves", "panels", "page"),
-    "data": ("sources", "rows", "template", "tokenizer"),
     "logs": ("metrics", "runfiles"),
-    "algo": ("credit", "advantages", "preference"),
 }  # fmt: skip
 """Files that belong to a room and stand beside it."""
 

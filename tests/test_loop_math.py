@@ -15,13 +15,15 @@ import torch
 from loop_helpers import save_moved, small_run, watched_gradients
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rto_fast import algo, build, rto_metrics, scoring
-from rto_fast.algo import KLController
+from rto_fast import build, rto_metrics
+from rto_fast.algo.losses import loss_denominator
+from rto_fast.algo.targets import KLController, compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.engine import learning_rate
-from rto_fast.ppo_update import TrainBatch
 from rto_fast.run import Run
+from rto_fast.scoring.score import score_rollout
+from rto_fast.updates.ppo import TrainBatch
 
 PROMPTS = [1, 4, 2, 6, 3, 5, 1, 7]
 RESPONSES = [5, 1, 0, 12, 7, 0, 3, 9]
@@ -200,8 +202,8 @@ def case(request, one_rank, tiny, reference, tmp_path_factory):
     run = build.build(config)
     rollout = make_rollout()
     texts = ResponseTexts(["p"] * 8, ["x" * n for n in RESPONSES], [[]] * 8)
-    scores, sources = scoring.score(rollout, texts, run.scorers, config, run.placement, lambda tokens: None)
-    targets = algo.targets(rollout, scores, config, run.state.kl.beta2)
+    scores, sources = score_rollout(rollout, texts, run.scorers, config, run.placement, lambda tokens: None)
+    targets = compute_targets(rollout, scores, config, run.state.kl.beta2)
 
     with torch.no_grad():
         expected = expected_scores(config, tiny, reference, rollout)
@@ -482,5 +484,5 @@ def test_learning_rate_schedule():
 def test_loss_denominator_counts_what_is_not_empty(aggregation):
     lens = torch.tensor(RESPONSES)
     expected = 6 if aggregation == "sequence" else sum(RESPONSES)
-    assert float(algo.loss_denominator(lens, aggregation)) == expected
-    assert float(algo.loss_denominator(torch.zeros(3, dtype=torch.int64), aggregation)) == 1
+    assert float(loss_denominator(lens, aggregation)) == expected
+    assert float(loss_denominator(torch.zeros(3, dtype=torch.int64), aggregation)) == 1

@@ -247,9 +247,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
     tiny, tmp_path, stage, dtype, max_grad_norm, break_loss, monkeypatch
 ):
     """The policy stays as it was, whatever checks its gradients; the critic's updates are untouched."""
-    from rto_fast import algo
+    from rto_fast.algo import losses
 
-    monkeypatch.setattr(algo, "policy_loss", break_loss(algo.policy_loss))
+    monkeypatch.setattr(losses, "policy_loss", break_loss(losses.policy_loss))
     run_rto(
         tiny, tmp_path / "run", iterations=1, zero_stage=stage, dtype=dtype, max_grad_norm=max_grad_norm,
         policy_lr=1e-2, critic_lr=1e-2, max_bad_steps=0,
@@ -264,14 +264,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing(
 
 def test_bad_gradients_in_a_row_stop_the_run_and_the_checkpoint_goes_on(tiny, tmp_path, monkeypatch):
     """Iterations 2 and 3 are bad; the checkpoint of 2 has the weights and the count, and honest iterations end it."""
-    from rto_fast import algo, trainer
+    from rto_fast import trainer
+    from rto_fast.algo import losses
     from rto_fast.errors import Diverged
 
     settings = {"iterations": 4, "max_bad_steps": 2, "save_every": 1, "policy_lr": 1e-3}
-    honest, turn = trainer.updates, algo.policy_loss
+    honest, turn = trainer.updates, losses.policy_loss
 
     def updates(run, iteration, *rest):
-        monkeypatch.setattr(algo, "policy_loss", with_nan_gradient(turn) if iteration else turn)
+        monkeypatch.setattr(losses, "policy_loss", with_nan_gradient(turn) if iteration else turn)
         return honest(run, iteration, *rest)
 
     monkeypatch.setattr(trainer, "updates", updates)
@@ -311,7 +312,7 @@ def nan_in(honest, calls):
 
 
 def test_supervised_steps_that_are_not_finite_are_skipped_and_counted(tiny, tmp_path, monkeypatch):
-    from rto_fast import preference
+    from rto_fast.algo import preference
 
     monkeypatch.setattr(preference, "bradley_terry_loss", nan_in(preference.bradley_terry_loss, {2}))
     folder = run_rm(tiny, tmp_path / "run")
@@ -323,7 +324,7 @@ def test_supervised_steps_that_are_not_finite_are_skipped_and_counted(tiny, tmp_
 
 
 def test_supervised_steps_bad_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
-    from rto_fast import preference
+    from rto_fast.algo import preference
     from rto_fast.engine import checkpoint_steps
     from rto_fast.errors import Diverged
 

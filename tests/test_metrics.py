@@ -19,6 +19,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rto_fast import metrics
+from rto_fast.data.tokenizer import token_texts
 from rto_fast.errors import ConfigError
 from rto_fast.metrics import LiveDisplay, RunLogger
 from rto_fast.runfiles import (
@@ -31,7 +32,6 @@ from rto_fast.runfiles import (
     read_samples,
     write_atomic,
 )
-from rto_fast.tokenizer import token_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 

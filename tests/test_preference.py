@@ -12,7 +12,8 @@ import torch
 from loop_helpers import write_rows
 from transformers import AutoModelForCausalLM
 
-from rto_fast import preference, reference_cache, stages
+from rto_fast import reference_cache, stages
+from rto_fast.algo import preference
 from rto_fast.config import DPOConfig
 from rto_fast.errors import ConfigError
 from rto_fast.preference_stages import Answers

@@ -16,7 +16,9 @@ from rto_fast.build import load_reward_sources
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.errors import ConfigError, RewardError
-from rto_fast.rewards import FunctionReward, RemoteReward, weighted_sum
+from rto_fast.scoring.reward_function import FunctionReward
+from rto_fast.scoring.reward_server import RemoteReward
+from rto_fast.scoring.score import weighted_sum
 
 WORDS = ["a", "bb", "", "dddd", "eeeee", "ff", "g"]
 

@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from rto_fast.data import Counts, PreferenceData, TokenLists
+from rto_fast.data.load import Counts, PreferenceData
+from rto_fast.data.tokenise import TokenLists
 from rto_fast.preference_stages import pair_rows
 from rto_fast.supervised import Row
 

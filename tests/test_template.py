@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from rto_fast.data.chat_template import TEMPLATE_FILE, check_template, load_template, save_template
+from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.errors import ConfigError
-from rto_fast.template import TEMPLATE_FILE, check_template, load_template, save_template
-from rto_fast.tokenizer import check_max_length, check_vocabulary, load_tokenizer, stop_token_ids
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 STORIES = SHARED / "models" / "stories260k"

@@ -196,7 +196,7 @@ def test_bad_settings_are_refused(arguments, message):
 
 def test_report_tokens_keep_the_words_apart():
     """This tokenizer's decoder writes the spaces; the report's tokens must add up to the text."""
-    from rto_fast.tokenizer import token_texts
+    from rto_fast.data.tokenizer import token_texts
 
     tokenizer = make_task(0).tokenizer
     text = "The duck ran over the bridge and danced. Then it waited."

@@ -13,12 +13,13 @@ import torch
 from loop_helpers import small_run, watched_gradients
 from recipe_helpers import flags_of, run_recipe
 
-from rto_fast import advantages, algo, credit
+from rto_fast.algo import advantages, credit, losses
+from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Scores, offsets
+from rto_fast.data.tokenizer import delimiter_ids
 from rto_fast.errors import ConfigError
 from rto_fast.tiny_task import make_task
-from rto_fast.tokenizer import delimiter_ids
 
 LENS = torch.tensor([5, 0, 1, 7, 3, 2])
 CU = offsets(LENS)
@@ -99,7 +100,7 @@ def config_of(**settings):
 @pytest.mark.parametrize("kind", credit.CREDIT)
 def test_targets_clip_each_token_before_credit_is_moved(kind):
     config, scores, delimiters = config_of(credit=kind), scores_of(), torch.tensor([7])
-    targets = algo.targets(rollout_of(), scores, config, 0.03, delimiters)
+    targets = compute_targets(rollout_of(), scores, config, 0.03, delimiters)
     dense = (0.1 * (scores.dpo_logp - scores.dpo_ref_logp)).clamp(-0.02, 0.02)
     assert (dense.abs() == 0.02).any()
     assert (dense.abs() < 0.02).any()
@@ -115,8 +116,8 @@ def test_targets_clip_each_token_before_credit_is_moved(kind):
 
 def test_totals_of_rs_ppo_are_those_of_ppo():
     scores, rollout = scores_of(), rollout_of()
-    shaped = algo.targets(rollout, scores, config_of(credit="shaped"), 0.03)
-    ppo = algo.targets(rollout, scores, config_of(beta1=0.0), 0.03)
+    shaped = compute_targets(rollout, scores, config_of(credit="shaped"), 0.03)
+    ppo = compute_targets(rollout, scores, config_of(beta1=0.0), 0.03)
     for ours, theirs in zip(rows(shaped.rewards), rows(ppo.rewards), strict=True):
         assert math.fsum(ours) == pytest.approx(math.fsum(theirs), abs=1e-6)
 
@@ -178,7 +179,7 @@ def test_group_estimators_are_the_papers_where_only_the_last_token_is_rewarded()
 def test_p3o_loss_and_gradient_in_fp64():
     logs = torch.tensor([[0.05, -0.02], [0.5, 0.1], [-0.6, 0.0], [0.3, -0.3]], dtype=torch.float64, requires_grad=True)
     gap = torch.tensor([1.5, 2.0, 0.7, -1.0], dtype=torch.float64)
-    loss, stats = algo.p3o_loss(logs, gap, torch.tensor(4.0), clip=0.2)
+    loss, stats = losses.p3o_loss(logs, gap, torch.tensor(4.0), clip=0.2)
     loss.backward()
     expected, slopes = 0.0, []
     for (a, b), g in zip(logs.tolist(), gap.tolist(), strict=True):
@@ -197,7 +198,7 @@ def test_p3o_loss_and_gradient_in_fp64():
 def test_rebel_loss_and_gradient_in_fp64():
     logs = torch.tensor([[0.05, -0.02], [0.5, 0.1]], dtype=torch.float64, requires_grad=True)
     gap = torch.tensor([1.5, -2.0], dtype=torch.float64)
-    loss, _ = algo.rebel_loss(logs, gap, torch.tensor(2.0), eta=0.5)
+    loss, _ = losses.rebel_loss(logs, gap, torch.tensor(2.0), eta=0.5)
     loss.backward()
     residual = [(a - b) / 0.5 - g for (a, b), g in zip(logs.tolist(), gap.tolist(), strict=True)]
     assert loss.item() == pytest.approx(sum(r * r for r in residual) / 2, rel=1e-12)
@@ -268,7 +269,8 @@ def test_variant_runs_by_the_recipes_flags(name, tiny, tmp_path, monkeypatch, on
 @pytest.mark.parametrize("update", ["p3o", "rebel"])
 def test_pairs_do_not_depend_on_micro_batches(update, tiny, tmp_path, one_rank):
     """The same gradient whether a micro-batch holds one pair or all of them."""
-    from rto_fast import build, scoring, trainer
+    from rto_fast import build, trainer
+    from rto_fast.scoring.score import score_rollout
 
     found = []
     for budget in (30, 4096):
@@ -279,11 +281,11 @@ def test_pairs_do_not_depend_on_micro_batches(update, tiny, tmp_path, one_rank):
         run = build.build(RTOConfig(**settings))
         with run.logger.phase("rollout"):
             rollout = trainer.sample(run, 0)
-        scores, _ = scoring.score(rollout, run.texts(rollout), run.scorers, run.config, run.placement, lambda n: None)
+        scores, _ = score_rollout(rollout, run.texts(rollout), run.scorers, run.config, run.placement, lambda n: None)
         # As if the policy had moved since: ratios other than 1.
         noise = 0.02 * torch.randn(scores.old_logp.shape, generator=torch.Generator().manual_seed(0))
         scores = dataclasses.replace(scores, old_logp=scores.old_logp + noise)
-        targets = algo.targets(rollout, scores, run.config, 0.1, run.delimiters)
+        targets = compute_targets(rollout, scores, run.config, 0.1, run.delimiters)
         index = run.train_batches(0, 0, len(rollout))[0]
         assert all(a + 1 == b and a % 2 == 0 for a, b in zip(index[::2], index[1::2], strict=True))
         batch = trainer.POLICY_UPDATES[update][0](run, rollout, scores, targets, index)

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from test_template import CHATML, byte_tokenizer
 
-from rto_fast.template import load_template
+from rto_fast.data.chat_template import load_template
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rto_fast.config import PreferenceConfig, RTOConfig, SFTConfig
-from rto_fast.data import load_preferences, load_prompts, load_sft
+from rto_fast.data.load import load_preferences, load_prompts, load_sft
 
 ROWS = [
     {"prompt": "Once there was a dog", "chosen": "who barked at the cat.", "rejected": "at the dog."},

@@ -12,23 +12,23 @@ from data_helpers import GOOD, ROWS, bad_file, preferences, prompts, sft, write_
 from launches import forks, free_port
 from test_template import byte_tokenizer
 
-from rto_fast import data as data_module
-from rto_fast.data import Counts
+from rto_fast.data import tokenise
+from rto_fast.data.chat_template import load_template
+from rto_fast.data.load import Counts
 from rto_fast.errors import DataError
-from rto_fast.template import load_template
 
 
 @pytest.fixture
 def tokenised(monkeypatch) -> list[str]:
     """Names of the data sets that were tokenised rather than taken from the cache."""
     done: list[str] = []
-    real = data_module._tokenise
+    real = tokenise._tokenise
 
     def count(config, *rest):
         done.append(config.data)
         return real(config, *rest)
 
-    monkeypatch.setattr(data_module, "_tokenise", count)
+    monkeypatch.setattr(tokenise, "_tokenise", count)
     return done
 
 
@@ -82,7 +82,7 @@ def test_damaged_or_unfinished_cache(tmp_path, tokenizer, template, cache, token
     assert len(tokenised) == 4
 
     path.unlink()
-    monkeypatch.setattr(data_module.os, "replace", fail := Failing(OSError("disk full")))
+    monkeypatch.setattr(tokenise.os, "replace", fail := Failing(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         preferences(data, tokenizer, template)
     assert fail.calls == 1
@@ -132,8 +132,8 @@ def _rank(rank: int, port: int, good: str, bad: str, cache_folder: str, out: mul
     tokenizer = byte_tokenizer()
     template = load_template("plain", tokenizer)
     done: list[int] = []
-    real = data_module._tokenise
-    data_module._tokenise = lambda *a: done.append(1) or real(*a)
+    real = tokenise._tokenise
+    tokenise._tokenise = lambda *a: done.append(1) or real(*a)
     pairs = preferences(good, tokenizer, template)
     try:
         preferences(bad, tokenizer, template)

@@ -12,10 +12,11 @@ from data_helpers import ROWS, Hub, as_conversations, preferences, prompts, sft,
 from test_template import STORIES
 
 from rto_fast.config import PreferenceConfig, SFTConfig
-from rto_fast.data import Counts, TokenLists, load_preferences, load_sft
+from rto_fast.data.chat_template import load_template
+from rto_fast.data.load import Counts, load_preferences, load_sft
+from rto_fast.data.tokenise import TokenLists
+from rto_fast.data.tokenizer import load_tokenizer
 from rto_fast.errors import DataError
-from rto_fast.template import load_template
-from rto_fast.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (DATA.is_dir() and STORIES.is_dir()), reason=f"no {DATA.parent}")

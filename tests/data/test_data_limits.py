@@ -7,7 +7,7 @@ import pytest
 from data_helpers import GOOD, ROWS, bad_file, preferences, prompts, sft, write_jsonl
 
 from rto_fast.config import PreferenceConfig, SFTConfig
-from rto_fast.data import Counts, load_preferences, load_sft
+from rto_fast.data.load import Counts, load_preferences, load_sft
 from rto_fast.errors import DataError
 
 

@@ -9,9 +9,9 @@ import pytest
 from data_helpers import GOOD, ROWS, Hub, as_conversations, bad_file, preferences, prompts, sft, turn, write_jsonl
 from test_template import REFUSING, byte_tokenizer
 
-from rto_fast.data import Counts
+from rto_fast.data.chat_template import load_template
+from rto_fast.data.load import Counts
 from rto_fast.errors import ConfigError, DataError
-from rto_fast.template import load_template
 
 
 @pytest.mark.parametrize(

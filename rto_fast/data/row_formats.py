@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.sources import Table
-from rto_fast.template import ChatTemplate, Message, Prompt
+from rto_fast.data.chat_template import ChatTemplate, Message, Prompt
+from rto_fast.data.sources import Table
 
 PROMPT_KEYS = ("context_messages", "prompt", "instruction")
 RESPONSE_KEYS = ("response", "completion", "messages", "chosen")

@@ -11,8 +11,9 @@ import torch
 from rto_kernels import PPOStats
 from torch import Tensor
 
-from rto_fast import algo, distributed
-from rto_fast.algo import PairStats
+from rto_fast import distributed
+from rto_fast.algo import losses
+from rto_fast.algo.losses import PairStats
 from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.engine import StepResult, TrainEngine
 from rto_fast.packing import PackedBatch, plan
@@ -53,7 +54,7 @@ class TrainBatch:
         self.index = index = [i for i in index if rollout.response_lens[i] > 0] or index[:1]
         self.micro = self.shared_out([[i] for i in index])
         counted = rollout.response_lens[torch.tensor(index)]
-        self.denominator = algo.loss_denominator(counted, run.config.loss_aggregation).to(run.placement.device)
+        self.denominator = losses.loss_denominator(counted, run.config.loss_aggregation).to(run.placement.device)
 
     def shared_out(self, units: Sequence[list[int]]) -> list[tuple[list[int], float]]:
         """This rank's micro-batches, (sequences, weight) each; a unit's sequences stay together.
@@ -66,9 +67,9 @@ class TrainBatch:
         shortest = units[min(range(len(units)), key=lambda u: tokens[u])]
         return [([i for u in part for i in units[u]], 1.0) if part else (shortest, 0.0) for part in share]
 
-    def policy_terms(self, batch: PackedBatch, share: Share) -> algo.PolicyTerms:
+    def policy_terms(self, batch: PackedBatch, share: Share) -> losses.PolicyTerms:
         r, targets = share.tokens, self.targets
-        return algo.PolicyTerms(
+        return losses.PolicyTerms(
             self.scores.old_logp[r], targets.advantages[r], targets.whiten, batch.cu_responses, self.denominator
         )
 
@@ -76,7 +77,7 @@ class TrainBatch:
         config, policy = self.run.config, self.run.policy
 
         def loss(batch: PackedBatch, share: Share) -> LossAndStats:
-            out = policy(batch, partial(algo.policy_loss, terms=self.policy_terms(batch, share), config=config))
+            out = policy(batch, partial(losses.policy_loss, terms=self.policy_terms(batch, share), config=config))
             return out.policy_loss, out.stats
 
         return self._update(policy, loss, step, PPOStats)
@@ -87,7 +88,7 @@ class TrainBatch:
         def loss(batch: PackedBatch, share: Share) -> LossAndStats:
             r = share.tokens
             values = critic(batch, batch.state_positions)
-            out = algo.value_loss(
+            out = losses.value_loss(
                 values, self.scores.values[r], self.targets.returns[r], batch.cu_responses, self.denominator, config
             )
             return out.value_loss, out.stats

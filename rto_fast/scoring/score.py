@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed, models
 from rto_fast.assembly import FrozenModel
@@ -17,11 +16,7 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores
 from rto_fast.errors import RewardError
 from rto_fast.packing import Placement, balance
-from rto_fast.rewards import RewardSource
-from rto_fast.template import ChatTemplate, Prompt
-
-# A model as the scorer calls it: a bare module, or a DeepSpeed engine around one.
-Model = Callable[..., Tensor]
+from rto_fast.scoring.reward_source import Model, RewardSource
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Scorers:
 
 
 @torch.no_grad()
-def score(
+def score_rollout(
     rollout: Rollout,
     texts: ResponseTexts,
     scorers: Scorers,
@@ -133,50 +128,12 @@ def _token_scores(
     return out  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class OwnText:
-    """A reward model's own way from a prompt and a response to tokens."""
-
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate
-    max_length: int
-    """Positions of the model, tokens; longer text loses its end. 0 = unlimited."""
-    prompts: Sequence[Prompt]
-    """The data's prompts by row, as strings or messages."""
-
-    def encode(self, rows: Sequence[int], responses: Sequence[str]) -> tuple[list[Tensor], list[int]]:
-        """(sequences of token ids, prompt lengths) of responses to the prompts at `rows`."""
-        sequences, prompt_lens = [], []
-        for row, response in zip(rows, responses, strict=True):
-            head, tail = self.template.encode_pair(self.tokenizer, self.prompts[row], response)
-            ids = torch.tensor((head + tail)[: self.max_length or None], dtype=torch.int64)
-            sequences.append(ids)
-            prompt_lens.append(min(len(head), ids.numel()))
-        return sequences, prompt_lens
-
-
-class ModelReward:
-    """A local reward model, on the policy's tokens where the tokenizers agree, else on the text re-tokenised."""
-
-    def __init__(
-        self,
-        name: str,
-        model: Model,
-        placement: Placement,
-        own_text: OwnText | None = None,
-    ) -> None:
-        """own_text: how this model reads text, or None where the policy's tokens are its own."""
-        self.name, self.model, self.placement, self.own_text = name, model, placement, own_text
-
-    @torch.no_grad()
-    def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
-        """[B] fp32: the model's normalised output at the last token of each sequence."""
-        sequences, prompt_lens = rollout.sequences(), rollout.prompt_lens.tolist()
-        if self.own_text is not None:
-            sequences, prompt_lens = self.own_text.encode(rollout.rows.tolist(), texts.responses)
-        out = torch.zeros(len(rollout))
-        for index, batch in self.placement.micro(sequences, prompt_lens):
-            values = self.model(batch, batch.last_positions)
-            if index:
-                out[torch.tensor(index)] = values.float().cpu()
-        return out
+def weighted_sum(named: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
+    """[B] fp32 sum of weight * score, weights in the order of `named`; weight 0 leaves its source out."""
+    if not named or len(named) != len(weights):
+        raise ValueError(f"weights: {len(weights)} given for {len(named)} reward sources")
+    total = torch.zeros_like(next(iter(named.values())), dtype=torch.float32)
+    for score, weight in zip(named.values(), weights, strict=True):
+        if weight:
+            total += weight * score.float()
+    return total

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.errors import ConfigError, require
-from rto_fast.template import ChatTemplate
 
 
 def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBase:

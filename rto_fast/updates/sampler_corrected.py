@@ -12,11 +12,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from rto_kernels import token_logprobs
+from rto_kernels import PPOStats, token_logprobs
 
-from rto_fast import algo, distributed
+from rto_fast import distributed
+from rto_fast.algo import losses
 from rto_fast.packing import PackedBatch
-from rto_fast.ppo_update import LossAndStats, PPOStats, Share, TrainBatch, UpdateStats
+from rto_fast.updates.ppo import LossAndStats, Share, TrainBatch, UpdateStats
 
 
 class SamplerBatch(TrainBatch):
@@ -33,7 +34,7 @@ class SamplerBatch(TrainBatch):
             r = share.tokens
             logp, entropy = policy(batch, read)
             old_logp[r] = torch.where(old_logp[r].isnan(), logp.detach(), old_logp[r])
-            out = algo.sampled_policy_loss(
+            out = losses.sampled_policy_loss(
                 logp, entropy, sampler_logp[r], terms=self.policy_terms(batch, share), config=config
             )
             return out.policy_loss, out.stats

@@ -17,8 +17,8 @@ from typing import Any
 
 import datasets
 
+from rto_fast.data.chat_template import near_names
 from rto_fast.errors import DataError
-from rto_fast.template import near_names
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 

@@ -9,11 +9,11 @@ import torch
 from rto_kernels import token_logprobs
 from torch import Tensor
 
-from rto_fast import algo
+from rto_fast.algo import losses
 from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.packing import PackedBatch
-from rto_fast.ppo_update import Share, TrainBatch, UpdateStats
 from rto_fast.run import Run
+from rto_fast.updates.ppo import Share, TrainBatch, UpdateStats
 
 
 class PairBatch(TrainBatch, ABC):
@@ -28,31 +28,31 @@ class PairBatch(TrainBatch, ABC):
         self.totals = torch.segment_reduce(targets.rewards, "sum", lengths=lens)
 
     @abstractmethod
-    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, algo.PairStats]:
+    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, losses.PairStats]:
         """[P, 2] log(pi / pi_old) of the two responses, [P] difference of their rewards -> the batch's share."""
 
     def update_policy(self, step: int) -> UpdateStats:
         config, policy = self.run.config, self.run.policy
 
-        def loss(batch: PackedBatch, share: Share) -> tuple[Tensor, algo.PairStats]:
+        def loss(batch: PackedBatch, share: Share) -> tuple[Tensor, losses.PairStats]:
             logp = policy(batch, partial(token_logprobs, temperature=config.temperature))
             change = logp - self.scores.old_logp[share.tokens]
             log_ratios = torch.segment_reduce(change, "sum", lengths=batch.cu_responses.diff()).view(-1, 2)
             first, second = self.totals[share.sequences].view(-1, 2).unbind(1)
             return self.pair_loss(log_ratios, first - second)
 
-        return self._update(policy, loss, step, algo.PairStats)
+        return self._update(policy, loss, step, losses.PairStats)
 
 
 class P3OBatch(PairBatch):
     """arXiv 2310.00212."""
 
-    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, algo.PairStats]:
-        return algo.p3o_loss(log_ratios, reward_gap, self.denominator, self.run.config.clip)
+    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, losses.PairStats]:
+        return losses.p3o_loss(log_ratios, reward_gap, self.denominator, self.run.config.clip)
 
 
 class RebelBatch(PairBatch):
     """arXiv 2404.16767."""
 
-    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, algo.PairStats]:
-        return algo.rebel_loss(log_ratios, reward_gap, self.denominator, self.run.config.rebel_eta)
+    def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, losses.PairStats]:
+        return losses.rebel_loss(log_ratios, reward_gap, self.denominator, self.run.config.rebel_eta)

@@ -1,8 +1,7 @@
-"""The paper's formulas, one function each, on the kernels; nothing else in the trainer does arithmetic on rewards."""
+"""The losses of policy and critic, one function each, on the kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import rto_kernels
@@ -10,42 +9,7 @@ import torch
 from rto_kernels import LinearPPOLoss, PPOLoss
 from torch import Tensor
 
-from rto_fast.advantages import ESTIMATORS, pair
 from rto_fast.config import RTOConfig
-from rto_fast.contract import Rollout, Scores, Targets
-from rto_fast.credit import CREDIT
-
-NO_DELIMITERS = torch.empty(0, dtype=torch.int64)
-
-
-def targets(
-    rollout: Rollout, scores: Scores, config: RTOConfig, beta2: float, delimiters: Tensor = NO_DELIMITERS
-) -> Targets:
-    """Token rewards (Eq. 4.7), where they are paid, then advantages (by default GAE) over the whole rollout.
-
-    The rollout is the global one, so the whitening covers all ranks without another collective. beta2 is passed
-    beside the config because the adaptive controller moves it. delimiters: [K] int64, tokens that end a sentence.
-    All of it runs where `scores` are.
-    """
-    cu = rollout.cu_responses.to(scores.values.device)
-    reward = rto_kernels.token_rewards(
-        scores.policy_logp, scores.ref_logp, scores.dpo_logp, scores.score,
-        beta1=config.beta1, beta2=beta2, beta3=config.beta3, dpo_clip=config.dpo_clip,
-        score_clip=config.score_clip, dpo_ref_logp=scores.dpo_ref_logp, cu_seqlens=cu,
-    )  # fmt: skip
-    ends_sentence = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
-    dense = CREDIT[config.credit](reward.dpo_reward, cu, ends_sentence)
-    rewards = reward.rewards + (dense - reward.dpo_reward)  # the same bits where nothing moves
-    estimator = ESTIMATORS[config.advantage] if config.policy_update == "ppo" else pair
-    estimate = estimator(rewards, scores, cu, config)
-    return Targets(
-        rewards=rewards,
-        dpo_reward=reward.dpo_reward,
-        kl=reward.kl,
-        advantages=estimate.advantages,
-        returns=estimate.returns,
-        whiten=estimate.whiten,
-    )
 
 
 class PolicyTerms(NamedTuple):
@@ -147,18 +111,3 @@ def loss_denominator(response_lens: Tensor, aggregation: str) -> Tensor:
     """The train batch's global count that its losses are divided by: non-empty responses, or response tokens."""
     count = (response_lens > 0).sum() if aggregation == "sequence" else response_lens.sum()
     return count.clamp(min=1).to(torch.float32)
-
-
-@dataclass
-class KLController:
-    """beta2, fixed (target 0) or steered towards a mean KL of a token (Ziegler et al. 2019, section 2.2)."""
-
-    beta2: float
-    target: float
-    horizon: int
-
-    def update(self, kl: float, responses: int) -> None:
-        """kl: mean log(pi / pi_ref) of a token (nats) over a rollout of `responses`."""
-        if self.target:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta2 *= 1 + error * responses / self.horizon
