@@ -22,14 +22,16 @@ PAD, STOP = 0, 1
 SEED = 0
 
 try:
-    from rto_fast import distributed, models
-    from rto_fast.assembly import FrozenModel
-    from rto_fast.attention import resolve_attention
+    from rto_fast import distributed
+    from rto_fast.backend.frozen import FrozenModel
+    from rto_fast.backend.train_engine import TrainEngine
     from rto_fast.config import RTOConfig
     from rto_fast.contract import Request
-    from rto_fast.engine import DTYPES, TrainEngine
-    from rto_fast.models import PolicyModel, ScalarModel
-    from rto_fast.packing import Placement
+    from rto_fast.models.attention import resolve_attention
+    from rto_fast.models.heads import PolicyModel, ScalarModel
+    from rto_fast.models.load import DTYPES
+    from rto_fast.models.packing import Placement
+    from rto_fast.models.save import export
     from rto_fast.rollout.engine import sample_seed
     from rto_fast.rollout.make_engine import make_engine
     from rto_fast.rollout.transformers_engine import TransformersEngine
@@ -139,7 +141,7 @@ def build(shape: Shape, folder: Path, **changes: Any) -> Parts:
     attention, kernel = resolve_attention("auto", device, DTYPES[shape.dtype])
     lm, classifier = AutoModelForCausalLM, AutoModelForSequenceClassification
     policy = random_model(lm, shape, 1, attention, device)
-    models.export(policy, folder, write=True)
+    export(policy, folder, write=True)
     frozen = [
         random_model(kind, shape, seed, attention, device).eval().requires_grad_(False)
         for kind, seed in ((lm, 2), (lm, 3), (classifier, 4))

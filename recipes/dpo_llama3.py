@@ -15,4 +15,4 @@ DEFAULTS = DPOConfig(
 )
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, "rto_fast.stages:train_dpo")
+    cli.main(DEFAULTS, "rto_fast.supervised.dpo:train_dpo")

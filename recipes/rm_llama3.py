@@ -15,4 +15,4 @@ DEFAULTS = RMConfig(
 )
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, "rto_fast.stages:train_rm")
+    cli.main(DEFAULTS, "rto_fast.supervised.reward_model:train_rm")

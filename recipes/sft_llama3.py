@@ -14,4 +14,4 @@ DEFAULTS = SFTConfig(
 )
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, "rto_fast.stages:train_sft")
+    cli.main(DEFAULTS, "rto_fast.supervised.sft:train_sft")

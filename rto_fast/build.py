@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import distributed, models
+from rto_fast import distributed
 from rto_fast.algo.targets import NO_DELIMITERS, KLController
-from rto_fast.assembly import FrozenModel, choose_attention, frozen, open_output
+from rto_fast.backend.checkpoints import open_output
+from rto_fast.backend.frozen import FrozenModel, frozen
+from rto_fast.backend.train_engine import TrainEngine
+from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.load import PromptData, load_prompts
@@ -24,12 +27,20 @@ from rto_fast.data.tokenizer import (
     same_tokenizer,
     stop_token_ids,
 )
-from rto_fast.ema import WeightAverage
-from rto_fast.engine import DTYPES, TrainEngine
 from rto_fast.errors import ConfigError, require
 from rto_fast.metrics import RunLogger
-from rto_fast.models import ScalarModel
-from rto_fast.packing import Placement
+from rto_fast.models.heads import ScalarModel
+from rto_fast.models.load import (
+    DTYPES,
+    check_reward_head,
+    check_weights,
+    choose_attention,
+    load_config,
+    load_policy,
+    load_scalar,
+    new_scalar,
+)
+from rto_fast.models.packing import Placement
 from rto_fast.rollout.engine import Sampling
 from rto_fast.rollout.make_engine import make_engine
 from rto_fast.rollout.weights.sync import WeightSync
@@ -74,7 +85,7 @@ def build(config: RTOConfig) -> Run:
 
     updates = config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(
-        models.load_policy(config.policy, argument="policy", **loading), config,
+        load_policy(config.policy, argument="policy", **loading), config,
         peak_lr=config.policy_lr, total_steps=max(1, (iterations - config.critic_warmup) * updates),
     )  # fmt: skip
     critic, origin = None, "none, the advantages need none"
@@ -88,12 +99,12 @@ def build(config: RTOConfig) -> Run:
         kept.append(frozen(model, config, parks=config.park_frozen))
         return kept[-1]
 
-    reference = keep(models.load_policy(config.reference or config.policy, argument="reference", **loading))
+    reference = keep(load_policy(config.reference or config.policy, argument="reference", **loading))
     dpo, dpo_ref = None, reference
     if config.beta1:
-        dpo = keep(models.load_policy(config.dpo_model, argument="dpo_model", **loading))
+        dpo = keep(load_policy(config.dpo_model, argument="dpo_model", **loading))
         if config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
-            dpo_ref = keep(models.load_policy(config.dpo_ref, argument="dpo_ref", **loading))
+            dpo_ref = keep(load_policy(config.dpo_ref, argument="dpo_ref", **loading))
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
     sources = [
         _model_reward(path, name, keep, tokenizer, prompts, placement, loading)
@@ -144,8 +155,8 @@ def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor
 
 def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
     """Vocabularies, positions and templates of all models, from their configs alone."""
-    policy = models.load_config(config.policy, "policy")
-    models.check_weights(config.policy, "policy")
+    policy = load_config(config.policy, "policy")
+    check_weights(config.policy, "policy")
     check_vocabulary(tokenizer, policy, "policy")
     check_template(config.policy, template, "policy")
     length = config.max_prompt_length + config.max_response_length
@@ -155,18 +166,18 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
         others |= {"dpo_model": config.dpo_model, "dpo_ref": config.dpo_ref}
     for argument, path in others.items():
         if path:
-            other = models.load_config(path, argument)
+            other = load_config(path, argument)
             require(
                 other.vocab_size == policy.vocab_size,
                 f"{argument}: {path!r} has a vocabulary of {other.vocab_size} tokens, the policy's has "
                 f"{policy.vocab_size}; token rewards compare the two token by token",
             )
-            models.check_weights(path, argument)
+            check_weights(path, argument)
             check_template(path, template, argument)
             check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
     for path in config.reward_model:
-        reward, own = models.load_config(path, "reward_model"), load_tokenizer(path, "reward_model")
-        models.check_reward_head(path, "reward_model")
+        reward, own = load_config(path, "reward_model"), load_tokenizer(path, "reward_model")
+        check_reward_head(path, "reward_model")
         check_vocabulary(own, reward, "reward_model")
         if same_tokenizer(tokenizer, own):
             check_max_length(length, reward, "max_prompt_length + max_response_length (reward_model)")
@@ -178,14 +189,14 @@ def _critic(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, loading: dict
     if config.reward_model and config.critic != "policy":
         path = config.reward_model[0]
         if same_tokenizer(tokenizer, load_tokenizer(path, "reward_model")):
-            scalar = models.load_scalar(path, argument="reward_model", **loading)
+            scalar = load_scalar(path, argument="reward_model", **loading)
             return scalar, f"starts from the reward model {path}"
         require(
             config.critic == "auto",
             f"critic: the reward model {path!r} has another tokenizer than the policy, so its weights cannot read "
             "the policy's tokens; use --critic policy",
         )
-    scalar = models.new_scalar(config.policy, argument="policy", **loading)
+    scalar = new_scalar(config.policy, argument="policy", **loading)
     return scalar, f"starts from the policy's backbone {config.policy} with a zero head"
 
 
@@ -193,11 +204,11 @@ def _model_reward(
     path: str, name: str, keep: Callable[[torch.nn.Module], FrozenModel], tokenizer: PreTrainedTokenizerBase,
     prompts: PromptData, placement: Placement, loading: dict[str, Any],
 ) -> ModelReward:  # fmt: skip
-    model = keep(models.load_scalar(path, argument="reward_model", **loading))
+    model = keep(load_scalar(path, argument="reward_model", **loading))
     own = load_tokenizer(path, "reward_model")
     if same_tokenizer(tokenizer, own):
         return ModelReward(name, model, placement)
-    limit = getattr(models.load_config(path, "reward_model"), "max_position_embeddings", 0)
+    limit = getattr(load_config(path, "reward_model"), "max_position_embeddings", 0)
     return ModelReward(name, model, placement, OwnText(own, load_template("auto", own), limit, prompts.prompts))
 
 

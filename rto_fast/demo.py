@@ -20,18 +20,23 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import distributed, models, runfiles, stages, trainer
-from rto_fast.attention import resolve_attention
+from rto_fast import distributed, runfiles, trainer
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.curves import Chart, Curve
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.tokenizer import stop_token_ids
 from rto_fast.errors import ConfigError
-from rto_fast.packing import Placement
+from rto_fast.models.attention import resolve_attention
+from rto_fast.models.heads import PolicyModel
+from rto_fast.models.load import load_policy
+from rto_fast.models.packing import Placement
 from rto_fast.report import Table, write_report
 from rto_fast.rollout.engine import Sampling, sample_seed
 from rto_fast.rollout.transformers_engine import TransformersEngine
+from rto_fast.supervised.dpo import train_dpo
+from rto_fast.supervised.reward_model import train_rm
+from rto_fast.supervised.sft import train_sft
 from rto_fast.tiny_task import TinyTask, make_task
 
 ARMS = ("PPO", "RTO")
@@ -144,10 +149,10 @@ def prepare(task: TinyTask, config: DemoConfig, root: Path, console: Console) ->
     """Everything that RTO and PPO share, from the random model to DPO; what is there already stays."""
     for number, (title, name, make) in enumerate((
         ("a random model and a corpus", "data", lambda: _first_data(task, config, root)),
-        ("supervised fine-tuning", "sft", lambda: stages.train_sft(_sft(config, root))),
+        ("supervised fine-tuning", "sft", lambda: train_sft(_sft(config, root))),
         ("preference pairs from the SFT model's own samples", "pairs", lambda: _pairs(task, config, root)),
-        ("reward model", "rm", lambda: stages.train_rm(_rm(config, root))),
-        ("DPO, the token reward's source", "dpo", lambda: stages.train_dpo(dpo_config(config, root))),
+        ("reward model", "rm", lambda: train_rm(_rm(config, root))),
+        ("DPO, the token reward's source", "dpo", lambda: train_dpo(dpo_config(config, root))),
     ), 1):  # fmt: skip
         _stage(console, root, number, title, name, make)
 
@@ -316,7 +321,7 @@ class Judge:
         attention, kernel = resolve_attention("auto", distributed.device(), torch.float32)
         self.placement = Placement(distributed.device(), kernel, lockstep=False, micro_tokens=8192)
         self.loading = {"dtype": torch.float32, "attention": attention}
-        self.sft = models.load_policy(str(sft), argument="sft", **self.loading).to(distributed.device()).eval()
+        self.sft = load_policy(str(sft), argument="sft", **self.loading).to(distributed.device()).eval()
         self.respond, self.reward = respond, reward
         self.base = respond(sft)
         self.base_rewards = reward(self.base)
@@ -334,7 +339,7 @@ class Judge:
         )
 
     @torch.no_grad()
-    def logps(self, policy: models.PolicyModel, rollout: Rollout) -> list[torch.Tensor]:
+    def logps(self, policy: PolicyModel, rollout: Rollout) -> list[torch.Tensor]:
         """B tensors of the response tokens' log-probs under `policy`, fp32, nats."""
         out: list[torch.Tensor] = [torch.empty(0)] * len(rollout)
         for index, batch in self.placement.micro(rollout.sequences(), rollout.prompt_lens.tolist()):

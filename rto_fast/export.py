@@ -13,12 +13,12 @@ from pathlib import Path
 import tyro
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from rto_fast import models
-from rto_fast.assembly import save_tokenizer
+from rto_fast.backend.checkpoints import find_checkpoint
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.tokenizer import load_tokenizer
-from rto_fast.engine import DTYPES, find_checkpoint
 from rto_fast.errors import ConfigError, require
+from rto_fast.models.load import DTYPES, load_policy, new_scalar
+from rto_fast.models.save import export, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     for name in sorted(p.name for p in folder.iterdir() if p.is_dir()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)
         if any(key.startswith("lm.") for key in state):
-            model = models.load_policy(base, **loading)
+            model = load_policy(base, **loading)
         else:
-            model = models.new_scalar(base, **loading)
+            model = new_scalar(base, **loading)
             model.mean, model.std = record["state"].get("critic_normalisation", (0.0, 1.0))
         missing, unexpected = model.load_state_dict(state, strict=False)
         tied = [n for n in missing if n.endswith("lm_head.weight")]
         if unexpected or len(missing) > len(tied):
             raise ConfigError(f"run: {folder / name} does not fit {base!r}: {[*missing, *unexpected][:4]}")
-        models.export(model, target / name, write=True)
+        export(model, target / name, write=True)
         save_tokenizer(target / name, tokenizer, template)
         written.append(target / name)
     return written

@@ -27,15 +27,15 @@ from typing import Any, Literal
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rto_fast import cli, models, runfiles
+from rto_fast import cli, runfiles
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
 from rto_fast.data.chat_template import check_template, load_template
 from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, prompt_row
 from rto_fast.data.sources import Table, open_source
 from rto_fast.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from rto_fast.engine import DTYPES
 from rto_fast.errors import DataError, require
+from rto_fast.models.load import DTYPES, load_config
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
 
@@ -167,7 +167,7 @@ FORMATS: dict[str, Callable[[Sequence[Prompt], Sequence[Answer], str], str]] = {
 def generate(config: GenerateConfig) -> Path:
     """Answers all prompts and writes the file. Raises ConfigError, with nothing written, on input that cannot work."""
     config.validate()
-    model = models.load_config(config.model, "model")
+    model = load_config(config.model, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer)
     check_vocabulary(tokenizer, model, "model")

@@ -17,15 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed, report, runfiles
 from rto_fast.algo.targets import KLController
-from rto_fast.assembly import save_model, save_tokenizer
+from rto_fast.backend.checkpoints import Checkpoints
+from rto_fast.backend.train_engine import TrainEngine
+from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout, Scores, Targets
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.data.load import PromptData
-from rto_fast.ema import WeightAverage
-from rto_fast.engine import DTYPES, Checkpoints, TrainEngine
 from rto_fast.metrics import RunLogger
-from rto_fast.packing import Placement
+from rto_fast.models.load import DTYPES
+from rto_fast.models.packing import Placement
+from rto_fast.models.save import save_model, save_tokenizer
 from rto_fast.report_samples import report_samples
 from rto_fast.rollout.assignment import Share
 from rto_fast.rollout.engine import Sampling, SyncStats, sample_seed

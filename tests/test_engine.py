@@ -6,11 +6,13 @@ import pytest
 import torch
 from loop_helpers import small_run, watched_gradients
 
-from rto_fast import assembly, distributed, models
-from rto_fast.attention import PACKED
+from rto_fast import distributed
+from rto_fast.backend.frozen import frozen
+from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RTOConfig
-from rto_fast.engine import TrainEngine
-from rto_fast.packing import PackedBatch, micro_batches
+from rto_fast.models.attention import PACKED
+from rto_fast.models.load import load_policy
+from rto_fast.models.packing import PackedBatch, micro_batches
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -20,7 +22,7 @@ LOADING = {"attention": PACKED, "argument": "policy"}
 def gradients(tiny, folder, stage: int, budget: int) -> torch.Tensor:
     """All gradients of a mean negative log-prob over 48 sequences in micro-batches of `budget` tokens, in bf16."""
     config = RTOConfig(**small_run(tiny, folder, dtype="bf16", zero_stage=stage, max_grad_norm=0.0))
-    policy = models.load_policy(tiny.policy, dtype=torch.bfloat16, **LOADING)
+    policy = load_policy(tiny.policy, dtype=torch.bfloat16, **LOADING)
     engine = TrainEngine(policy, config, peak_lr=1e-3, total_steps=1)
     random = torch.Generator().manual_seed(0)
     lens = torch.randint(10, 60, (48,), generator=random).tolist()
@@ -55,10 +57,10 @@ def test_ranks_meet_before_deepspeeds_own_collectives(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(distributed, "barrier", lambda: seen.append("barrier"))
     monkeypatch.setattr("deepspeed.initialize", initialize)
     config = RTOConfig(**small_run(tiny, tmp_path, zero_stage=3))
-    policy = models.load_policy(tiny.policy, dtype=torch.float32, **LOADING)
+    policy = load_policy(tiny.policy, dtype=torch.float32, **LOADING)
     make = {
         "trained": lambda: TrainEngine(policy, config, peak_lr=1e-3, total_steps=1),
-        "frozen": lambda: assembly.frozen(policy, config),
+        "frozen": lambda: frozen(policy, config),
     }[kind]
     with pytest.raises(InterruptedError):
         make()

@@ -197,7 +197,7 @@ def test_a_path_that_computes_something_else_has_no_figure(paths, monkeypatch):
     iteration, parts, rollout, _ = paths
     record = {"paths": {}, "not_run": {}}
     iteration.ours(parts, rollout, iteration.Clock(), record, "ours", 1)
-    monkeypatch.setattr("rto_fast.models.token_logprobs", wrong)
+    monkeypatch.setattr("rto_fast.models.heads.token_logprobs", wrong)
     iteration.attempt(record, "wrong", lambda: iteration.ours(parts, rollout, iteration.Clock(), record, "wrong", 1))
     assert "wrong" not in record["paths"]
     assert "from ours" in record["not_run"]["wrong"]
@@ -222,7 +222,7 @@ def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
         tokens.clear()
         with switched_off(), monkeypatch.context() as patch:
             if switched_off is not iteration.ABLATION["without fused kernels"]:
-                patch.setattr("rto_fast.models.token_logprobs", watched)
+                patch.setattr("rto_fast.models.heads.token_logprobs", watched)
             hook = parts.reference.lm.model.register_forward_pre_hook(
                 lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
             )

@@ -149,8 +149,8 @@ def test_stage_killed_twice(tiny, lives, tmp_path, kind):
 
 def test_a_partial_checkpoint_is_no_checkpoint(tiny, tmp_path):
     """A folder that a kill left under its partial name, or without its last file, is not resumed from."""
+    from rto_fast.backend.checkpoints import Checkpoints
     from rto_fast.config import RTOConfig
-    from rto_fast.engine import Checkpoints
 
     config = RTOConfig(**small_run(tiny, tmp_path))
     (tmp_path / "checkpoints" / "partial-00000003").mkdir(parents=True)
@@ -160,8 +160,8 @@ def test_a_partial_checkpoint_is_no_checkpoint(tiny, tmp_path):
 
 @pytest.mark.parametrize("change", [{"policy_lr": 2e-3}, {"beta1": 0.1}, {"seed": 1}])
 def test_a_checkpoint_of_other_settings_is_refused(tiny, tmp_path, change):
+    from rto_fast.backend.checkpoints import Checkpoints
     from rto_fast.config import RTOConfig
-    from rto_fast.engine import Checkpoints
     from rto_fast.errors import ConfigError
 
     mine = RTOConfig(**small_run(tiny, tmp_path, policy_lr=1e-3))

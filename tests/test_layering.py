@@ -34,9 +34,6 @@ ORDER = (
 FLAT = {
     "demo": ("tiny_task",),
     "metrics": ("rto_metrics",),
-    "supervised": ("stages", "preference_stages", "reference_cache"),
-    "backend": ("engine", "assembly", "ema"),
-    "models": ("attention", "packing"),
     "report": ("report_samples", "curves", "panels", "page"),
     "logs": ("metrics", "runfiles"),
 }  # fmt: skip

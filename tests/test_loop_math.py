@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rto_fast import build, rto_metrics
 from rto_fast.algo.losses import loss_denominator
 from rto_fast.algo.targets import KLController, compute_targets
+from rto_fast.backend.train_engine import learning_rate
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
-from rto_fast.engine import learning_rate
 from rto_fast.run import Run
 from rto_fast.scoring.score import score_rollout
 from rto_fast.updates.ppo import TrainBatch

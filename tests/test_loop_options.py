@@ -48,8 +48,8 @@ def test_average_of_the_policy(tiny, tmp_path, monkeypatch):
 def test_the_average_comes_back_to_the_rank_that_keeps_it(tiny, tmp_path, monkeypatch, holds):
     """On the others it would take the memory of a model in fp32 for nothing."""
     from rto_fast import build
+    from rto_fast.backend.weight_average import WeightAverage
     from rto_fast.config import RTOConfig
-    from rto_fast.ema import WeightAverage
 
     settings = {"iterations": 1, "save_every": 1, "ema_decay": 0.75, "report": False, "sync_proof": False}
     saved = run_rto(tiny, tmp_path / "run", **settings).average.weights
@@ -209,7 +209,7 @@ def test_a_rollout_without_a_finite_score_is_skipped_and_counted(tiny, tmp_path,
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(tiny, tmp_path, broken_reward):
-    from rto_fast.engine import checkpoint_steps
+    from rto_fast.backend.checkpoints import checkpoint_steps
     from rto_fast.errors import Diverged
 
     with pytest.raises(Diverged, match=r"2 bad steps in a row.*rollout 3 gave 8 non-finite score"):
@@ -288,10 +288,10 @@ def test_bad_gradients_in_a_row_stop_the_run_and_the_checkpoint_goes_on(tiny, tm
 
 
 def run_rm(tiny, folder, **settings):
-    from rto_fast import stages
     from rto_fast.config import RMConfig
+    from rto_fast.supervised.reward_model import train_rm
 
-    return stages.train_rm(
+    return train_rm(
         RMConfig(
             model=tiny.policy, data=tiny.pairs, output_dir=str(folder), dtype="fp32", batch=16, max_length=64, lr=1e-2,
             eval_fraction=0.0, data_cache=False, data_workers=1, gradient_checkpointing=False, **settings,
@@ -325,7 +325,7 @@ def test_supervised_steps_that_are_not_finite_are_skipped_and_counted(tiny, tmp_
 
 def test_supervised_steps_bad_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
     from rto_fast.algo import preference
-    from rto_fast.engine import checkpoint_steps
+    from rto_fast.backend.checkpoints import checkpoint_steps
     from rto_fast.errors import Diverged
 
     monkeypatch.setattr(preference, "bradley_terry_loss", nan_in(preference.bradley_terry_loss, {2, 3}))

@@ -12,12 +12,13 @@ from loop_helpers import save_llama, small_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rto_fast import build, models, trainer
-from rto_fast.attention import PACKED
+from rto_fast import build, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError
-from rto_fast.packing import PackedBatch
+from rto_fast.models.attention import PACKED
+from rto_fast.models.load import load_policy, load_scalar
+from rto_fast.models.packing import PackedBatch
 
 LOADING = {"dtype": torch.float32, "attention": PACKED, "argument": "reward_model"}
 TOKENS = [torch.tensor([1, 9, 12, 30, 31]), torch.tensor([1, 40, 41])]
@@ -48,23 +49,23 @@ def test_scores_are_normalised_by_the_stored_statistics(tiny):
         expected = torch.cat([raw.score(raw.model(t[None]).last_hidden_state[:, -1])[0] for t in TOKENS])
     config = json.loads((Path(tiny.reward) / "config.json").read_text())
     assert (config["mean"], config["std"]) == (0.3, 1.7)
-    torch.testing.assert_close(scores(models.load_scalar(tiny.reward, **LOADING)), (expected - 0.3) / 1.7)
+    torch.testing.assert_close(scores(load_scalar(tiny.reward, **LOADING)), (expected - 0.3) / 1.7)
 
 
 def test_openrlhfs_head_name(tiny, tmp_path):
     other = copy_with(tiny.reward, tmp_path / "value_head", score="value_head")
-    assert torch.equal(scores(models.load_scalar(other, **LOADING)), scores(models.load_scalar(tiny.reward, **LOADING)))
+    assert torch.equal(scores(load_scalar(other, **LOADING)), scores(load_scalar(tiny.reward, **LOADING)))
 
 
 def test_a_missing_head_is_an_error(tiny, tmp_path):
     headless = copy_with(tiny.reward, tmp_path / "headless", score=None)
     with pytest.raises(ConfigError, match=r"reward_model: .*headless.*no reward head.*score and value_head"):
-        models.load_scalar(headless, **LOADING)
+        load_scalar(headless, **LOADING)
 
 
 def test_a_language_model_is_no_reward_model(tiny):
     with pytest.raises(ConfigError, match="no reward head"):
-        models.load_scalar(tiny.policy, **LOADING)
+        load_scalar(tiny.policy, **LOADING)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
@@ -80,7 +81,7 @@ def test_dropout_is_off(tiny, tmp_path, family):
         ),
     }[family]()
     model.save_pretrained(tmp_path)
-    policy = models.load_policy(str(tmp_path), **LOADING)
+    policy = load_policy(str(tmp_path), **LOADING)
     batch = PackedBatch.make(TOKENS, [1, 1], torch.device("cpu"), "sdpa")
     with torch.no_grad():
         trained, scored = (policy.train(mode)(batch)[0] for mode in (True, False))
@@ -94,7 +95,7 @@ def run_with(tiny, folder, **settings):
 def test_critic_starts_from_the_reward_model_in_its_units(one_rank, tiny, tmp_path, capsys):
     run = run_with(tiny, tmp_path / "run")
     assert f"critic: starts from the reward model {tiny.reward}" in capsys.readouterr().out
-    assert torch.equal(scores(run.critic.model), scores(models.load_scalar(tiny.reward, **LOADING)))
+    assert torch.equal(scores(run.critic.model), scores(load_scalar(tiny.reward, **LOADING)))
 
 
 @pytest.mark.parametrize("source", ["model", "function"])
@@ -171,5 +172,5 @@ def test_exports_load_where_they_should(tiny, tmp_path, tied, stage):
             if key == name:
                 assert torch.equal(tensor, own), name
     assert moved > 0
-    critic = models.load_scalar(str(tmp_path / "run" / "critic"), **LOADING)
+    critic = load_scalar(str(tmp_path / "run" / "critic"), **LOADING)
     assert (critic.mean, critic.std) == (0.3, 1.7)

@@ -9,10 +9,11 @@ from loop_helpers import ROOT
 from rto_kernels import token_logprobs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rto_fast.attention import PACKED, PackedLayout, packed_attention, resolve_attention
 from rto_fast.contract import Request, Rollout
-from rto_fast.models import load_policy, load_scalar, logps_at
-from rto_fast.packing import PackedBatch, Placement, balance, micro_batches, plan
+from rto_fast.models.attention import PACKED, PackedLayout, packed_attention, resolve_attention
+from rto_fast.models.heads import logps_at
+from rto_fast.models.load import load_policy, load_scalar
+from rto_fast.models.packing import PackedBatch, Placement, balance, micro_batches, plan
 
 VOCAB = 50
 SMALL = {

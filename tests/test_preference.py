@@ -12,12 +12,15 @@ import torch
 from loop_helpers import write_rows
 from transformers import AutoModelForCausalLM
 
-from rto_fast import reference_cache, stages
 from rto_fast.algo import preference
 from rto_fast.config import DPOConfig
 from rto_fast.errors import ConfigError
-from rto_fast.preference_stages import Answers
-from rto_fast.supervised import RowBatch, evaluate, train_step
+from rto_fast.supervised import dpo, reference_cache
+from rto_fast.supervised.dpo import train_dpo
+from rto_fast.supervised.kto import Answers
+from rto_fast.supervised.loop import evaluate, train_step
+from rto_fast.supervised.prepare import prepare
+from rto_fast.supervised.stage import RowBatch
 from rto_fast.tiny_task import make_task
 
 OBJECTIVES = ("dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "kto", "ipo", "mppo")
@@ -37,8 +40,8 @@ def small(tiny, output_dir, **settings) -> DPOConfig:
 
 
 def make_stage(config: DPOConfig):
-    common = stages._prepare(config)
-    return stages.OBJECTIVES[config.objective](config, common), common
+    common = prepare(config)
+    return dpo.OBJECTIVES[config.objective](config, common), common
 
 
 @pytest.fixture
@@ -197,10 +200,10 @@ def our_rows(batch, masks, tokenizer):
 
 def our_loss(stage, rows, placement, reference):
     """Mean loss and gradients of the stage on rows of other data, with the reference's log-probs computed anew."""
-    from rto_fast import models
+    from rto_fast.models.load import load_policy
 
     index = list(range(len(rows)))
-    ref = models.load_policy(reference, dtype=torch.float32, attention="sdpa", argument="reference")
+    ref = load_policy(reference, dtype=torch.float32, attention="sdpa", argument="reference")
     stage.reference = (reference_cache.reference_logps(ref, rows, placement),) * 2
     total, _ = stage.loss(stage.model, RowBatch(rows, index, False, placement))
     (total / len(rows)).backward()
@@ -210,7 +213,7 @@ def our_loss(stage, rows, placement, reference):
 @pytest.mark.parametrize("objective", ["dpo", "ipo"])
 def test_equals_trl_dpo_trainer(objective, tiny, tmp_path, one_rank):
     trl = pytest.importorskip("trl")
-    from rto_fast.supervised import Row
+    from rto_fast.supervised.stage import Row
 
     stage, common = make_stage(small(tiny, tmp_path / "run", objective=objective, reference=tiny.dpo))
     theirs, ref = (AutoModelForCausalLM.from_pretrained(p) for p in (tiny.policy, tiny.dpo))
@@ -237,7 +240,7 @@ def test_equals_trl_dpo_trainer(objective, tiny, tmp_path, one_rank):
 
 def test_equals_trl_kto_trainer(tiny, tmp_path, one_rank):
     trl = pytest.importorskip("trl")
-    from rto_fast.supervised import Row
+    from rto_fast.supervised.stage import Row
 
     stage, common = make_stage(small(tiny, tmp_path / "run", objective="kto", model=tiny.dpo, reference=tiny.policy))
     theirs, ref = (AutoModelForCausalLM.from_pretrained(p) for p in (tiny.dpo, tiny.policy))
@@ -260,9 +263,9 @@ def test_equals_trl_kto_trainer(tiny, tmp_path, one_rank):
     own = [Row(p, (c,)) for p, c in our_rows(batch, batch["completion_mask"], common.tokenizer)]
     kl = {k.removeprefix("KL_"): v for k, v in batch.items() if k.startswith("KL_")}
     mismatched = [Row(p, (c,)) for p, c in our_rows(kl, kl["completion_mask"], common.tokenizer)]
-    from rto_fast import models
+    from rto_fast.models.load import load_policy
 
-    reference = models.load_policy(tiny.policy, dtype=torch.float32, attention="sdpa", argument="reference")
+    reference = load_policy(tiny.policy, dtype=torch.float32, attention="sdpa", argument="reference")
     stage.answers = (Answers(own, mismatched, torch.as_tensor(batch["label"]).bool()),) * 2
     stage.desirable = (stage.answers[0].desirable,) * 2
     stage.mismatched_reference = (reference_cache.reference_logps(reference, mismatched, common.placement),) * 2
@@ -278,7 +281,7 @@ def test_equals_trl_simpo(tiny, tmp_path, one_rank):
     pytest.importorskip("trl")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    from rto_fast.supervised import Row
+    from rto_fast.supervised.stage import Row
 
     stage, common = make_stage(small(tiny, tmp_path / "run", objective="simpo"))
     args = trl_arguments(
@@ -342,7 +345,7 @@ def test_kto_needs_two_prompts(tiny, tmp_path, one_rank):
 
 
 def test_kto_step_does_not_depend_on_micro_batches(tiny, tmp_path, one_rank):
-    from rto_fast.engine import TrainEngine
+    from rto_fast.backend.train_engine import TrainEngine
 
     class Quiet:
         def progress(self, tokens):
@@ -378,7 +381,7 @@ def test_training_lowers_the_loss_and_exports_a_policy(objective, tiny, tmp_path
         tiny, tmp_path / "run", objective=objective, epochs=3.0, eval_fraction=0.2, zero_stage=2, log_every=1,
         data=negatives if objective == "mppo" else tiny.pairs,
     )  # fmt: skip
-    folder = stages.train_dpo(config)
+    folder = train_dpo(config)
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     losses = [r["train/loss"] for r in rows]
     assert sum(losses[-2:]) < sum(losses[:2])

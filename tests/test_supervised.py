@@ -9,8 +9,8 @@ import pytest
 
 from rto_fast.data.load import Counts, PreferenceData
 from rto_fast.data.tokenise import TokenLists
-from rto_fast.preference_stages import pair_rows
-from rto_fast.supervised import Row
+from rto_fast.supervised.pair_objectives import pair_rows
+from rto_fast.supervised.stage import Row
 
 ROWS, LENGTH = 2000, 300
 

@@ -27,7 +27,7 @@ def policy_loss(
 ) -> LinearPPOLoss:
     """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus, read from the lm_head.
 
-    hidden [R, H], weight [V, H], targets [R] int64; head: what a `models.Read` is given besides. The gradients come
+    hidden [R, H], weight [V, H], targets [R] int64; head: what a `heads.Read` is given besides. The gradients come
     with the loss: no logits are computed twice.
     """
     return rto_kernels.fused_linear_ppo_loss(

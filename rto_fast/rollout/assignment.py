@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from rto_fast.contract import Request
-from rto_fast.packing import balance
+from rto_fast.models.packing import balance
 
 
 @dataclass(frozen=True)

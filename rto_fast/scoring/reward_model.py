@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.data.chat_template import ChatTemplate, Prompt
-from rto_fast.packing import Placement
+from rto_fast.models.packing import Placement
 from rto_fast.scoring.reward_source import Model
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rto_fast import distributed, models
-from rto_fast.assembly import FrozenModel
+from rto_fast import distributed
+from rto_fast.backend.frozen import FrozenModel
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores
 from rto_fast.errors import RewardError
-from rto_fast.packing import Placement, balance
+from rto_fast.models.heads import logps_at
+from rto_fast.models.packing import Placement, balance
 from rto_fast.scoring.reward_source import Model, RewardSource
 
 
@@ -111,7 +112,7 @@ def _token_scores(
     for index, batch in placement.micro(local.sequences(), local.prompt_lens.tolist()):
         reference = scorers.reference(batch)
         unknown = torch.full_like(reference, math.nan)[None]
-        policy = scorers.policy(batch, models.logps_at(temperatures)) if config.scores_policy else unknown
+        policy = scorers.policy(batch, logps_at(temperatures)) if config.scores_policy else unknown
         dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)
         dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)
         # One critic forward: the values of all states, and of the state after each last token.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rto_fast.algo import losses
 from rto_fast.contract import Rollout, Scores, Targets
-from rto_fast.packing import PackedBatch
+from rto_fast.models.packing import PackedBatch
 from rto_fast.run import Run
 from rto_fast.updates.ppo import Share, TrainBatch, UpdateStats
 

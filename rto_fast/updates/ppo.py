@@ -14,9 +14,9 @@ from torch import Tensor
 from rto_fast import distributed
 from rto_fast.algo import losses
 from rto_fast.algo.losses import PairStats
+from rto_fast.backend.train_engine import StepResult, TrainEngine
 from rto_fast.contract import Rollout, Scores, Targets
-from rto_fast.engine import StepResult, TrainEngine
-from rto_fast.packing import PackedBatch, plan
+from rto_fast.models.packing import PackedBatch, plan
 from rto_fast.run import Run
 
 Stats = PPOStats | PairStats

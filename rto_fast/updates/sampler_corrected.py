@@ -16,7 +16,7 @@ from rto_kernels import PPOStats, token_logprobs
 
 from rto_fast import distributed
 from rto_fast.algo import losses
-from rto_fast.packing import PackedBatch
+from rto_fast.models.packing import PackedBatch
 from rto_fast.updates.ppo import LossAndStats, Share, TrainBatch, UpdateStats
 
 

@@ -21,11 +21,11 @@ from rto_kernels import token_logprobs
 from torch import Tensor, nn
 
 from rto_fast import distributed
+from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
-from rto_fast.engine import TrainEngine
 from rto_fast.errors import EngineFailure, RolloutError, SyncError
-from rto_fast.packing import Placement
+from rto_fast.models.packing import Placement
 from rto_fast.rollout.assignment import Share, share_out
 from rto_fast.rollout.engine import RolloutEngine, Sampling, SyncStats
 from rto_fast.rollout.weights.fingerprint import Fingerprint

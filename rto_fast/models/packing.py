@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rto_fast import distributed
-from rto_fast.attention import PackedLayout
 from rto_fast.contract import offsets, ragged_arange
+from rto_fast.models.attention import PackedLayout
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import distributed, models
-from rto_fast.assembly import frozen
+from rto_fast import distributed
+from rto_fast.backend.frozen import frozen
 from rto_fast.config import DPOConfig
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.data.tokenizer import tokenizer_hash
-from rto_fast.packing import Placement
-from rto_fast.supervised import Row, held_out_batches
+from rto_fast.models.packing import Placement
+from rto_fast.models.save import full_parameters
+from rto_fast.supervised.loop import held_out_batches
+from rto_fast.supervised.stage import Row
 
 _FORMAT = 1
 
@@ -74,7 +76,7 @@ def cache_key(
     digest = hashlib.sha256(
         repr((_FORMAT, tokenizer_hash(tokenizer), template.hash, config.max_length, config.dtype)).encode()
     )
-    for name, tensor in models.full_parameters(reference):
+    for name, tensor in full_parameters(reference):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     for numbers, rows in parts:
