@@ -34,9 +34,9 @@ from claim_cells import METHODS, Cell, TinyWorld, World, run_cell, start_worker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rto_fast.demo import DemoConfig
+from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import ConfigError, require
-from rto_fast.runfiles import write_atomic
+from rto_fast.logs.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("fractions", "difficulty", *claim_stories.TASKS, "ablations")

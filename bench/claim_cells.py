@@ -25,15 +25,17 @@ from rich.console import Console
 from rto_fast import distributed, trainer
 from rto_fast.config import DPOConfig, RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout
-from rto_fast.demo import DemoConfig, Judge, Judgement, Truth, dpo_config, prepare, rl_config, task_judge
+from rto_fast.demo.config import DemoConfig
+from rto_fast.demo.judge import Judge, Judgement, Truth, task_judge
+from rto_fast.demo.pipeline import dpo_config, prepare, rl_config
+from rto_fast.demo.tiny_task import make_task
 from rto_fast.errors import Diverged
+from rto_fast.logs.files import METRICS, finite_or_none, read_metrics, write_atomic
 from rto_fast.models.attention import resolve_attention
 from rto_fast.models.load import load_policy, load_scalar
 from rto_fast.models.packing import Placement
-from rto_fast.runfiles import METRICS, finite_or_none, read_metrics, write_atomic
 from rto_fast.scoring.reward_model import ModelReward
 from rto_fast.supervised.dpo import train_dpo
-from rto_fast.tiny_task import make_task
 
 PREFERENCE = {
     "DPO": "dpo", "R-DPO": "r_dpo", "SimPO": "simpo", "TDPO1": "tdpo1", "TDPO2": "tdpo2", "KTO": "kto", "IPO": "ipo",

@@ -13,7 +13,7 @@ import matplotlib
 from claim_cells import METHODS, PAYS_TOKENS, PREFERENCE, RL
 from rich.console import Console
 
-from rto_fast.runfiles import finite_or_none, write_atomic
+from rto_fast.logs.files import finite_or_none, write_atomic
 
 matplotlib.use("svg")
 from matplotlib import pyplot

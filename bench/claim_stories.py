@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.contract import ResponseTexts, Rollout
-from rto_fast.demo import Judge, Judgement, draw
+from rto_fast.demo.judge import Judge, Judgement, draw
+from rto_fast.logs.files import METRICS, json_line, read_metrics, read_rows, write_atomic
 from rto_fast.rollout.engine import sample_seed
-from rto_fast.runfiles import METRICS, json_line, read_metrics, read_rows, write_atomic
 from rto_fast.scoring.reward_model import ModelReward
 from rto_fast.supervised.dpo import train_dpo
 from rto_fast.supervised.reward_model import train_rm

@@ -20,8 +20,9 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rto_fast.demo import ARMS, truth_curve
-from rto_fast.runfiles import METRICS, read_metrics, write_atomic
+from rto_fast.demo.config import ARMS
+from rto_fast.demo.pipeline import truth_curve
+from rto_fast.logs.files import METRICS, read_metrics, write_atomic
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"SFT": "#888888", "DPO": "#2a9d5c", "PPO": "#d1690f", "RTO": "#1f5fbf"}

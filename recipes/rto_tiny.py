@@ -3,7 +3,8 @@
 deepspeed recipes/rto_tiny.py
 """
 
-from rto_fast import cli, demo
+from rto_fast import cli
+from rto_fast.demo.config import DemoConfig
 
 if __name__ == "__main__":
-    cli.main(demo.DemoConfig(), "rto_fast.demo:run")
+    cli.main(DemoConfig(), "rto_fast.demo.pipeline:run")

@@ -28,7 +28,7 @@ from rto_fast.data.tokenizer import (
     stop_token_ids,
 )
 from rto_fast.errors import ConfigError, require
-from rto_fast.metrics import RunLogger
+from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.heads import ScalarModel
 from rto_fast.models.load import (
     DTYPES,

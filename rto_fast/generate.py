@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rto_fast import cli, runfiles
+from rto_fast import cli
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
 from rto_fast.data.chat_template import check_template, load_template
@@ -35,6 +35,7 @@ from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, prompt_row
 from rto_fast.data.sources import Table, open_source
 from rto_fast.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.errors import DataError, require
+from rto_fast.logs.files import json_line, mend, read_rows, write_atomic
 from rto_fast.models.load import DTYPES, load_config
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
@@ -142,14 +143,14 @@ def arena_hard(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) 
             turns = [{"content": a.text, "token_len": a.tokens}]
             row = {"question_id": p.row[key], "answer_id": mark, "model_id": name,
                    "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}  # fmt: skip
-        lines.append(runfiles.json_line(row))
+        lines.append(json_line(row))
     return "".join(lines)
 
 
 def jsonl(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) -> str:
     """JSON lines with what is known of each response."""
     return "".join(
-        runfiles.json_line(
+        json_line(
             {"row": i, "prompt": p.text, "response": a.text, "generator": name, "tokens": a.tokens,
              "truncated": a.truncated}
         )
@@ -205,7 +206,7 @@ def generate(config: GenerateConfig) -> Path:
             ]
             answers.add(new)
             done += new
-    runfiles.write_atomic(config.output, FORMATS[config.format](prompts, done, config.name))
+    write_atomic(config.output, FORMATS[config.format](prompts, done, config.name))
     answers.path.unlink()
     print(f"{len(done)} answers, {sum(a.truncated for a in done)} cut at {config.max_tokens} tokens: {config.output}")
     return Path(config.output)
@@ -219,7 +220,7 @@ class _Partial:
 
     def read(self) -> list[Answer]:
         """The answers so far; ConfigError where they are of other settings."""
-        rows = runfiles.read_rows(self.path)
+        rows = read_rows(self.path)
         if not rows:
             return []
         changed = [k for k in self.settings if rows[0].get(k) != self.settings[k]]
@@ -229,10 +230,10 @@ class _Partial:
 
     def add(self, answers: Sequence[Answer]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        runfiles.mend(self.path)
-        head = "" if self.path.exists() and self.path.stat().st_size else runfiles.json_line(self.settings)
+        mend(self.path)
+        head = "" if self.path.exists() and self.path.stat().st_size else json_line(self.settings)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(head + "".join(runfiles.json_line(dataclasses.asdict(a)) for a in answers))
+            file.write(head + "".join(json_line(dataclasses.asdict(a)) for a in answers))
 
 
 def _prompts(config: GenerateConfig, tokenizer: Any, template: Any, positions: int) -> tuple[str, list[Prompt]]:

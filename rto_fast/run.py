@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast import distributed, report, runfiles
+from rto_fast import distributed
 from rto_fast.algo.targets import KLController
 from rto_fast.backend.checkpoints import Checkpoints
 from rto_fast.backend.train_engine import TrainEngine
@@ -24,11 +24,13 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout, Scores, Targets
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.data.load import PromptData
-from rto_fast.metrics import RunLogger
+from rto_fast.logs.files import SAMPLES
+from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.load import DTYPES
 from rto_fast.models.packing import Placement
 from rto_fast.models.save import save_model, save_tokenizer
-from rto_fast.report_samples import report_samples
+from rto_fast.report.page import report_run
+from rto_fast.report.samples import append_samples, report_samples
 from rto_fast.rollout.assignment import Share
 from rto_fast.rollout.engine import Sampling, SyncStats, sample_seed
 from rto_fast.rollout.weights.sync import WeightSync
@@ -135,7 +137,7 @@ class Run:
         if self.config.report_samples and iteration in kept and distributed.rank() == 0:
             count = min(len(rollout), -(-self.config.report_samples // len(kept)))
             rows = report_samples(self.tokenizer, rollout, scores, targets, texts, range(count), iteration + 1)
-            runfiles.append_samples(Path(self.config.output_dir) / runfiles.SAMPLES, rows)
+            append_samples(Path(self.config.output_dir) / SAMPLES, rows)
 
     def save_if_due(self) -> None:
         """Checkpoint and export where this iteration is due for them."""
@@ -182,7 +184,7 @@ class Run:
         self.export(folder)
         self.logger.message(f"policy: {folder / 'policy'}")
         if self.config.report and distributed.rank() == 0:
-            self.logger.message(f"report: {report.report_run(folder, limit=self.config.report_samples)}")
+            self.logger.message(f"report: {report_run(folder, limit=self.config.report_samples)}")
 
 
 @functools.lru_cache(maxsize=2)

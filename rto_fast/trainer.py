@@ -19,12 +19,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from rto_fast import build, rto_metrics
+from rto_fast import build
 from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
 from rto_fast.errors import Diverged
 from rto_fast.rollout.weights.sync import Gap
+from rto_fast.rto_metrics import (
+    not_finite,
+    of_critic,
+    of_dropped,
+    of_pairs,
+    of_policy,
+    of_rollout,
+    of_sampled_policy,
+    of_sampler,
+    of_sync,
+    of_targets,
+)
 from rto_fast.run import Run
 from rto_fast.scoring.score import score_rollout
 from rto_fast.updates.pairs import P3OBatch, RebelBatch
@@ -34,10 +46,10 @@ from rto_fast.updates.sampler_corrected import SamplerBatch
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
 
 POLICY_UPDATES = {
-    "ppo": (TrainBatch, rto_metrics.of_policy),
-    "ppo, sampler": (SamplerBatch, rto_metrics.of_sampled_policy),
-    "p3o": (P3OBatch, rto_metrics.of_pairs),
-    "rebel": (RebelBatch, rto_metrics.of_pairs),
+    "ppo": (TrainBatch, of_policy),
+    "ppo, sampler": (SamplerBatch, of_sampled_policy),
+    "p3o": (P3OBatch, of_pairs),
+    "rebel": (RebelBatch, of_pairs),
 }
 """`policy_update` (and whose the behaviour is) -> (the train batch that makes it, the figures of its steps)."""
 
@@ -66,7 +78,7 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
         metrics, trained = learn(run, iteration, rollout, observe)
     if trained:
         with run.logger.phase("sync"):
-            metrics |= rto_metrics.of_sync(run.push_weights())
+            metrics |= of_sync(run.push_weights())
     return metrics
 
 
@@ -76,17 +88,17 @@ def learn(run: Run, iteration: int, rollout: Rollout, observe: Observer | None) 
     with run.logger.phase("score"):
         texts = run.texts(rollout)
         scores, sources = score_rollout(rollout, texts, run.scorers, config, run.placement, run.logger.progress)
-    metrics = rto_metrics.of_rollout(rollout, scores, sources)
+    metrics = of_rollout(rollout, scores, sources)
     metrics |= {"samples": (iteration + 1) * config.responses, "rollout/lag": run.sync.version - rollout.version}
-    metrics |= rto_metrics.of_dropped(config, len(rollout)) if config.rollout_oversample else {}
+    metrics |= of_dropped(config, len(rollout)) if config.rollout_oversample else {}
     metrics |= observe(rollout, texts) if observe else {}
-    if not_finite := rto_metrics.not_finite(scores):
-        return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}"), False
+    if bad := not_finite(scores):
+        return metrics | bad_step(run, f"rollout {iteration + 1} gave {bad}"), False
     if config.scores_policy:
         check_sampler(run, rollout, scores)
 
     targets = compute_targets(rollout, scores, config, state.kl.beta2, run.delimiters)
-    metrics |= rto_metrics.of_targets(targets, len(rollout), state.kl.beta2)
+    metrics |= of_targets(targets, len(rollout), state.kl.beta2)
     state.kl.update(metrics["kl/token"], len(rollout))
     run.keep_samples(iteration, rollout, scores, targets, texts)
 
@@ -131,7 +143,7 @@ def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets:
     """PPO epochs over the rollout: each train batch moves the policy, then the critic where there is one."""
     config = run.config
     by_sampler = ", sampler" if config.behaviour == "sampler" else ""
-    make_batch, of_policy = POLICY_UPDATES[config.policy_update + by_sampler]
+    make_batch, of_steps = POLICY_UPDATES[config.policy_update + by_sampler]
     trains_policy = iteration >= config.critic_warmup
     policy_steps, critic_steps, found = [], [], {}
     for epoch in range(config.ppo_epochs):
@@ -146,7 +158,7 @@ def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets:
                 critic_steps.append(batch.update_critic(step))
             run.logger.progress(int(rollout.seq_lens[index].sum()))
     skipped = [s for s in (*policy_steps, *critic_steps) if not s.result.applied]
-    metrics = of_policy(policy_steps) | rto_metrics.of_critic(critic_steps) | found
+    metrics = of_steps(policy_steps) | of_critic(critic_steps) | found
     if skipped:
         return metrics | bad_step(run, f"{len(skipped)} updates of iteration {iteration + 1} had non-finite gradients")
     run.state.bad_in_a_row = 0
@@ -155,7 +167,7 @@ def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets:
 
 def check_sampler(run: Run, rollout: Rollout, scores: Scores) -> dict[str, float]:
     """The figures of sampler against trainer; SyncError past the limits, where both are of one version."""
-    figures = rto_metrics.of_sampler(rollout, scores)
+    figures = of_sampler(rollout, scores)
     if figures and rollout.version == run.sync.version:
         run.sync.check(Gap(figures["sampler/logp_diff_mean"], figures["sampler/logp_diff_max"]))
     return figures

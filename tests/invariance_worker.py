@@ -19,7 +19,7 @@ from rto_fast.algo.targets import compute_targets
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import DPOConfig, RTOConfig
 from rto_fast.contract import Request, Rollout
-from rto_fast.metrics import RunLogger
+from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy, load_scalar
 from rto_fast.models.packing import Placement

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from launches import start_ranks
 
-from rto_fast import report, trainer
+from rto_fast import run, trainer
 from rto_fast.backend import checkpoints
 from rto_fast.backend.checkpoints import Checkpoints
 from rto_fast.backend.train_engine import TrainEngine
@@ -74,11 +74,11 @@ def die_at(event: int, log: Path) -> None:
 
 def live(kind: str, settings: dict[str, Any], log: Path, event: int) -> None:
     """One life of a rank: exit code 0 where the run ended."""
-    report.report_run = lambda folder, **_: folder
+    run.report_run = lambda folder, **_: folder
     if event:
         die_at(event, log)
-    make, run = RUNS[kind]
-    run(make(**settings))
+    make, train = RUNS[kind]
+    train(make(**settings))
 
 
 class Lives:

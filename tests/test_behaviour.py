@@ -23,12 +23,13 @@ from test_loop_math import (
     truth_from,
 )
 
-from rto_fast import build, rto_metrics, trainer
+from rto_fast import build, trainer
 from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts
 from rto_fast.errors import ConfigError, SyncError
 from rto_fast.rollout.transformers_engine import TransformersEngine
+from rto_fast.rto_metrics import not_finite, of_sampled_policy, of_sampler
 from rto_fast.scoring.score import score_rollout
 from rto_fast.updates.sampler_corrected import SamplerBatch
 
@@ -92,9 +93,9 @@ def test_scores_and_two_passes(case, tiny):
     if c.temperature == 1:
         assert scores.old_logp.isnan().all()
         assert torch.equal(scores.policy_logp.cpu(), rollout.sampler_logp)
-        assert rto_metrics.of_sampler(rollout, scores) == {}
+        assert of_sampler(rollout, scores) == {}
     else:
-        known = rto_metrics.of_sampler(rollout, scores)
+        known = of_sampler(rollout, scores)
         assert known["sampler/logp_diff_max"] == pytest.approx(
             float((scores.old_logp.cpu() - rollout.sampler_logp).abs().max())
         )
@@ -104,7 +105,7 @@ def test_scores_and_two_passes(case, tiny):
                 rows = token_logps(start, rollout, temperature)[0]
             truth = torch.tensor([float(x) for row in rows for x in row], dtype=torch.float64)
             torch.testing.assert_close(actual.double(), truth, atol=2e-5, rtol=1e-5)
-    assert rto_metrics.not_finite(scores) == ""
+    assert not_finite(scores) == ""
     truth, part = truth_from(c, scores), rollout.select(TRAINED)
     batch = SamplerBatch(run, rollout, scores, targets, TRAINED)
     old = None
@@ -123,7 +124,7 @@ def test_scores_and_two_passes(case, tiny):
             assert 0.05 < figures["policy/clip_fraction"] < 0.95
         if c.is_cap:
             assert 0.02 < figures["sampler/weight_clip_fraction"] < 0.98
-        assert_update(update, gradients, (figures, expected), rto_metrics.of_sampled_policy([update]))
+        assert_update(update, gradients, (figures, expected), of_sampled_policy([update]))
     untouched = [i for i in range(8) if i not in TRAINED]
     if c.temperature == 1:
         assert scores.old_logp[rollout.response_index(untouched)].isnan().all()

@@ -25,7 +25,7 @@ from claim import ClaimConfig, Grid
 from claim_cells import PAYS_TOKENS, RL, Cell, TinyWorld, rl_settings
 from claim_report import Results, interval, shown
 
-from rto_fast.demo import DemoConfig
+from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
-    from rto_fast.demo import DemoConfig
+    from rto_fast.demo.config import DemoConfig
 
     return DemoConfig(
         output_dir=str(tmp_path_factory.mktemp("demo") / "out"), corpus_rows=320, pairs=128, prompts=64,
@@ -19,9 +19,9 @@ def small_demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(small_demo):
-    from rto_fast import demo
+    from rto_fast.demo.pipeline import run
 
-    return demo.run(small_demo)
+    return run(small_demo)
 
 
 def test_every_model_is_judged(results, small_demo):
@@ -43,11 +43,9 @@ def test_the_arms_differ_in_the_token_reward_alone(small_demo):
     import dataclasses
     from pathlib import Path
 
-    from rto_fast import demo
+    from rto_fast.demo.pipeline import rl_config
 
-    ppo, rto = (
-        dataclasses.asdict(demo.rl_config(small_demo, Path(small_demo.output_dir), arm)) for arm in ("PPO", "RTO")
-    )
+    ppo, rto = (dataclasses.asdict(rl_config(small_demo, Path(small_demo.output_dir), arm)) for arm in ("PPO", "RTO"))
     assert {name for name in ppo if ppo[name] != rto[name]} == {"beta1", "dpo_model", "output_dir"}
 
 
@@ -55,7 +53,7 @@ def test_first_rollouts_are_the_same_samples(results, small_demo):
     """Before the first update both arms hold the same policy and draw with the same seeds."""
     from pathlib import Path
 
-    from rto_fast.runfiles import METRICS, read_metrics
+    from rto_fast.logs.files import METRICS, read_metrics
 
     ppo, rto = (read_metrics(Path(small_demo.output_dir) / arm / METRICS)[0] for arm in ("ppo", "rto"))
     assert ppo["true/reward"] == rto["true/reward"]
@@ -67,19 +65,19 @@ def test_first_rollouts_are_the_same_samples(results, small_demo):
 def test_run_again_trains_nothing(results, small_demo):
     from pathlib import Path
 
-    from rto_fast import demo
+    from rto_fast.demo.pipeline import run
 
     weights = Path(small_demo.output_dir) / "rto" / "policy" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert demo.run(small_demo) == results
+    assert run(small_demo) == results
     assert weights.stat().st_mtime_ns == before
 
 
 def test_other_settings_are_refused(results, small_demo):
     import dataclasses
 
-    from rto_fast import demo
+    from rto_fast.demo.pipeline import run
     from rto_fast.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"beta2=0\.05 \(now 0\.5\)"):
-        demo.run(dataclasses.replace(small_demo, beta2=0.5))
+        run(dataclasses.replace(small_demo, beta2=0.5))

@@ -15,12 +15,13 @@ import torch
 from loop_helpers import save_moved, small_run, watched_gradients
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rto_fast import build, rto_metrics
+from rto_fast import build
 from rto_fast.algo.losses import loss_denominator
 from rto_fast.algo.targets import KLController, compute_targets
 from rto_fast.backend.train_engine import learning_rate
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
+from rto_fast.rto_metrics import of_critic, of_policy, of_rollout, of_targets
 from rto_fast.run import Run
 from rto_fast.scoring.score import score_rollout
 from rto_fast.updates.ppo import TrainBatch
@@ -365,8 +366,8 @@ def test_targets(case):
 
 def test_metrics_of_rewards_and_kl(case):
     c, truth = case.run.config, truth_from(case.run.config, case.scores)
-    logged = rto_metrics.of_targets(case.targets, 8, c.beta2)
-    logged |= rto_metrics.of_rollout(case.rollout, case.scores, case.sources)
+    logged = of_targets(case.targets, 8, c.beta2)
+    logged |= of_rollout(case.rollout, case.scores, case.sources)
     kl = [x for row in truth.kl for x in row]
     expected = {
         "reward/total": sum(map(sum, truth.rewards)) / 8,
@@ -411,14 +412,14 @@ def test_policy_update(case):
     """Loss, statistics and the gradient of every weight, from a batch where some ratios are clipped."""
     update, gradients, truth = case.policy
     assert 0.05 < truth[0]["policy/clip_fraction"] < 0.95
-    assert_update(update, gradients, truth, rto_metrics.of_policy([update]))
+    assert_update(update, gradients, truth, of_policy([update]))
 
 
 def test_critic_update(case):
     update, gradients, truth = case.critic
     if case.run.config.value_clip:
         assert 0.02 < truth[0]["critic/clip_fraction"] < 0.98
-    assert_update(update, gradients, truth, rto_metrics.of_critic([update]))
+    assert_update(update, gradients, truth, of_critic([update]))
 
 
 def test_a_batch_of_empty_responses_moves_nothing(case):

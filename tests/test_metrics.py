@@ -18,20 +18,13 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rto_fast import metrics
 from rto_fast.data.tokenizer import token_texts
 from rto_fast.errors import ConfigError
-from rto_fast.metrics import LiveDisplay, RunLogger
-from rto_fast.runfiles import (
-    ReportSample,
-    append_samples,
-    drop_after,
-    duration,
-    read_metrics,
-    read_rows,
-    read_samples,
-    write_atomic,
-)
+from rto_fast.logs import console
+from rto_fast.logs.console import LiveDisplay
+from rto_fast.logs.files import drop_after, duration, read_metrics, read_rows, write_atomic
+from rto_fast.logs.run_logger import RunLogger
+from rto_fast.report.samples import ReportSample, append_samples, read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -253,7 +246,7 @@ def test_console_rows_are_thinned_by_log_every_and_evaluations_get_their_line(tm
 
 
 def test_long_phases_print_progress_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "PLAIN_PROGRESS_S", 0.0)
+    monkeypatch.setattr(console, "PLAIN_PROGRESS_S", 0.0)
     with logger(tmp_path) as log, log.phase("rollout"):
         log.progress(500, 3, 8)
     line = capsys.readouterr().out.splitlines()[1]
@@ -279,7 +272,7 @@ def test_live_display_shows_run_and_phase():
 
 def test_a_real_terminal_gets_the_live_display_and_the_rows(tmp_path):
     code = (
-        "import sys; from rto_fast.metrics import RunLogger\n"
+        "import sys; from rto_fast.logs.run_logger import RunLogger\n"
         "with RunLogger(sys.argv[1], stage='RTO', total_steps=2, rank=0, config={}) as log:\n"
         "    with log.phase('rollout'):\n"
         "        log.progress(10, 1, 2)\n"
@@ -400,12 +393,12 @@ def test_moments_of_the_advantages_are_their_own(whiten):
     """Of estimators that are not whitened, mean 0 and deviation 1, too."""
     import torch
 
-    from rto_fast import rto_metrics
     from rto_fast.contract import Targets
+    from rto_fast.rto_metrics import of_targets
 
     zeros = torch.zeros(4)
     advantages = torch.tensor([1.0, 3.0, 3.0, 7.0])
     moments = tuple(torch.tensor(x, dtype=torch.float64) for x in whiten)
-    found = rto_metrics.of_targets(Targets(zeros, zeros, zeros, advantages, zeros, moments), 2, 0.01)
+    found = of_targets(Targets(zeros, zeros, zeros, advantages, zeros, moments), 2, 0.01)
     assert found["advantage/mean"] == 3.5
     assert found["advantage/std"] == pytest.approx(float(advantages.std(correction=0)))

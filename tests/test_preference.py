@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rto_fast.algo import preference
 from rto_fast.config import DPOConfig
+from rto_fast.demo.tiny_task import make_task
 from rto_fast.errors import ConfigError
 from rto_fast.supervised import dpo, reference_cache
 from rto_fast.supervised.dpo import train_dpo
@@ -21,7 +22,6 @@ from rto_fast.supervised.kto import Answers
 from rto_fast.supervised.loop import evaluate, train_step
 from rto_fast.supervised.prepare import prepare
 from rto_fast.supervised.stage import RowBatch
-from rto_fast.tiny_task import make_task
 
 OBJECTIVES = ("dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "kto", "ipo", "mppo")
 SETTINGS = {

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from rto_fast.curves import Chart, Curve, draw, figure_text
-from rto_fast.metrics import RunLogger
-from rto_fast.panels import POINTS, sections, thin
-from rto_fast.report import Table, colour_scale, end_figures, main, pick_samples, report_run, write_report
-from rto_fast.runfiles import ReportSample, append_samples
+from rto_fast.logs.run_logger import RunLogger
+from rto_fast.report.__main__ import main
+from rto_fast.report.charts import Chart, Curve, draw, figure_text
+from rto_fast.report.page import Table, colour_scale, end_figures, pick_samples, report_run, write_report
+from rto_fast.report.samples import ReportSample, append_samples
+from rto_fast.report.sections import POINTS, sections, thin
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "br", "input", "wbr", "link", "img", "hr"}

@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 
-from rto_fast.curves import Chart, Curve
-from rto_fast.report import Table, write_report
-from rto_fast.runfiles import ReportSample
+from rto_fast.report.charts import Chart, Curve
+from rto_fast.report.page import Table, write_report
+from rto_fast.report.samples import ReportSample
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

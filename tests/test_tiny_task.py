@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rto_fast.tiny_task import CONTENT, DIFFICULTIES, GRAMMAR, KIND, make_task
+from rto_fast.demo.tiny_task import CONTENT, DIFFICULTIES, GRAMMAR, KIND, make_task
 
 SEED = 100
 

@@ -18,8 +18,8 @@ from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Scores, offsets
 from rto_fast.data.tokenizer import delimiter_ids
+from rto_fast.demo.tiny_task import make_task
 from rto_fast.errors import ConfigError
-from rto_fast.tiny_task import make_task
 
 LENS = torch.tensor([5, 0, 1, 7, 3, 2])
 CU = offsets(LENS)

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from rto_fast import report, trainer
+from rto_fast import run, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.errors import SyncError
 from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
@@ -34,7 +34,7 @@ def train_without(name: str, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    report.report_run = lambda folder, **_: folder  # nobody looks at it
+    run.report_run = lambda folder, **_: folder  # nobody looks at it
     for settings in json.loads(sys.argv[1]):
         if lost := settings.pop("loses", ""):
             train_without(lost, settings)

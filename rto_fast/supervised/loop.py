@@ -21,7 +21,7 @@ from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import SupervisedConfig
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.errors import Diverged
-from rto_fast.metrics import RunLogger
+from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.packing import Placement, balance, micro_batches, plan
 from rto_fast.models.save import save_model
 from rto_fast.supervised.stage import Row, RowBatch, Stage, Sums

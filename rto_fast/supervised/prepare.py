@@ -13,7 +13,7 @@ from rto_fast.backend.checkpoints import Checkpoints, open_output
 from rto_fast.config import SupervisedConfig
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer
-from rto_fast.metrics import RunLogger
+from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.load import DTYPES, check_weights, choose_attention, load_config
 from rto_fast.models.packing import Placement
 from rto_fast.supervised.loop import fit, steps_of

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rto_fast.curves import PALETTE, Chart, Curve
+from rto_fast.report.charts import PALETTE, Chart, Curve
 
 POINTS = 300
 """Points of a curve at most; longer runs are drawn as means over equal stretches of steps."""

@@ -8,37 +8,19 @@ whose tokens are coloured by token reward, advantage, DPO reward, KL or value.
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_fast.curves import WIDE_IN, Chart, Curve, colours_by_name, draw, figure_text
-from rto_fast.page import CSP, CSS, JS
-from rto_fast.panels import sections
-from rto_fast.runfiles import (
-    METRICS,
-    REPORT,
-    RUN,
-    SAMPLES,
-    TOKEN_FIELDS,
-    ReportSample,
-    append_samples,
-    duration,
-    read_metrics,
-    read_samples,
-    write_atomic,
-)
-
-__all__ = [
-    "Chart", "Curve", "ReportSample", "Table", "append_samples", "end_figures", "read_metrics", "read_samples",
-    "report_run", "write_report",
-]  # fmt: skip
+from rto_fast.logs.files import METRICS, REPORT, RUN, SAMPLES, duration, read_metrics, write_atomic
+from rto_fast.report.assets import CSP, CSS, JS
+from rto_fast.report.charts import WIDE_IN, Chart, colours_by_name, draw, figure_text
+from rto_fast.report.samples import TOKEN_FIELDS, ReportSample, read_samples
+from rto_fast.report.sections import sections
 
 QUANTITIES = {
     "token_reward": ("token reward", "DPO reward − beta2 · KL, and the score at the last token: what RTO optimises."),
@@ -323,26 +305,3 @@ def report_run(run_dir: Path | str, *, title: str = "", limit: int = 16) -> Path
         metrics=read_metrics(folder / METRICS),
         samples=pick_samples(read_samples(folder / SAMPLES), limit),
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 2 when the folder holds no readable run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rto_fast.report", description="Build report.html anew from a run's files."
-    )
-    parser.add_argument("run_dir", help="output folder of a run")
-    parser.add_argument("--samples", type=int, default=16, help="sampled responses shown at most (16)")
-    parser.add_argument("--title", default="", help="heading; empty = stage and folder")
-    args = parser.parse_args(argv)
-    try:
-        if args.samples < 0:
-            raise ValueError(f"--samples: must not be negative, got {args.samples}")
-        print(report_run(args.run_dir, title=args.title, limit=args.samples))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
