@@ -24,8 +24,7 @@ from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
 from rto_fast.errors import Diverged
-from rto_fast.rollout.weights.sync import Gap
-from rto_fast.rto_metrics import (
+from rto_fast.metrics import (
     not_finite,
     of_critic,
     of_dropped,
@@ -37,6 +36,7 @@ from rto_fast.rto_metrics import (
     of_sync,
     of_targets,
 )
+from rto_fast.rollout.weights.sync import Gap
 from rto_fast.run import Run
 from rto_fast.scoring.score import score_rollout
 from rto_fast.updates.pairs import P3OBatch, RebelBatch

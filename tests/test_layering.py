@@ -19,7 +19,7 @@ FILES = sorted(TRAINER.rglob("*.py"))
 ORDER = (
     ("demo", "generate", "export"),
     ("trainer",),
-    ("metrics", "rto_metrics"),
+    ("metrics",),
     ("updates",),
     ("build",),
     ("run",),

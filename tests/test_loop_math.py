@@ -21,7 +21,7 @@ from rto_fast.algo.targets import KLController, compute_targets
 from rto_fast.backend.train_engine import learning_rate
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
-from rto_fast.rto_metrics import of_critic, of_policy, of_rollout, of_targets
+from rto_fast.metrics import of_critic, of_policy, of_rollout, of_targets
 from rto_fast.run import Run
 from rto_fast.scoring.score import score_rollout
 from rto_fast.updates.ppo import TrainBatch

@@ -394,7 +394,7 @@ def test_moments_of_the_advantages_are_their_own(whiten):
     import torch
 
     from rto_fast.contract import Targets
-    from rto_fast.rto_metrics import of_targets
+    from rto_fast.metrics import of_targets
 
     zeros = torch.zeros(4)
     advantages = torch.tensor([1.0, 3.0, 3.0, 7.0])
