@@ -68,7 +68,7 @@ def test_push_casts_to_the_engine_dtype():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", r"model\.norm\.weight: never pushed \(1 of"),
+        ("missing", r"model\.norm\.weight: never taken \(1 of"),
         ("extra", r"model\.extra\.weight: pushed, but"),
         ("twice", r"model\.norm\.weight: pushed twice"),
         ("shape", r"model\.norm\.weight: pushed with shape \[0\].*has \[32\]"),

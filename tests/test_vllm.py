@@ -321,25 +321,25 @@ def skipped(monkeypatch):
 
 def partial(monkeypatch):
     """One matrix of a fused one does not arrive."""
-    plain = VLLMEngine._checked
+    plain = VLLMEngine.push
 
-    def checked(engine, weights):
+    def push(engine, weights, version):
         kept = ((n, t) for n, t in weights if engine.version < 1 or not n.endswith("1.mlp.up_proj.weight"))
-        return plain(engine, kept)
+        return plain(engine, kept, version)
 
-    monkeypatch.setattr(VLLMEngine, "_checked", checked)
+    monkeypatch.setattr(VLLMEngine, "push", push)
 
 
 def stale(monkeypatch):
     """The engine gets the weights of the push before."""
-    plain, kept = VLLMEngine._checked, []
+    plain, kept = VLLMEngine.push, []
 
-    def checked(engine, weights):
+    def push(engine, weights, version):
         now = [(n, t.clone()) for n, t in weights]
         kept.append(now)
-        return plain(engine, iter(kept[-2] if engine.version >= 1 else now))
+        return plain(engine, iter(kept[-2] if engine.version >= 1 else now), version)
 
-    monkeypatch.setattr(VLLMEngine, "_checked", checked)
+    monkeypatch.setattr(VLLMEngine, "push", push)
 
 
 @pytest.mark.parametrize(("dtype", "lr"), [("fp32", 1e-2), ("bf16", 5e-7)])

@@ -19,18 +19,18 @@ def train(settings: dict) -> None:
 
 
 def train_without(name: str, settings: dict) -> None:
-    plain = VLLMEngine._checked
+    plain = VLLMEngine.push
 
-    def checked(engine, weights):
-        return plain(engine, (pair for pair in weights if engine.version < 1 or pair[0] != name))
+    def push(engine, weights, version):
+        return plain(engine, (pair for pair in weights if engine.version < 1 or pair[0] != name), version)
 
-    VLLMEngine._checked = checked
+    VLLMEngine.push = push
     try:
         train(settings)
     except SyncError as error:
         (Path(settings["output_dir"]) / "error").write_text(str(error))
     finally:
-        VLLMEngine._checked = plain
+        VLLMEngine.push = plain
 
 
 if __name__ == "__main__":

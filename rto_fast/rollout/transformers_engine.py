@@ -29,6 +29,7 @@ from rto_fast.errors import RolloutError, SyncError
 from rto_fast.rollout.assignment import Tally
 from rto_fast.rollout.decoding import ATTENTION, FixedLayer, sample, uniforms
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.weights.expected import ExpectedWeights
 from rto_fast.rollout.weights.fingerprint import Fingerprint
 
 CHECK_EVERY = 4
@@ -99,6 +100,7 @@ class TransformersEngine:
         self.vocab_size = config.vocab_size
         self.max_positions = getattr(config, "max_position_embeddings", None)
         self.layers = [type(layer) for layer in DynamicCache(config=self.model.config).layers]
+        self.expected = ExpectedWeights(self.model)
         self.fast = (
             bool(self.layers)
             and all(kind is DynamicLayer for kind in self.layers)
@@ -113,47 +115,23 @@ class TransformersEngine:
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
         start = time.perf_counter()
-        own = self.model.state_dict(keep_vars=True)
-        missing = {name: p.data_ptr() for name, p in own.items() if isinstance(p, torch.nn.Parameter)}
-        first_names: dict[int, str] = {}
-        seen: set[str] = set()
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        first_names: dict[str, str] = {}
         received = Fingerprint()
         self.torn = "a push of weights did not end"
         try:
-            for name, tensor in weights:
-                self._receive(name, tensor, own, seen, first_names)
+            for name, tensor in self.expected.checked(weights):
+                first = first_names.setdefault(self.expected.tied.get(name, name), name)
+                _copy(own[name], name, tensor, first)
                 received.add(name, tensor)
-            lost = sorted(name for name, ptr in missing.items() if ptr not in first_names)
-            if lost:
-                raise SyncError(f"{lost[0]}: never pushed ({len(lost)} of {len(missing)} parameters are missing)")
+            digests = received.digests()
+            self.expected.require_all(digests)
         except SyncError as error:
             self.torn = str(error)
             raise
         self.torn = ""
         self.version = version
-        digests = received.digests()
         return SyncStats(received.bytes, time.perf_counter() - start, len(digests), digests)
-
-    def _receive(
-        self, name: str, tensor: Tensor, own: dict[str, Tensor], seen: set[str], first_names: dict[int, str]
-    ) -> None:
-        """Copies one tensor over the parameter of its name; SyncError unless it is the first of this name."""
-        if name not in own:
-            raise SyncError(f"{name}: pushed, but the engine's model has no such parameter")
-        if name in seen:
-            raise SyncError(f"{name}: pushed twice")
-        target = own[name]
-        if tensor.shape != target.shape:
-            raise SyncError(
-                f"{name}: pushed with shape {list(tensor.shape)}, the engine's model has {list(target.shape)}"
-            )
-        seen.add(name)
-        tied = first_names.setdefault(target.data_ptr(), name)
-        with torch.no_grad():
-            if tied == name:
-                target.copy_(tensor)
-            elif not torch.equal(target, tensor.to(target)):
-                raise SyncError(f"{name}: tied to {tied} here, but pushed with other values")
 
     def sleep(self) -> None:
         if not self.asleep and self.device.type != "cpu":
@@ -340,3 +318,12 @@ class TransformersEngine:
         batch.mask = None if batch.mask is None else batch.mask[kept]
         batch.u, batch.tokens, batch.logps = batch.u[:, kept], batch.tokens[:, kept], batch.logps[:, kept]
         batch.last = batch.last[kept]
+
+
+@torch.no_grad()
+def _copy(target: Tensor, name: str, tensor: Tensor, first: str) -> None:
+    """Copies a tensor over its parameter; one of a further tied name must equal what came under the first."""
+    if first == name:
+        target.copy_(tensor)
+    elif not torch.equal(target, tensor.to(target)):
+        raise SyncError(f"{name}: tied to {first} here, but pushed with other values")

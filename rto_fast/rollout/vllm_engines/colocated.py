@@ -18,7 +18,6 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_fast import distributed
 from rto_fast.config import RTOConfig
@@ -29,6 +28,7 @@ from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_request
 from rto_fast.rollout.vllm_engines.load_weights import receive
 from rto_fast.rollout.vllm_engines.support import cpu_cache_bytes, temperature_of, unusable
 from rto_fast.rollout.watchdog import watched
+from rto_fast.rollout.weights.expected import ExpectedWeights
 from rto_fast.rollout.weights.fingerprint import Fingerprint
 
 HUNG = 2
@@ -59,7 +59,9 @@ class VLLMEngine:
         self.asleep = False
         self.torn = ""
         self.timeout_s = timeout_s
-        text = self._expect(model_path)
+        self.expected = ExpectedWeights.of(model_path)
+        text = self.expected.text
+        self.vocab_size = text.vocab_size
         _check_split(text, tensor_parallel)
         self.max_positions = max_length
         settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": memory_share}
@@ -87,18 +89,6 @@ class VLLMEngine:
                 ) from error
         self.names = itertools.count()
 
-    def _expect(self, model_path: str | Path) -> Any:
-        """Notes the names and shapes that a push must bring; returns the text model's config."""
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-        self.shapes = {n: p.shape for n, p in shell.named_parameters(remove_duplicate=False)}
-        self.once = dict(shell.named_parameters())
-        self.tied = {n: next(m for m, q in self.once.items() if q is p)
-                     for n, p in shell.named_parameters(remove_duplicate=False) if n not in self.once}  # fmt: skip
-        text = shell.config.get_text_config(decoder=True)
-        self.vocab_size = text.vocab_size
-        return text
-
     # Weights
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
@@ -108,8 +98,8 @@ class VLLMEngine:
             self.llm.wake_up(tags=["weights"])
         received = Fingerprint()
         try:
-            self.llm.collective_rpc(receive, args=(self._checked(weights), received))
-            self._check_all_taken(received.digests())
+            self.llm.collective_rpc(receive, args=(self.expected.checked_once(weights), received))
+            self.expected.require_all(received.digests())
         except SyncError as error:
             self.torn = str(error)
             raise
@@ -125,26 +115,6 @@ class VLLMEngine:
         self.version = version
         digests = received.digests()
         return SyncStats(received.bytes, time.perf_counter() - start, len(digests), digests)
-
-    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights as they come; SyncError at the first whose name or shape is not the model's."""
-        seen: set[str] = set()
-        for name, tensor in weights:
-            if name not in self.shapes:
-                raise SyncError(f"{name}: pushed, but the engine's model has no such parameter")
-            if name in seen:
-                raise SyncError(f"{name}: pushed twice")
-            if tensor.shape != self.shapes[name]:
-                shape = list(self.shapes[name])
-                raise SyncError(f"{name}: pushed with shape {list(tensor.shape)}, the engine's model has {shape}")
-            seen.add(name)
-            if name not in self.tied:  # tied names bring no bytes of their own
-                yield name, tensor
-
-    def _check_all_taken(self, received: dict[str, int]) -> None:
-        lost = [n for n in self.once if n not in received and not any(self.tied.get(m) == n for m in received)]
-        if lost:
-            raise SyncError(f"{lost[0]}: never taken ({len(lost)} of {len(self.once)} parameters are missing)")
 
     def sleep(self) -> None:
         if not self.asleep and self.device.type != "cpu":

@@ -27,10 +27,10 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
-from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
 from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
 from rto_fast.rollout.vllm_engines.support import TESTED, cpu_cache_bytes, temperature_of, unusable
 from rto_fast.rollout.weights import stream
+from rto_fast.rollout.weights.expected import ExpectedWeights
 
 BUCKET_BYTES = 256 << 20
 ATTEMPTS, PAUSE_S = 4, 0.25
@@ -44,8 +44,8 @@ LOG = "vllm-{}.log"
 """Of the n-th server that the recipe starts, in the run's folder."""
 
 
-class VLLMServeEngine(VLLMEngine):
-    """A RolloutEngine (see rollout/engine.py for the contract); names and shapes are checked as in VLLMEngine.
+class VLLMServeEngine:
+    """A RolloutEngine (see rollout/engine.py for the contract).
 
     It must be pushed to once before it samples: a server may hold the weights of an earlier run.
     """
@@ -68,7 +68,9 @@ class VLLMServeEngine(VLLMEngine):
         self.version, self.asleep, self.torn = 0, False, "no weights were pushed yet"
         self.max_positions, self.max_sequences = max_length, max_sequences
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
-        text = self._expect(model_path)
+        self.expected = ExpectedWeights.of(model_path)
+        text = self.expected.text
+        self.vocab_size = text.vocab_size
         self.urls = [url.rstrip("/") for url in urls]
         self.servers: list[Server] = []
         self.api = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10), trust_env=False)
@@ -119,7 +121,8 @@ class VLLMServeEngine(VLLMEngine):
         """Rank 0's part of a push: what the first server says it received; the others must say the same."""
         replies = [self.threads.submit(self._call, url, "rto_receive") for url in self.urls]
         try:
-            stream.send(self.group, self._checked(weights), self.device, BUCKET_BYTES, lambda: _raise(replies))
+            pairs = self.expected.checked_once(weights)
+            stream.send(self.group, pairs, self.device, BUCKET_BYTES, lambda: _raise(replies))
         except SyncError:
             _ = [reply.exception() for reply in replies]
             raise
@@ -131,7 +134,7 @@ class VLLMServeEngine(VLLMEngine):
                 raise SyncError(f"{url}: {answer['error']}")
             if answer["digests"] != answers[0]["digests"]:
                 raise SyncError(f"{url}: received other weights than {self.urls[0]}")
-        self._check_all_taken(answers[0]["digests"])
+        self.expected.require_all(answers[0]["digests"])
         for url in self.urls:
             self._post(url, "/update_weight_version", {"new_version": str(version)})
             self._forget_old_keys(url)
@@ -161,9 +164,11 @@ class VLLMServeEngine(VLLMEngine):
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None,
-        keep: None = None,
+        keep: int | None = None,
     ) -> Rollout:  # fmt: skip
-        """As the contract says, but always all of the requests: the config refuses to keep a part of them."""
+        """As the contract says, but for all of the requests: ValueError where `keep` asks for a part of them."""
+        if keep is not None:
+            raise ValueError(f"keep: servers answer in no fixed order, so all requests are kept; got {keep}")
         check_requests(
             requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
         )
