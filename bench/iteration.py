@@ -49,10 +49,10 @@ if not MISSING:
     import released
     from ablation import ABLATION
 
-    from rto_fast.algo.targets import compute_targets
     from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
     from rto_fast.rollout.engine import Sampling
     from rto_fast.scoring.score import score_rollout
+    from rto_fast.trainer import compute_targets
     from rto_fast.updates.ppo import TrainBatch
 
 # How far another path's losses and gradient norms may be from ours: no figure for one that computes something else.

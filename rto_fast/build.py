@@ -1,9 +1,10 @@
-"""From settings to the parts of a run: checks first, then data, then models, engines and state."""
+"""From settings to a run: check everything, load the models, then put it together."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
 from rto_fast.algo.targets import NO_DELIMITERS, KLController
-from rto_fast.backend.checkpoints import open_output
+from rto_fast.backend.checkpoints import Checkpoints, open_output
 from rto_fast.backend.frozen import FrozenModel, frozen
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.backend.weight_average import WeightAverage
@@ -52,11 +53,78 @@ from rto_fast.scoring.reward_source import RewardSource
 from rto_fast.scoring.score import Scorers
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the checks have read: everything but weights."""
+
+    device: torch.device
+    checkpoints: Checkpoints
+    found: tuple[int, dict[str, Any]] | None
+    """The checkpoint to go on from."""
+    rewards: list[RewardSource]
+    """Those of `reward_fn` and `reward_url`."""
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    sampling: Sampling
+    delimiters: Tensor
+    prompts: PromptData
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The models of a run, on their devices."""
+
+    placement: Placement
+    policy: TrainEngine
+    critic: TrainEngine | None
+    origin: str
+    """Where the critic came from."""
+    scorers: Scorers
+
+
 def build(config: RTOConfig) -> Run:
     """Checks everything that can be wrong, cheapest first, then makes the run; resumes where asked to.
 
     Raises ConfigError, with nothing written, on settings, files or models that cannot work.
     """
+    inputs = check(config)
+    loaded = load(config, inputs)
+    pad = inputs.tokenizer.pad_token_id if inputs.tokenizer.pad_token_id is not None else 0
+    dtype = DTYPES[config.dtype]
+    sync = WeightSync(
+        config, lambda: make_engine(config, config.policy, inputs.device, dtype, pad), loaded.policy, loaded.placement
+    )
+    logger = RunLogger(  # writes the first files, now that nothing can be wrong any more
+        config.output_dir, stage="RTO" if config.beta1 else "PPO", total_steps=inputs.iterations,
+        rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
+        start_step=inputs.found[0] if inputs.found else 0,
+    )  # fmt: skip
+    logger.message(f"critic: {loaded.origin}")
+    run = Run(
+        config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts,
+        iterations=inputs.iterations, placement=loaded.placement, policy=loaded.policy, critic=loaded.critic,
+        scorers=loaded.scorers, sync=sync, sampling=inputs.sampling, delimiters=inputs.delimiters,
+        average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
+        checkpoints=inputs.checkpoints, logger=logger,
+        state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
+    )  # fmt: skip
+    logger.message(f"rollouts: {type(sync.engine).__name__}")
+    if config.rollout_oversample:
+        logger.warn(
+            f"rollout_oversample: {config.drawn_prompts} prompts are drawn for every {config.rollout_batch}, and those "
+            "whose responses end last are dropped. What is trained on is biased towards short responses"
+        )
+    if inputs.found:
+        run.restore(*inputs.found)
+    else:
+        sync.push(version=0)  # an engine that was there before may hold other weights
+    run.prove_sync()
+    return run
+
+
+def check(config: RTOConfig) -> Inputs:
+    """Settings, files, models' configs, data and reward functions, in this order."""
     config.validate()
     device = distributed.init()
     require(
@@ -66,7 +134,7 @@ def build(config: RTOConfig) -> Run:
     )
     checkpoints = open_output(config)
     found = checkpoints.read()
-    remote_and_functions = load_reward_sources(config)
+    rewards = load_reward_sources(config)
     tokenizer = load_tokenizer(config.policy, "policy")
     template = load_template(config.chat_template, tokenizer)
     _check_models(config, tokenizer, template)
@@ -74,23 +142,25 @@ def build(config: RTOConfig) -> Run:
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
     delimiters = _delimiters(config, tokenizer)
     prompts = load_prompts(config, tokenizer, template)
-    try_functions(remote_and_functions, prompts.texts)
+    try_functions(rewards, prompts.texts)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
+    return Inputs(device, checkpoints, found, rewards, tokenizer, template, sampling, delimiters, prompts, iterations)
 
-    dtype = DTYPES[config.dtype]
-    attention, kernel = choose_attention(config, device)
-    placement = Placement(device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.score_tokens)
-    loading = {"dtype": dtype, "attention": attention}
 
-    updates = config.ppo_epochs * (config.responses // config.train_batch)
+def load(config: RTOConfig, inputs: Inputs) -> Loaded:
+    """Policy and critic in their training engines, the frozen models and the reward models beside them."""
+    attention, kernel = choose_attention(config, inputs.device)
+    placement = Placement(inputs.device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.score_tokens)
+    loading = {"dtype": DTYPES[config.dtype], "attention": attention}
+    iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(
         load_policy(config.policy, argument="policy", **loading), config,
         peak_lr=config.policy_lr, total_steps=max(1, (iterations - config.critic_warmup) * updates),
     )  # fmt: skip
     critic, origin = None, "none, the advantages need none"
     if config.uses_critic:
-        critic_model, origin = _critic(config, tokenizer, loading)
+        critic_model, origin = _critic(config, inputs.tokenizer, loading)
         critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
 
     kept: list[FrozenModel] = []
@@ -107,42 +177,15 @@ def build(config: RTOConfig) -> Run:
             dpo_ref = keep(load_policy(config.dpo_ref, argument="dpo_ref", **loading))
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
     sources = [
-        _model_reward(path, name, keep, tokenizer, prompts, placement, loading)
+        _model_reward(path, name, keep, inputs.tokenizer, inputs.prompts, placement, loading)
         for path, name in zip(config.reward_model, names, strict=True)
     ]
     scorers = Scorers(
         policy=policy.evaluate, critic=critic and critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
-        rewards=[*sources, *remote_and_functions], reward_weights=config.reward_weights,
+        rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights,
         frozen=kept,
     )  # fmt: skip
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    sync = WeightSync(config, lambda: make_engine(config, config.policy, device, dtype, pad), policy, placement)
-    logger = RunLogger(  # writes the first files, now that nothing can be wrong any more
-        config.output_dir, stage="RTO" if config.beta1 else "PPO", total_steps=iterations,
-        rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
-        start_step=found[0] if found else 0,
-    )  # fmt: skip
-    logger.message(f"critic: {origin}")
-    run = Run(
-        config=config, tokenizer=tokenizer, template=template, prompts=prompts, iterations=iterations,
-        placement=placement, policy=policy, critic=critic, scorers=scorers,
-        sync=sync, sampling=sampling, delimiters=delimiters,
-        average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
-        checkpoints=checkpoints, logger=logger,
-        state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
-    )  # fmt: skip
-    logger.message(f"rollouts: {type(sync.engine).__name__}")
-    if config.rollout_oversample:
-        logger.warn(
-            f"rollout_oversample: {config.drawn_prompts} prompts are drawn for every {config.rollout_batch}, and those "
-            "whose responses end last are dropped. What is trained on is biased towards short responses"
-        )
-    if found:
-        run.restore(*found)
-    else:
-        sync.push(version=0)  # an engine that was there before may hold other weights
-    run.prove_sync()
-    return run
+    return Loaded(placement, policy, critic, origin, scorers)
 
 
 def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:

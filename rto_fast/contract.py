@@ -191,6 +191,11 @@ class Targets:
     whiten: tuple[Tensor, Tensor]
     """(mean, rstd) of the advantages over the whole rollout; (0, 1) where the estimate is not whitened."""
 
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL of a token, nats."""
+        return float(self.kl.sum()) / max(1, self.kl.numel())
+
 
 @dataclass(frozen=True)
 class ResponseTexts:

@@ -33,6 +33,25 @@ def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor]) -> 
     }
 
 
+def of_scored(
+    config: RTOConfig, iteration: int, rollout: Rollout, scores: Scores, sources: dict[str, Tensor], *, lag: int
+) -> dict[str, float]:
+    """Of an iteration's rollout and its scores; lag: pushes since the weights that sampled it."""
+    return {
+        **of_rollout(rollout, scores, sources),
+        "samples": (iteration + 1) * config.responses,
+        "rollout/lag": lag,
+        **(of_dropped(config, len(rollout)) if config.rollout_oversample else {}),
+    }
+
+
+def of_iteration(
+    seen: dict[str, float], targets: Targets, responses: int, beta2: float, learnt: dict[str, float], pushed: SyncStats
+) -> dict[str, float]:
+    """Of a whole iteration; seen: `of_scored` and more; learnt: of the updates' steps."""
+    return seen | of_targets(targets, responses, beta2) | learnt | of_sync(pushed)
+
+
 def of_dropped(config: RTOConfig, kept: int) -> dict[str, float]:
     """Responses that were begun and left out; kept: those of the rollout."""
     drawn = config.drawn_prompts * config.responses_per_prompt
@@ -62,7 +81,7 @@ def of_targets(targets: Targets, responses: int, beta2: float) -> dict[str, floa
         "reward/total": float(targets.rewards.sum()) / responses,
         "reward/dpo": float(targets.dpo_reward.sum()) / responses,
         "kl/response": float(targets.kl.sum()) / responses,
-        "kl/token": float(targets.kl.sum()) / tokens,
+        "kl/token": targets.mean_kl,
         "kl/k3": float((torch.expm1(-targets.kl) + targets.kl).sum()) / tokens,
         "kl/beta2": beta2,
         "advantage/mean": float(advantages.sum()) / tokens,

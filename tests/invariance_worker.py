@@ -15,7 +15,6 @@ import torch
 from loop_helpers import TinyModels, small_run, watched_gradients
 
 from rto_fast import build, distributed, trainer
-from rto_fast.algo.targets import compute_targets
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import DPOConfig, RTOConfig
 from rto_fast.contract import Request, Rollout
@@ -30,6 +29,7 @@ from rto_fast.supervised.reference_cache import reference_logps
 from rto_fast.supervised.reward_model import RewardModel
 from rto_fast.supervised.sft import SFT
 from rto_fast.supervised.stage import Row
+from rto_fast.trainer import compute_targets
 from rto_fast.updates.ppo import TrainBatch
 
 CASES = ((2, 1), (2, 512), (2, 4096), (3, 1), (3, 512))

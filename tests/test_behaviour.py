@@ -24,13 +24,13 @@ from test_loop_math import (
 )
 
 from rto_fast import build, trainer
-from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts
 from rto_fast.errors import ConfigError, SyncError
 from rto_fast.metrics import not_finite, of_sampled_policy, of_sampler
 from rto_fast.rollout.transformers_engine import TransformersEngine
 from rto_fast.scoring.score import score_rollout
+from rto_fast.trainer import compute_targets
 from rto_fast.updates.sampler_corrected import SamplerBatch
 
 CASES = {

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto_fast import build
 from rto_fast.algo.losses import loss_denominator
-from rto_fast.algo.targets import KLController, compute_targets
+from rto_fast.algo.targets import KLController
 from rto_fast.backend.train_engine import learning_rate
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.metrics import of_critic, of_policy, of_rollout, of_targets
 from rto_fast.run import Run
 from rto_fast.scoring.score import score_rollout
+from rto_fast.trainer import compute_targets
 from rto_fast.updates.ppo import TrainBatch
 
 PROMPTS = [1, 4, 2, 6, 3, 5, 1, 7]

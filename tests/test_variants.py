@@ -14,12 +14,12 @@ from loop_helpers import small_run, watched_gradients
 from recipe_helpers import flags_of, run_recipe
 
 from rto_fast.algo import advantages, credit, losses
-from rto_fast.algo.targets import compute_targets
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Scores, offsets
 from rto_fast.data.tokenizer import delimiter_ids
 from rto_fast.demo.tiny_task import make_task
 from rto_fast.errors import ConfigError
+from rto_fast.trainer import compute_targets
 
 LENS = torch.tensor([5, 0, 1, 7, 3, 2])
 CU = offsets(LENS)
@@ -136,7 +136,7 @@ def to_go(row, gamma):
 @pytest.mark.parametrize("name", ["reinforce_pp", "rloo", "grpo"])
 def test_estimators_without_a_critic(name):
     config, rewards = config_of(advantage=name, gamma=0.97), numbers(3)
-    found = advantages.ESTIMATORS[name](rewards, scores_of(), CU, config)
+    found = advantages.ESTIMATORS[name](rewards, scores_of(), CU, gamma=0.97, lam=config.lam, group=2)
     expected = [to_go(r, 0.97) for r in rows(rewards)]
     for got, row in zip(rows(found.returns), expected, strict=True):
         assert got == pytest.approx(row, abs=1e-5)
@@ -165,10 +165,10 @@ def test_group_estimators_are_the_papers_where_only_the_last_token_is_rewarded()
     terminal = torch.zeros(int(LENS.sum()))
     terminal[CU[1:][LENS > 0] - 1] = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0])
     reward = torch.tensor([[1.0, 0.0], [2.0, -1.0], [0.5, 3.0]])
-    got = advantages.rloo(terminal, scores_of(), CU, config_of(advantage="rloo")).advantages
+    got = advantages.rloo(terminal, scores_of(), CU, gamma=1.0, lam=0.95, group=2).advantages
     each = (reward - reward.flip(1)).reshape(-1)
     torch.testing.assert_close(got, torch.repeat_interleave(each, LENS))
-    got = advantages.grpo(terminal, scores_of(), CU, config_of(advantage="grpo")).advantages
+    got = advantages.grpo(terminal, scores_of(), CU, gamma=1.0, lam=0.95, group=2).advantages
     each = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)).reshape(-1)
     torch.testing.assert_close(got, torch.repeat_interleave(each, LENS))
 
@@ -288,7 +288,7 @@ def test_pairs_do_not_depend_on_micro_batches(update, tiny, tmp_path, one_rank):
         targets = compute_targets(rollout, scores, run.config, 0.1, run.delimiters)
         index = run.train_batches(0, 0, len(rollout))[0]
         assert all(a + 1 == b and a % 2 == 0 for a, b in zip(index[::2], index[1::2], strict=True))
-        batch = trainer.POLICY_UPDATES[update][0](run, rollout, scores, targets, index)
+        batch = trainer.POLICY_UPDATES[update].batch(run, rollout, scores, targets, index)
         assert (len(batch.micro) > 1) == (budget == 30)
         with watched_gradients(run.policy) as gradients:
             step = batch.update_policy(0)

@@ -40,7 +40,9 @@ def shaped_credit(dpo: Tensor, cu: Tensor, delimiter: Tensor) -> Tensor:
     return out
 
 
-CREDIT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+Credit = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+CREDIT: dict[str, Credit] = {
     "token": token_credit,
     "sentence": sentence_credit,
     "response": response_credit,

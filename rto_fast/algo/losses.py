@@ -9,8 +9,6 @@ import torch
 from rto_kernels import LinearPPOLoss, PPOLoss
 from torch import Tensor
 
-from rto_fast.config import RTOConfig
-
 
 class PolicyTerms(NamedTuple):
     """What a micro-batch's clipped policy loss takes beside the policy itself; token tensors [R] fp32."""
@@ -23,28 +21,30 @@ class PolicyTerms(NamedTuple):
 
 
 def policy_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, terms: PolicyTerms, config: RTOConfig, **head: Any
-) -> LinearPPOLoss:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, terms: PolicyTerms, temperature: float, clip: float,
+    entropy_coef: float, aggregation: str, **head: Any,
+) -> LinearPPOLoss:  # fmt: skip
     """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus, read from the lm_head.
 
     hidden [R, H], weight [V, H], targets [R] int64; head: what a `heads.Read` is given besides. The gradients come
     with the loss: no logits are computed twice.
     """
     return rto_kernels.fused_linear_ppo_loss(
-        hidden, weight, targets, **terms._asdict(), **head, temperature=config.temperature, clip=config.clip,
-        entropy_coef=config.entropy_coef, return_entropy=True, aggregation=config.loss_aggregation,
+        hidden, weight, targets, **terms._asdict(), **head, temperature=temperature, clip=clip,
+        entropy_coef=entropy_coef, return_entropy=True, aggregation=aggregation,
     )  # fmt: skip
 
 
 def sampled_policy_loss(
-    logp: Tensor, entropy: Tensor, sampler_logp: Tensor, *, terms: PolicyTerms, config: RTOConfig
-) -> PPOLoss:
+    logp: Tensor, entropy: Tensor, sampler_logp: Tensor, *, terms: PolicyTerms, clip: float, entropy_coef: float,
+    aggregation: str, is_cap: float,
+) -> PPOLoss:  # fmt: skip
     """The same from log-probs, each token weighted by min(exp(old_logp - sampler_logp), is_cap); token tensors [R]."""
-    if not config.entropy_coef:  # logged alone: its backward pass is spared
+    if not entropy_coef:  # logged alone: its backward pass is spared
         entropy = entropy.detach()
     return rto_kernels.ppo_loss(
-        logp, **terms._asdict(), clip=config.clip, entropy=entropy, entropy_coef=config.entropy_coef,
-        aggregation=config.loss_aggregation, sampler_logp=sampler_logp, is_cap=config.is_cap,
+        logp, **terms._asdict(), clip=clip, entropy=entropy, entropy_coef=entropy_coef,
+        aggregation=aggregation, sampler_logp=sampler_logp, is_cap=is_cap,
     )  # fmt: skip
 
 
@@ -97,13 +97,15 @@ def value_loss(
     returns: Tensor,
     cu_seqlens: Tensor,
     denominator: Tensor,
-    config: RTOConfig,
+    *,
+    value_clip: float,
+    aggregation: str,
 ) -> PPOLoss:
     """A micro-batch's share of the clipped value loss; all token tensors [R]."""
     idle = torch.zeros_like(returns)
     return rto_kernels.ppo_loss(
-        idle, idle, idle, values, old_values, returns, value_clip=config.value_clip,
-        aggregation=config.loss_aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
+        idle, idle, idle, values, old_values, returns, value_clip=value_clip,
+        aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 
 

@@ -5,47 +5,58 @@ Nothing else in the trainer does arithmetic on rewards.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import rto_kernels
 import torch
 from torch import Tensor
 
-from rto_fast.algo.advantages import ESTIMATORS, pair
-from rto_fast.algo.credit import CREDIT
-from rto_fast.config import RTOConfig
+from rto_fast.algo.advantages import Estimate
+from rto_fast.algo.credit import Credit
 from rto_fast.contract import Rollout, Scores, Targets
 
 NO_DELIMITERS = torch.empty(0, dtype=torch.int64)
 
 
-def compute_targets(
-    rollout: Rollout, scores: Scores, config: RTOConfig, beta2: float, delimiters: Tensor = NO_DELIMITERS
-) -> Targets:
-    """Token rewards (Eq. 4.7), where they are paid, then advantages (by default GAE) over the whole rollout.
+@dataclass(frozen=True)
+class Coefficients:
+    """Scales and bounds of a token's reward (Eq. 4.7); 0 = off."""
 
-    The rollout is the global one, so the whitening covers all ranks without another collective. beta2 is passed
-    beside the config because the adaptive controller moves it. delimiters: [K] int64, tokens that end a sentence.
-    All of it runs where `scores` are.
+    beta1: float
+    beta2: float
+    beta3: float
+    dpo_clip: float
+    score_clip: float
+
+
+def targets_of(
+    rollout: Rollout, scores: Scores, coefficients: Coefficients, *, credit: Credit,
+    estimate: Callable[[Tensor, Scores, Tensor], Estimate], delimiters: Tensor = NO_DELIMITERS,
+) -> Targets:  # fmt: skip
+    """Token rewards (Eq. 4.7), where they are paid, then advantages over the whole rollout.
+
+    The rollout is the global one, so the whitening covers all ranks without another collective. estimate: an
+    estimator with its settings filled in. delimiters: [K] int64, tokens that end a sentence. All of it runs where
+    `scores` are.
     """
     cu = rollout.cu_responses.to(scores.values.device)
     reward = rto_kernels.token_rewards(
         scores.policy_logp, scores.ref_logp, scores.dpo_logp, scores.score,
-        beta1=config.beta1, beta2=beta2, beta3=config.beta3, dpo_clip=config.dpo_clip,
-        score_clip=config.score_clip, dpo_ref_logp=scores.dpo_ref_logp, cu_seqlens=cu,
+        **dataclasses.asdict(coefficients), dpo_ref_logp=scores.dpo_ref_logp, cu_seqlens=cu,
     )  # fmt: skip
     ends_sentence = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
-    dense = CREDIT[config.credit](reward.dpo_reward, cu, ends_sentence)
+    dense = credit(reward.dpo_reward, cu, ends_sentence)
     rewards = reward.rewards + (dense - reward.dpo_reward)  # the same bits where nothing moves
-    estimator = ESTIMATORS[config.advantage] if config.policy_update == "ppo" else pair
-    estimate = estimator(rewards, scores, cu, config)
+    estimated = estimate(rewards, scores, cu)
     return Targets(
         rewards=rewards,
         dpo_reward=reward.dpo_reward,
         kl=reward.kl,
-        advantages=estimate.advantages,
-        returns=estimate.returns,
-        whiten=estimate.whiten,
+        advantages=estimated.advantages,
+        returns=estimated.returns,
+        whiten=estimated.whiten,
     )
 
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from rto_fast.algo import losses
 from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.models.packing import PackedBatch
-from rto_fast.run import Run
-from rto_fast.updates.ppo import Share, TrainBatch, UpdateStats
+from rto_fast.updates.ppo import Share, TrainBatch, Trained, UpdateStats
 
 
 class PairBatch(TrainBatch, ABC):
     """The pairs of one optimiser step, each within one micro-batch; losses are divided by the batch's pairs."""
 
-    def __init__(self, run: Run, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
+    def __init__(self, run: Trained, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
         """index: 2k and 2k + 1 of the batch are the two responses to one prompt."""
         self.run, self.rollout, self.scores, self.targets = run, rollout, scores, targets
         self.micro = self.shared_out([index[i : i + 2] for i in range(0, len(index), 2)])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeAlias
 
 import torch
 from rto_kernels import PPOStats
@@ -15,12 +16,28 @@ from rto_fast import distributed
 from rto_fast.algo import losses
 from rto_fast.algo.losses import PairStats
 from rto_fast.backend.train_engine import StepResult, TrainEngine
+from rto_fast.config import RTOConfig
 from rto_fast.contract import Rollout, Scores, Targets
-from rto_fast.models.packing import PackedBatch, plan
-from rto_fast.run import Run
+from rto_fast.models.packing import PackedBatch, Placement, plan
 
-Stats = PPOStats | PairStats
-LossAndStats = tuple[Tensor, Stats]
+Stats: TypeAlias = PPOStats | PairStats
+LossAndStats: TypeAlias = tuple[Tensor, Stats]
+
+
+class Trained(Protocol):
+    """What an update needs of a run."""
+
+    @property
+    def policy(self) -> TrainEngine: ...
+
+    @property
+    def critic(self) -> TrainEngine | None: ...
+
+    @property
+    def config(self) -> RTOConfig: ...
+
+    @property
+    def placement(self) -> Placement: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,7 @@ class TrainBatch:
     of a micro-batch changes them. Empty responses carry no loss and are left out.
     """
 
-    def __init__(self, run: Run, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
+    def __init__(self, run: Trained, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
         self.run, self.rollout, self.scores, self.targets = run, rollout, scores, targets
         self.index = index = [i for i in index if rollout.response_lens[i] > 0] or index[:1]
         self.micro = self.shared_out([[i] for i in index])
@@ -77,7 +94,11 @@ class TrainBatch:
         config, policy = self.run.config, self.run.policy
 
         def loss(batch: PackedBatch, share: Share) -> LossAndStats:
-            out = policy(batch, partial(losses.policy_loss, terms=self.policy_terms(batch, share), config=config))
+            read = partial(
+                losses.policy_loss, terms=self.policy_terms(batch, share), temperature=config.temperature,
+                clip=config.clip, entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation,
+            )  # fmt: skip
+            out = policy(batch, read)
             return out.policy_loss, out.stats
 
         return self._update(policy, loss, step, PPOStats)
@@ -89,8 +110,9 @@ class TrainBatch:
             r = share.tokens
             values = critic(batch, batch.state_positions)
             out = losses.value_loss(
-                values, self.scores.values[r], self.targets.returns[r], batch.cu_responses, self.denominator, config
-            )
+                values, self.scores.values[r], self.targets.returns[r], batch.cu_responses, self.denominator,
+                value_clip=config.value_clip, aggregation=config.loss_aggregation,
+            )  # fmt: skip
             return out.value_loss, out.stats
 
         return self._update(critic, loss, step, PPOStats)

@@ -35,8 +35,9 @@ class SamplerBatch(TrainBatch):
             logp, entropy = policy(batch, read)
             old_logp[r] = torch.where(old_logp[r].isnan(), logp.detach(), old_logp[r])
             out = losses.sampled_policy_loss(
-                logp, entropy, sampler_logp[r], terms=self.policy_terms(batch, share), config=config
-            )
+                logp, entropy, sampler_logp[r], terms=self.policy_terms(batch, share), clip=config.clip,
+                entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation, is_cap=config.is_cap,
+            )  # fmt: skip
             return out.policy_loss, out.stats
 
         stats = self._update(policy, loss, step, PPOStats)
