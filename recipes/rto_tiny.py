@@ -6,5 +6,7 @@ deepspeed recipes/rto_tiny.py
 from rto_fast import cli
 from rto_fast.demo.config import DemoConfig
 
+DEFAULTS = DemoConfig()
+
 if __name__ == "__main__":
-    cli.main(DemoConfig(), "rto_fast.demo.pipeline:run")
+    cli.main(DEFAULTS, "rto_fast.demo.pipeline:run")

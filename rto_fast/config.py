@@ -225,10 +225,6 @@ class DPOConfig(PreferenceConfig):
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         for name in ("r_dpo_alpha", "simpo_gamma", "tdpo_alpha", "kto_desirable_weight", "kto_undesirable_weight"):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
-        require(
-            not (self.reference and self.objective in ("simpo", "mppo")),
-            f"reference: {self.objective} has no reference; leave it out, or choose another --objective",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy, load_scalar
 from rto_fast.models.packing import Placement
 from rto_fast.scoring.score import score_rollout
+from rto_fast.supervised.dpo import OBJECTIVES
 from rto_fast.supervised.loop import train_step
 from rto_fast.supervised.pair_objectives import Referenced
 from rto_fast.supervised.reference_cache import reference_logps
@@ -97,7 +98,9 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
     makes = {
         "sft": lambda: SFT(load_policy(paths["policy"], **loading), single, []),
         "rm": lambda: RewardModel(load_scalar(paths["reward"], **loading), rows, []),
-        "dpo": lambda: Referenced(load_policy(paths["policy"], **loading), rows, [], config, (table, table[:0])),
+        "dpo": lambda: Referenced(
+            load_policy(paths["policy"], **loading), rows, [], config, OBJECTIVES["dpo"].loss, (table, table[:0])
+        ),
     }
     logger = RunLogger(folder, stage="test", total_steps=1, rank=distributed.rank(), config={})
     out = {}

@@ -16,14 +16,13 @@ from rto_fast.algo import preference
 from rto_fast.config import DPOConfig
 from rto_fast.demo.tiny_task import make_task
 from rto_fast.errors import ConfigError
-from rto_fast.supervised import dpo, reference_cache
-from rto_fast.supervised.dpo import train_dpo
+from rto_fast.supervised import reference_cache
+from rto_fast.supervised.dpo import OBJECTIVES, train_dpo
 from rto_fast.supervised.kto import Answers
 from rto_fast.supervised.loop import evaluate, train_step
 from rto_fast.supervised.prepare import prepare
 from rto_fast.supervised.stage import RowBatch
 
-OBJECTIVES = ("dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "kto", "ipo", "mppo")
 SETTINGS = {
     "beta": 0.3, "r_dpo_alpha": 0.02, "simpo_gamma": 0.4, "tdpo_alpha": 0.7, "kto_desirable_weight": 1.3,
     "kto_undesirable_weight": 0.8,
@@ -41,7 +40,7 @@ def small(tiny, output_dir, **settings) -> DPOConfig:
 
 def make_stage(config: DPOConfig):
     common = prepare(config)
-    return dpo.OBJECTIVES[config.objective](config, common), common
+    return OBJECTIVES[config.objective].stage(config, common), common
 
 
 @pytest.fixture
@@ -438,7 +437,7 @@ def test_a_damaged_cache_is_made_anew(cache, tiny, tmp_path, one_rank):
 
 def test_contradictory_settings_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="simpo has no reference"):
-        small(tiny, tmp_path, objective="simpo", reference=tiny.dpo).validate()
+        train_dpo(small(tiny, tmp_path, objective="simpo", reference=tiny.dpo))
     with pytest.raises(ConfigError, match="simpo_beta"):
         small(tiny, tmp_path, objective="simpo", simpo_beta=0.0).validate()
     with pytest.raises(ConfigError, match="kto_desirable_weight"):

@@ -34,12 +34,10 @@ class Pairs:
         return (self.logp - self.ref_logp).unbind(1)
 
 
-REFERENCED: dict[str, Callable[[Pairs, DPOConfig], Tensor]] = {
-    "dpo": lambda p, c: preference.dpo_loss(*p.logp.unbind(1), *p.ref_logp.unbind(1), beta=c.beta),
-    "r_dpo": lambda p, c: preference.r_dpo_loss(*p.ratios, *p.lens.unbind(1), beta=c.beta, alpha=c.r_dpo_alpha),
-    "ipo": lambda p, c: preference.ipo_loss(*p.ratios, *p.lens.unbind(1), beta=c.beta),
-}
-"""Objectives that need the reference's summed log-probs and nothing more."""
+PairLoss = Callable[[Pairs, DPOConfig], Tensor]
+"""Losses of pairs, [P], from log-probs of policy and reference."""
+KLLoss = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor], DPOConfig], Tensor]
+"""Losses of pairs, [P], from log-ratios and sequential KLs of (chosen, rejected)."""
 
 
 class PairStage(Stage, ABC):
@@ -65,22 +63,21 @@ class PairStage(Stage, ABC):
 
 
 class Referenced(PairStage):
-    """DPO, R-DPO and IPO, against reference log-probs that were computed once, before training."""
+    """Losses of log-ratios, against reference log-probs that were computed once, before training."""
 
     def __init__(
         self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig,
-        reference: tuple[Tensor, Tensor],
+        pair_loss: PairLoss, reference: tuple[Tensor, Tensor],
     ) -> None:  # fmt: skip
         """reference: summed log-probs of the training and the held-out rows, [rows, 2] fp32 each."""
         super().__init__(model, train, held_out, config)
-        self.reference = reference
+        self.pair_loss, self.reference = pair_loss, reference
 
     def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         logp = batch.sequence_sums(model(batch.packed))
         pairs = Pairs(logp, batch.looked_up(self.reference).to(logp.device), batch.lengths)
         chosen, rejected = pairs.ratios
-        loss = REFERENCED[self.config.objective](pairs, self.config)
-        return loss, self.config.beta * chosen, self.config.beta * rejected
+        return self.pair_loss(pairs, self.config), self.config.beta * chosen, self.config.beta * rejected
 
 
 class SimPO(PairStage):
@@ -115,11 +112,11 @@ class TDPO(PairStage):
 
     def __init__(
         self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig,
-        reference: FrozenModel,
+        kl_loss: KLLoss, reference: FrozenModel,
     ) -> None:  # fmt: skip
         """reference: a PolicyModel, not partitioned."""
         super().__init__(model, train, held_out, config)
-        self.reference = reference
+        self.kl_loss, self.reference = kl_loss, reference
 
     def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
@@ -127,11 +124,7 @@ class TDPO(PairStage):
         logp, kl = model(batch.packed, logp_and_kl(ref_hidden, ref_head))
         ratios = batch.sequence_sums(logp - ref_logp).unbind(1)
         kls, config = batch.sequence_sums(kl).unbind(1), self.config
-        if config.objective == "tdpo1":
-            loss = preference.tdpo1_loss(*ratios, *kls, beta=config.beta)
-        else:
-            loss = preference.tdpo2_loss(*ratios, *kls, beta=config.beta, alpha=config.tdpo_alpha)
-        return loss, config.beta * ratios[0], config.beta * ratios[1]
+        return self.kl_loss(ratios, kls, config), config.beta * ratios[0], config.beta * ratios[1]
 
 
 def pair_rows(data: PreferenceData) -> Rows:

@@ -140,7 +140,7 @@ def fields_of(recipe: str, monkeypatch) -> list[tuple[str, object, str]]:
     path = ROOT / "recipes" / recipe
     monkeypatch.setattr(sys, "argv", [str(path)])
     space = runpy.run_path(str(path), run_name="recipe")
-    defaults = space["DEFAULTS"] if "DEFAULTS" in space else space["demo"].DemoConfig()
+    defaults = space["DEFAULTS"]
     meanings = {}
     for cls in reversed(type(defaults).__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
