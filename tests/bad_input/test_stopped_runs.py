@@ -166,6 +166,7 @@ def test_two_ranks_refuse_together(settings, tmp_path, launch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_error_of_one_rank_stops_both(settings, rewards, tmp_path):
     """The reward function fails on rank 1 alone: its message is printed, once, and nobody waits for ever."""
     flags = flags_of(settings["rto_llama3.py"] | {"reward_fn": f"{rewards}:on_one_rank"})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 
 import datasets
 import pytest
 from data_helpers import ROWS, Hub, as_conversations, preferences, prompts, sft, turn, write_jsonl
-from test_template import STORIES
+from loop_helpers import ROOT
+from test_chat_template import STORIES
 
 from rto_fast.config import PreferenceConfig, SFTConfig
 from rto_fast.data.chat_template import load_template
@@ -18,7 +18,7 @@ from rto_fast.data.tokenise import TokenLists
 from rto_fast.data.tokenizer import load_tokenizer
 from rto_fast.errors import DataError
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (DATA.is_dir() and STORIES.is_dir()), reason=f"no {DATA.parent}")
 
 

@@ -28,6 +28,8 @@ from claim_report import Results, interval, shown
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def test_interval_is_students_t():
     middle, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])

@@ -7,7 +7,7 @@ import json
 import datasets
 import pytest
 from data_helpers import GOOD, ROWS, Hub, as_conversations, bad_file, preferences, prompts, sft, turn, write_jsonl
-from test_template import REFUSING, byte_tokenizer
+from test_chat_template import REFUSING, byte_tokenizer
 
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.load import Counts

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from loop_helpers import ROOT
 
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.report.__main__ import main
@@ -18,7 +19,6 @@ from rto_fast.report.page import Table, colour_scale, end_figures, pick_samples,
 from rto_fast.report.samples import ReportSample, append_samples
 from rto_fast.report.sections import POINTS, sections, thin
 
-ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "br", "input", "wbr", "link", "img", "hr"}
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>'
 
@@ -261,6 +261,7 @@ def test_samples_are_picked_from_the_first_and_the_last_iterations():
     assert pick_samples(samples, 0) == []
 
 
+@pytest.mark.slow
 def test_the_command_rebuilds_a_run_that_was_killed(tmp_path):
     with RunLogger(tmp_path, stage="RTO", total_steps=2, rank=0, config={"beta1": 0.05}) as log:
         log.log(1, {"reward/score": 0.5})

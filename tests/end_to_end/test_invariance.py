@@ -13,6 +13,8 @@ import torch
 from invariance_worker import CASES, RESPONSES
 from loop_helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = ("policy", "critic", "sft", "rm", "dpo")
 
 

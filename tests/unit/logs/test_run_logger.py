@@ -11,10 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from loop_helpers import ROOT
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,8 +25,6 @@ from rto_fast.logs.console import LiveDisplay
 from rto_fast.logs.files import drop_after, duration, read_metrics, read_rows, write_atomic
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.report.samples import ReportSample, append_samples, read_samples
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def logger(folder, *, total=4, rank=0, start=0, config=None, stage="RTO"):

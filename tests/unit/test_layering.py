@@ -10,8 +10,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from loop_helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "kernels" / "rto_kernels").glob("*.py"))
 TRAINER = ROOT / "rto_fast"
 FILES = sorted(TRAINER.rglob("*.py"))

@@ -168,6 +168,7 @@ def test_over_sampling_is_said_to_be_a_bias(tiny, tmp_path, capsys):
     assert "biased towards short responses" in printed
 
 
+@pytest.mark.slow
 def test_two_ranks_drop_by_quotas(tiny, tmp_path, launch):
     settings = small_run(tiny, tmp_path / "run", rollout_oversample=0.5, responses_per_prompt=2, train_batch=4,
                          rollout_engine="transformers", report_samples=0)  # fmt: skip

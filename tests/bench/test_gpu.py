@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import rto_kernels
 import torch
+from loop_helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
 BENCH = ROOT / "bench"
 
 

@@ -12,6 +12,8 @@ import torch
 from loop_helpers import small_run
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 ITERATIONS = 12
 SETTINGS = {
     "iterations": ITERATIONS, "save_every": 1, "keep_last": 2, "resume": "auto", "ppo_epochs": 2, "ema_decay": 0.9,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from loop_helpers import ROOT, make_tiny_models, small_run
 from rollout_helpers import quiet, reference_logp, requests_of
-from test_vllm import HEADS, assert_same_weights, figures, moved, partial, rows, stale
+from test_colocated import HEADS, assert_same_weights, figures, moved, partial, rows, stale
 from transformers import AutoModelForCausalLM
 
 from rto_fast.config import RTOConfig
@@ -26,7 +26,10 @@ from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
 from rto_fast.rollout.vllm_engines.support import installed
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not installed(), reason="vLLM is not installed (make install-vllm)")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not installed(), reason="vLLM is not installed (make install-vllm)"),
+]
 
 
 class Served:

@@ -32,7 +32,10 @@ from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
 from rto_fast.rollout.vllm_engines.support import installed
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not installed(), reason="vLLM is not installed (make install-vllm)")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not installed(), reason="vLLM is not installed (make install-vllm)"),
+]
 VLLM = {"rollout_engine": "vllm", "vllm_max_sequences": 16, "policy_lr": 0.01}
 RESUMABLE = {"iterations": 3, "save_every": 1, "resume": "auto"}
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}

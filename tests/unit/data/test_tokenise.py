@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from data_helpers import GOOD, ROWS, bad_file, preferences, prompts, sft, write_jsonl
 from launches import forks, free_port
-from test_template import byte_tokenizer
+from test_chat_template import byte_tokenizer
 
 from rto_fast.data import tokenise
 from rto_fast.data.chat_template import load_template

@@ -246,6 +246,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_runs_by_the_recipes_flags(name, tiny, tmp_path, monkeypatch, one_rank):
     settings = VARIANTS[name]

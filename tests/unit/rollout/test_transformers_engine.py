@@ -223,6 +223,7 @@ def test_what_is_enough_counts_over_batches():
 # Speed
 
 
+@pytest.mark.slow
 @on_real_models
 def test_not_slower_than_generate_on_one_full_batch(path):
     """CPU seconds on one thread, the least of interleaved runs; `generate(do_sample=True)` takes 1.6 times ours.

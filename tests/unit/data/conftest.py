@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_template import CHATML, byte_tokenizer
+from test_chat_template import CHATML, byte_tokenizer
 
 from rto_fast.data.chat_template import load_template
 

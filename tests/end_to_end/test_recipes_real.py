@@ -11,7 +11,7 @@ import pytest
 from launches import Launch
 from recipe_helpers import SHARED, flags_of, needs_shared, run_deepspeed, run_recipe
 
-pytestmark = needs_shared
+pytestmark = [needs_shared, pytest.mark.slow]
 MODEL, STORIES, MESSAGES = (
     str(SHARED / p) for p in ("models/stories260k", "data/story_preferences.jsonl", "data/preferences.jsonl")
 )

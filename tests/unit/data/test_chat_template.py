@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 
 import jinja2
 import pytest
+from loop_helpers import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
@@ -15,7 +15,7 @@ from rto_fast.data.chat_template import TEMPLATE_FILE, check_template, load_temp
 from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.errors import ConfigError
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+SHARED = ROOT.parent / "shared"
 STORIES = SHARED / "models" / "stories260k"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"no {STORIES}")
 
