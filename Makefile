@@ -49,6 +49,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) -j2 test-interpreted try-vllm
@@ -81,6 +82,7 @@ test-vllm-serve: $(VLLM_VENV)/installed
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/codespell .
 
 bench: $(VENV)/installed-dev
 	$(BIN)/pytest bench --benchmark-only

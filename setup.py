@@ -36,6 +36,7 @@ setup(
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb>=0.18"],
         "dev": [
+            "codespell>=2.4",
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-benchmark>=5",
