@@ -308,9 +308,9 @@ def test_ranks_that_share_an_engine_agree_with_the_trainer(tied, untied, tmp_pat
     assert re.search(r"version 2: .*(up_proj|gate_up)", (tmp_path / "broken" / "error").read_text())
 
 
-def skipped(monkeypatch):
+def skipped(monkeypatch, engine_class=VLLMEngine):
     """The second push of the run says that all went well and does nothing."""
-    plain, last = VLLMEngine.push, []
+    plain, last = engine_class.push, []
 
     def push(engine, weights, version):
         if version > 1:
@@ -319,30 +319,30 @@ def skipped(monkeypatch):
         last.append(plain(engine, weights, version))
         return last[-1]
 
-    monkeypatch.setattr(VLLMEngine, "push", push)
+    monkeypatch.setattr(engine_class, "push", push)
 
 
-def partial(monkeypatch):
+def partial(monkeypatch, engine_class=VLLMEngine):
     """One matrix of a fused one does not arrive."""
-    plain = VLLMEngine.push
+    plain = engine_class.push
 
     def push(engine, weights, version):
         kept = ((n, t) for n, t in weights if engine.version < 1 or not n.endswith("1.mlp.up_proj.weight"))
         return plain(engine, kept, version)
 
-    monkeypatch.setattr(VLLMEngine, "push", push)
+    monkeypatch.setattr(engine_class, "push", push)
 
 
-def stale(monkeypatch):
+def stale(monkeypatch, engine_class=VLLMEngine):
     """The engine gets the weights of the push before."""
-    plain, kept = VLLMEngine.push, []
+    plain, kept = engine_class.push, []
 
     def push(engine, weights, version):
         now = [(n, t.clone()) for n, t in weights]
         kept.append(now)
         return plain(engine, iter(kept[-2] if engine.version >= 1 else now), version)
 
-    monkeypatch.setattr(VLLMEngine, "push", push)
+    monkeypatch.setattr(engine_class, "push", push)
 
 
 @pytest.mark.parametrize(("dtype", "lr"), [("fp32", 1e-2), ("bf16", 5e-7)])

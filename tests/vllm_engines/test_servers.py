@@ -205,16 +205,16 @@ def test_every_token_agrees_after_each_of_three_steps(served, tmp_path, launch):
     assert all(row["sync/bytes"] > 0 for row in log)
 
 
-def skipped(monkeypatch):
+def skipped(monkeypatch, engine_class):
     """The second push of the run says that all went well and does nothing."""
-    plain, last = VLLMServeEngine._transfer, []
+    plain, last = engine_class._transfer, []
 
     def transfer(engine, weights, version):
         if version < 2:
             last.append(plain(engine, weights, version))
         return last[-1]
 
-    monkeypatch.setattr(VLLMServeEngine, "_transfer", transfer)
+    monkeypatch.setattr(engine_class, "_transfer", transfer)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def skipped(monkeypatch):
 def test_a_broken_sync_stops_the_run(tied, tmp_path, one_rank, monkeypatch, fault, message):
     from rto_fast import trainer
 
-    fault(monkeypatch)
+    fault(monkeypatch, VLLMServeEngine)
     with pytest.raises(SyncError, match=message):
         trainer.train(RTOConfig(**tied.config(tmp_path / "run", policy_lr=5e-7, warmup_ratio=0.0)))
 
