@@ -1,6 +1,16 @@
 """Packaging: the kernels need torch and triton alone; the trainer is the `train` extra."""
 
+import ast
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    ast.literal_eval(node.value)
+    for node in ast.parse((HERE / "rto_fast" / "__init__.py").read_text()).body
+    if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+)
 
 TRAIN = [
     "datasets>=3",
@@ -19,8 +29,22 @@ TRAIN = [
 
 setup(
     name="rto-fast",
-    version="0.1.0",
+    version=VERSION,
     description="Reinforced Token Optimization: exact, fast, packed RLHF with fused Triton kernels",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The rto_fast authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     # The folder `kernels/` is deliberately no package: Hugging Face owns that name.
     package_dir={
@@ -29,6 +53,8 @@ setup(
         "rto_fast": "rto_fast",
     },
     packages=["rto_kernels", "rto_kernels.integrations", *find_packages(include=["rto_fast", "rto_fast.*"])],
+    package_data={"rto_fast": ["py.typed"]},
+    entry_points={"console_scripts": ["rto-fast = rto_fast.__main__:main"]},
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={
         "train": TRAIN,

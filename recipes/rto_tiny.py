@@ -3,10 +3,9 @@
 deepspeed recipes/rto_tiny.py
 """
 
-from rto_fast import cli
-from rto_fast.demo.config import DemoConfig
+from rto_fast import commands
 
-DEFAULTS = DemoConfig()
+DEFAULTS = commands.DEMO
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, "rto_fast.demo.pipeline:run")
+    commands.recipe("demo")

@@ -47,25 +47,30 @@ def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = 
     return config
 
 
-def main(defaults: C, run: str) -> None:
+def speaks() -> bool:
+    """Whether this rank reports errors, before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main(defaults: C, run: str, args: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     """Parses the flags into a config like `defaults` and runs it; errors of the user's become one line.
 
+    args: the flags, None = the process's; prog: the command's name in the help.
     run: "module:function", imported once the flags are known to be right: it takes seconds that --help need not wait.
     Exits with REFUSED or STOPPED (see the module), and with a traceback on anything unforeseen.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.ExitStack() as stack:
-            if not speaks:
+            if not speaks():
                 sink = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stderr(sink))
                 stack.enter_context(contextlib.redirect_stdout(sink))
-            config = parse(defaults)
+            config = parse(defaults, args, prog=prog)
         config.validate()
     except ConfigError as error:
-        _stop(error, REFUSED, speaks)
-    except SystemExit as stop:
-        if stop.code and not speaks:
+        stop(error, REFUSED, speaks())
+    except SystemExit as end:
+        if end.code and not speaks():
             time.sleep(_QUIET_SECONDS)
         raise
     _run(config, run)
@@ -85,16 +90,16 @@ def _run(config: RunConfig, run: str) -> None:
     try:
         pkgutil.resolve_name(run)(config)
     except ConfigError as error:
-        _stop(error, REFUSED, distributed.speaks())
+        stop(error, REFUSED, distributed.speaks())
     except (Diverged, RewardError, RolloutError, SyncError) as error:
-        _stop(error, STOPPED, distributed.speaks())
-    except SystemExit as stop:
-        if stop.code and not distributed.speaks():
+        stop(error, STOPPED, distributed.speaks())
+    except SystemExit as end:
+        if end.code and not distributed.speaks():
             time.sleep(_QUIET_SECONDS)
         raise
 
 
-def _stop(error: Exception, code: int, speaks: bool) -> NoReturn:
+def stop(error: Exception | str, code: int, speaks: bool) -> NoReturn:
     """Ends this rank; the one that speaks prints the error."""
     if speaks:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,12 +1,13 @@
 """A checkpoint as Hugging Face folders, without the run that wrote it and without a GPU.
 
-python -m rto_fast.export runs/rto --to exported            # the newest checkpoint
-python -m rto_fast.export runs/rto --to exported --step 40
+rto-fast export runs/rto --to exported            # the newest checkpoint
+rto-fast export runs/rto --to exported --step 40
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from rto_fast.backend.checkpoints import find_checkpoint
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.tokenizer import load_tokenizer
-from rto_fast.errors import ConfigError, require
+from rto_fast.errors import REFUSED, ConfigError, require
 from rto_fast.models.load import DTYPES, load_policy, new_scalar
 from rto_fast.models.save import export, save_tokenizer
 
@@ -65,15 +66,17 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     return written
 
 
-def main() -> None:
-    config = tyro.cli(ExportConfig, description=ExportConfig.__doc__)
+def main(args: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    config = tyro.cli(ExportConfig, description=ExportConfig.__doc__, args=args, prog="rto-fast export")
     try:
         for folder in export_checkpoint(config):
             print(folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return REFUSED
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

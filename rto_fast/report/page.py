@@ -1,6 +1,6 @@
 """report.html: what a run did, in one file that needs no network.
 
-    python -m rto_fast.report RUN_DIR     builds it anew from metrics.jsonl and samples.jsonl
+    rto-fast report RUN_DIR     builds it again from metrics.jsonl and samples.jsonl
 
 The page shows end figures, settings, comparisons and tables (when given), every curve, and sampled responses
 whose tokens are coloured by token reward, advantage, DPO reward, KL or value.

@@ -17,6 +17,8 @@ TRAINER = ROOT / "rto_fast"
 FILES = sorted(TRAINER.rglob("*.py"))
 
 ORDER = (
+    ("__main__",),
+    ("commands",),
     ("demo", "generate", "export"),
     ("trainer",),
     ("metrics",),
