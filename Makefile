@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve lint bench clean
+.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve docs lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -79,6 +79,11 @@ test-vllm: $(VLLM_VENV)/installed
 test-vllm-serve: $(VLLM_VENV)/installed
 	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_servers.py
 
+# The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
+docs: $(VENV)/installed-dev
+	$(BIN)/python tools/flags_page.py
+	$(BIN)/mkdocs build --strict --quiet
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -88,4 +93,4 @@ bench: $(VENV)/installed-dev
 	$(BIN)/pytest bench --benchmark-only
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist site *.egg-info

@@ -64,6 +64,7 @@ setup(
         "dev": [
             "codespell>=2.4",
             "hypothesis>=6.100",
+            "mkdocs>=1.6,<2",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

@@ -102,14 +102,16 @@ def test_the_other_tables(record):
     ]
 
 
-def test_readme_section_stands_between_its_marks(record, tmp_path):
+def test_the_section_stands_between_its_marks(record, tmp_path):
     from rich.console import Console
 
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- claim -->\nold\n<!-- /claim -->\nafter\n")
+    page = tmp_path / "docs" / "claim.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- claim -->\nold\n<!-- /claim -->\nafter\n")
     for _ in range(2):
-        claim_report.write(record, tmp_path / "out", readme, Console(quiet=True))
-    text = readme.read_text()
+        claim_report.write(record, tmp_path / "out", page, Console(quiet=True))
+    text = page.read_text()
+    assert "](../out/curves.svg)" in text
     assert text.startswith("before\n<!-- claim -->\n`python bench/claim.py`, seeds 0, 1")
     assert text.endswith("<!-- /claim -->\nafter\n")
     assert "old" not in text

@@ -326,21 +326,21 @@ def gpu_results() -> dict:
     }  # fmt: skip
 
 
-def test_readme_takes_a_gpus_tables_from_its_file_alone(bench, tmp_path, monkeypatch):
+def test_the_page_takes_a_gpus_tables_from_its_file_alone(bench, tmp_path, monkeypatch):
     tables = bench("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "performance.md")
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     before = (
         "a\n<!-- gpu:begin -->\nno figures\n<!-- gpu:end -->\nb\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nc\n"
     )
-    tables.README.write_text(before)
+    tables.PAGE.write_text(before)
     tables.main()
-    assert tables.README.read_text() == before  # no results, no change
+    assert tables.PAGE.read_text() == before  # no results, no change
 
     (tmp_path / "nvidia-x.json").write_text(json.dumps(gpu_results()))
     tables.main()
-    text = tables.README.read_text()
+    text = tables.PAGE.read_text()
     assert "no figures" not in text
     assert "old" in text  # the CPU's part
     assert "| ≥ 0.9 | 0.8 | **missed** |" in text
@@ -352,7 +352,7 @@ def test_readme_takes_a_gpus_tables_from_its_file_alone(bench, tmp_path, monkeyp
     assert "800 TFLOP/s" in text
     assert (tmp_path / "nvidia-x-roofline.svg").stat().st_size > 0
     tables.main()
-    assert tables.README.read_text() == text
+    assert tables.PAGE.read_text() == text
 
 
 def test_the_end_to_end_table_has_every_path(bench, paths):
