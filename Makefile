@@ -50,6 +50,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell .
+	$(BIN)/python tools/type_check.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) -j2 test-interpreted try-vllm
@@ -88,6 +89,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/codespell .
+	$(BIN)/python tools/type_check.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/pytest bench --benchmark-only

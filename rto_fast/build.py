@@ -152,7 +152,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     """Policy and critic in their training engines, the frozen models and the reward models beside them."""
     attention, kernel = choose_attention(config, inputs.device)
     placement = Placement(inputs.device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.score_tokens)
-    loading = {"dtype": DTYPES[config.dtype], "attention": attention}
+    loading: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attention": attention}
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(
         load_policy(config.policy, argument="policy", **loading), config,

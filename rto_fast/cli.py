@@ -15,14 +15,22 @@ import pkgutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import tyro
 
-from rto_fast.config import RunConfig
 from rto_fast.errors import REFUSED, STOPPED, ConfigError
 
-C = TypeVar("C", bound=RunConfig)
+
+class Settings(Protocol):
+    """A dataclass whose fields are the flags."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        ...
+
+
+C = TypeVar("C", bound=Settings)
 # One rank speaks; the others give it this long before the launcher sees them fail and stops everyone.
 _QUIET_SECONDS = 3.0
 
@@ -76,7 +84,7 @@ def main(defaults: C, run: str, args: Sequence[str] | None = None, *, prog: str 
     _run(config, run)
 
 
-def _run(config: RunConfig, run: str) -> None:
+def _run(config: Settings, run: str) -> None:
     import datasets
     import transformers
 

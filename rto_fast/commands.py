@@ -15,7 +15,7 @@ from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import REFUSED
 
-PREFERENCES = {
+PREFERENCES: dict[str, Any] = {
     "data": "HuggingFaceH4/ultrafeedback_binarized",
     "data_split": "train_prefs",
     "eval_split": "test_prefs",

@@ -210,4 +210,6 @@ class ResponseTexts:
 
     def select(self, index: Sequence[int]) -> ResponseTexts:
         """The entries at `index`, in that order."""
-        return ResponseTexts(*([column[i] for i in index] for column in (self.prompts, self.responses, self.messages)))
+        return ResponseTexts(
+            [self.prompts[i] for i in index], [self.responses[i] for i in index], [self.messages[i] for i in index]
+        )

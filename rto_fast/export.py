@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -47,7 +48,7 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     base = settings[argument]
     tokenizer = load_tokenizer(base, argument)
     template = load_template(settings["chat_template"], tokenizer)
-    loading = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
+    loading: dict[str, Any] = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
     written = []
     for name in sorted(p.name for p in folder.iterdir() if p.is_dir()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)

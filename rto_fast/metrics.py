@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+from rto_kernels import PPOStats
 from torch import Tensor
 
+from rto_fast.algo.losses import PairStats
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.rollout.engine import SyncStats
@@ -15,9 +17,9 @@ from rto_fast.updates.ppo import UpdateStats
 
 def not_finite(scores: Scores) -> str:
     """What in the scores is NaN or infinite, for the diagnosis; empty when nothing is."""
-    names = ("score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values")
+    names = ["score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values"]
     if not scores.old_logp.isnan().all():  # else the update computes it
-        names = (*names, "old_logp")
+        names.append("old_logp")
     counts = {n: int((~torch.isfinite(getattr(scores, n))).sum()) for n in names}
     return ", ".join(f"{k} non-finite {n} values" for n, k in counts.items() if k)
 
@@ -93,7 +95,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def of_policy(steps: list[UpdateStats]) -> dict[str, float]:
+def of_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
     if not steps:
         return {}
     return {
@@ -108,7 +110,7 @@ def of_policy(steps: list[UpdateStats]) -> dict[str, float]:
     }
 
 
-def of_sampled_policy(steps: list[UpdateStats]) -> dict[str, float]:
+def of_sampled_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
     """As `of_policy`, of updates that correct for the sampler."""
     if not steps:
         return {}
@@ -118,7 +120,7 @@ def of_sampled_policy(steps: list[UpdateStats]) -> dict[str, float]:
     }
 
 
-def of_pairs(steps: list[UpdateStats]) -> dict[str, float]:
+def of_pairs(steps: list[UpdateStats[PairStats]]) -> dict[str, float]:
     """As `of_policy`, of updates from pairs."""
     return {
         "policy/loss": _mean([s.loss for s in steps]),
@@ -131,7 +133,7 @@ def of_pairs(steps: list[UpdateStats]) -> dict[str, float]:
     }
 
 
-def of_critic(steps: list[UpdateStats]) -> dict[str, float]:
+def of_critic(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
     if not steps:
         return {}
     return {

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class PolicyUpdate:
 
     batch: type[TrainBatch]
     """The train batch that makes it."""
-    figures: Callable[[list[UpdateStats]], dict[str, float]]
+    figures: Callable[[list[UpdateStats[Any]]], dict[str, float]]
     """The metrics of its steps."""
 
 
@@ -137,6 +138,7 @@ def sampled_ahead(run: Run, iteration: int) -> Iterator[None]:
     if failure:
         run.logger.warn(f"sampling ahead failed ({failure}); iteration {iteration + 1} samples anew, without lag")
     else:
+        assert local is not None
         run.ahead = run.sync.gather(share, local)
 
 

@@ -23,6 +23,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -106,9 +107,10 @@ class ChatTemplate:
         return tail.rstrip() if _ends_turn(tokenizer, tail) else tail
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, turns: list[Message], add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        return cast(str, text)
 
     def _with_bos(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
         """A chat template writes its own BOS; the plain one gets it here, once."""

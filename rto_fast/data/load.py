@@ -150,12 +150,12 @@ def load_preferences(
     share `config.eval_fraction` chosen by the seed, whole prompts at a time, so that no held-out prompt is trained on.
     Prints the counts. Raises DataError.
     """
-    keys = {"prompt": config.prompt_key, "chosen": config.chosen_key, "rejected": config.rejected_key}
     encode = partial(preference_row, tokenizer=tokenizer, template=template)
-    return tuple(
-        PreferenceData(p.prompt_ids, p.first_ids, p.second_ids, p.rows, p.counts)
-        for p in _train_and_held_out(config, encode, partial(preference_columns, **keys))
+    columns = partial(
+        preference_columns, prompt=config.prompt_key, chosen=config.chosen_key, rejected=config.rejected_key
     )
+    train, held_out = _train_and_held_out(config, encode, columns)
+    return train.pairs(), held_out.pairs()
 
 
 def load_answers(
@@ -165,13 +165,13 @@ def load_answers(
 
     A labelled row is a pair whose other response is empty: `rejected_ids` where it is desirable, else `chosen_ids`.
     """
-    keys = {"prompt": config.prompt_key, "chosen": config.chosen_key, "rejected": config.rejected_key}
-    keys |= {"completion": config.completion_key, "label": config.label_key}
     encode = partial(answer_row, tokenizer=tokenizer, template=template)
-    return tuple(
-        PreferenceData(p.prompt_ids, p.first_ids, p.second_ids, p.rows, p.counts)
-        for p in _train_and_held_out(config, encode, partial(answer_columns, **keys))
-    )
+    columns = partial(
+        answer_columns, prompt=config.prompt_key, chosen=config.chosen_key, rejected=config.rejected_key,
+        completion=config.completion_key, label=config.label_key,
+    )  # fmt: skip
+    train, held_out = _train_and_held_out(config, encode, columns)
+    return train.pairs(), held_out.pairs()
 
 
 def load_sft(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[SFTData, SFTData]:
@@ -182,9 +182,8 @@ def load_sft(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, template: Ch
     """
     encode = partial(sft_row, tokenizer=tokenizer, template=template)
     columns = partial(sft_columns, prompt=config.prompt_key, response=config.response_key)
-    return tuple(
-        SFTData(p.prompt_ids, p.first_ids, p.rows, p.counts) for p in _train_and_held_out(config, encode, columns)
-    )
+    train, held_out = _train_and_held_out(config, encode, columns)
+    return train.responses(), held_out.responses()
 
 
 @dataclass(frozen=True)
@@ -196,8 +195,16 @@ class _Part:
     counts: Counts
 
     def take(self, index: np.ndarray) -> _Part:
-        ids = (ids.take(index) for ids in (self.prompt_ids, self.first_ids, self.second_ids))
-        return _Part(*ids, rows=[self.rows[i] for i in index], counts=self.counts)
+        return _Part(
+            self.prompt_ids.take(index), self.first_ids.take(index), self.second_ids.take(index),
+            [self.rows[i] for i in index], self.counts,
+        )  # fmt: skip
+
+    def pairs(self) -> PreferenceData:
+        return PreferenceData(self.prompt_ids, self.first_ids, self.second_ids, self.rows, self.counts)
+
+    def responses(self) -> SFTData:
+        return SFTData(self.prompt_ids, self.first_ids, self.rows, self.counts)
 
 
 def _train_and_held_out(config: SupervisedConfig, encode: Encode, columns: Columns) -> tuple[_Part, _Part]:

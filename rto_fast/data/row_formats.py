@@ -8,6 +8,7 @@ with the response as its last turn; then the earlier turns are the prompt, and a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -39,8 +40,8 @@ class BadRow(Exception):
 
 def encoded(
     prompt_ids: list[int],
-    first_ids: list[int] = (),
-    second_ids: list[int] = (),
+    first_ids: Sequence[int] = (),
+    second_ids: Sequence[int] = (),
     text: str = "",
     prompt: str = "",
 ) -> dict[str, Any]:
@@ -162,11 +163,12 @@ def _messages(value: list, key: str) -> list[Message]:
     """Role and content of each message; a system message may be empty."""
     if not value:
         raise BadRow(EMPTY, f"{key!r} is an empty list")
-    out = []
+    out: list[Message] = []
     for n, message in enumerate(value):
         if not isinstance(message, dict):
             raise BadRow(NOT_TEXT, f"'{key}[{n}]' is {type(message).__name__} where a message was expected")
-        role, content = _text(message.get("role"), f"{key}[{n}].role"), message.get("content")
+        role = _text(message.get("role"), f"{key}[{n}].role")
+        content: Any = message.get("content")
         if not (role == "system" and content == ""):
             _text(content, f"{key}[{n}].content")
         out.append({"role": role, "content": content})

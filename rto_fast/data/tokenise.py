@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ class TokenLists(Sequence[list[int]]):
         return TokenLists(self.flat, self.starts, np.minimum(self.ends, self.starts + limits))
 
 
-Encode = Callable[[dict[str, Any], list[str]], dict[str, Any]]
-"""(row, its keys) -> the fields of rows.encoded; raises BadRow."""
-Columns = Callable[[Table], list[str]]
-"""The keys that an encoder reads, of a table; raises DataError."""
+Encode = partial[dict[str, Any]]
+"""(row, its keys) -> the fields of row_formats.encoded; raises BadRow."""
+Columns = partial[list[str]]
+"""(table) -> the keys that an encoder reads; raises DataError."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,11 @@ class TokenRows:
             ends = np.cumsum(lengths)
             return TokenLists(np.concatenate([np.asarray(c.flatten()) for c in chunks]), ends - lengths, ends)
 
-        ids = [tokens(c) for c in ("prompt_ids", "first_ids", "second_ids")]
-        return cls(argument, name, *ids, *(table.column(c).to_pylist() for c in _PLAIN_COLUMNS))
+        text, prompt, reason, detail, line = (table.column(c).to_pylist() for c in _PLAIN_COLUMNS)
+        return cls(
+            argument, name, tokens("prompt_ids"), tokens("first_ids"), tokens("second_ids"),
+            text, prompt, reason, detail, line,
+        )  # fmt: skip
 
     def at(self, row: int) -> str:
         line = self.lines[row]
@@ -157,18 +161,18 @@ def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, colu
     try:
         return TokenRows.of(argument, name, datasets.Dataset.from_file(str(path)).data.table)
     except (OSError, pa.ArrowException):
-        pass  # not there, or damaged: made anew
+        pass  # not there, or damaged: tokenised again
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".part-")
+        made = tempfile.TemporaryDirectory(dir=folder, prefix=".part-")
     except OSError as e:
         raise DataError(
             f"data_cache: cannot write to {str(folder)!r} ({e}); set HF_DATASETS_CACHE to a folder of yours, "
             "or turn data_cache off"
         ) from e
-    with scratch:
-        table = _tokenise(config, read, encode, columns, scratch.name)
-        part = os.path.join(scratch.name, "all.arrow")
+    with made as scratch:
+        table = _tokenise(config, read, encode, columns, scratch)
+        part = os.path.join(scratch, "all.arrow")
         with pa.OSFile(part, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         os.replace(part, path)  # atomic: a reader finds the whole file or none

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -103,7 +104,7 @@ class Judge:
         """sft: the SFT model's folder; respond: a model's answers to the prompts; reward: of each of them."""
         attention, kernel = resolve_attention("auto", distributed.device(), torch.float32)
         self.placement = Placement(distributed.device(), kernel, lockstep=False, micro_tokens=8192)
-        self.loading = {"dtype": torch.float32, "attention": attention}
+        self.loading: dict[str, Any] = {"dtype": torch.float32, "attention": attention}
         self.sft = load_policy(str(sft), argument="sft", **self.loading).to(distributed.device()).eval()
         self.respond, self.reward = respond, reward
         self.base = respond(sft)

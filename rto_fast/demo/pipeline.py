@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -77,7 +78,7 @@ def _stage(console: Console, root: Path, number: int, title: str, name: str, mak
     distributed.barrier()
 
 
-def _common(config: DemoConfig, root: Path, name: str) -> dict[str, object]:
+def _common(config: DemoConfig, root: Path, name: str) -> dict[str, Any]:
     return {
         "output_dir": str(root / name), "seed": config.seed, "dtype": "fp32", "gradient_checkpointing": False,
         "resume": "auto", "data_cache": False, "warmup_ratio": 0.03,

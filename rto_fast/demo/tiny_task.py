@@ -139,7 +139,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def _reward_table(rng: random.Random, difficulty: Difficulty) -> dict[tuple[str, str], float]:
     """(context word, word) -> +1 or -1; pairs that are not there earn 0."""
     contexts = rng.sample(list(KIND), len(KIND))
-    table = {}
+    table: dict[tuple[str, str], float] = {}
     for group in range(difficulty.groups):
         for kind, words in CONTENT.items():
             if kind != "HERO" and rng.random() < difficulty.active:

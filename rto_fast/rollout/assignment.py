@@ -42,7 +42,7 @@ def share_out(requests: Sequence[Request], max_tokens: int, engines: int, keep: 
     dealt = balance([sum(len(requests[i].prompt) + max_tokens for i in unit) for unit in units], engines)
     quotas: list[int | None] = [None] * engines
     if keep is not None:
-        quotas = quotas_of([len(share) for share in dealt], keep)
+        quotas = [*quotas_of([len(share) for share in dealt], keep)]
     places = [sorted(i for unit in share for i in units[unit]) for share in dealt]
     return [Share(at, [requests[i] for i in at], quota) for at, quota in zip(places, quotas, strict=True)]
 

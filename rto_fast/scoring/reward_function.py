@@ -109,7 +109,7 @@ class FunctionReward:
             scores.append(number)
         return torch.tensor(scores, dtype=torch.float32)
 
-    def _blame(self, texts: ResponseTexts, error: Exception) -> str:
+    def _blame(self, texts: ResponseTexts, error: BaseException) -> str:
         """The error's text, with the first sample that raises when it is scored alone."""
         text = f"{type(error).__name__}: {error}"
         for i, (prompt, response) in enumerate(zip(texts.prompts, texts.responses, strict=True)):
@@ -131,6 +131,8 @@ def _load_file(spec: str, path: Path) -> ModuleType:
         siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise ConfigError(f"reward_fn: file {path} of {spec!r} does not exist{_near(path.name, siblings)}")
     module_spec = importlib.util.spec_from_file_location(f"rto_reward_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None  # the name ends with .py
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class KTO(Stage):
         self.kl = torch.zeros(())
 
     @torch.no_grad()
-    def begin(self, model: object, index: Sequence[int], held_out: bool, placement: Placement) -> None:
+    def begin(self, model: Callable[..., Any], index: Sequence[int], held_out: bool, placement: Placement) -> None:
         """The baseline over the whole batch, all ranks: it knows nothing of micro-batches."""
         rows = [self.answers[held_out].mismatched[i] for i in index]
         table, total = self.mismatched_reference[held_out], torch.zeros((), dtype=torch.float64)
@@ -78,7 +79,7 @@ class KTO(Stage):
                 total += ratio.sum()
         self.kl = preference.kto_baseline(distributed.sum_over_ranks(total), len(rows)).float().to(placement.device)
 
-    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+    def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
         config = self.config
         logp = batch.sequence_sums(model(batch.packed))
         ratio = (logp - batch.looked_up(self.reference).to(logp.device))[:, 0]

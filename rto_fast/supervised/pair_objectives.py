@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,13 @@ class Pairs:
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
         """Log-ratios of chosen and of rejected, [P] each."""
-        return (self.logp - self.ref_logp).unbind(1)
+        chosen, rejected = (self.logp - self.ref_logp).unbind(1)
+        return chosen, rejected
 
 
 PairLoss = Callable[[Pairs, DPOConfig], Tensor]
 """Losses of pairs, [P], from log-probs of policy and reference."""
-KLLoss = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor], DPOConfig], Tensor]
+KLLoss = Callable[[Sequence[Tensor], Sequence[Tensor], DPOConfig], Tensor]
 """Losses of pairs, [P], from log-ratios and sequential KLs of (chosen, rejected)."""
 
 
@@ -48,10 +50,10 @@ class PairStage(Stage, ABC):
         self.model, self.train, self.held_out, self.config = model, train, held_out, config
 
     @abstractmethod
-    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         """[P] each: the pairs' losses, and the implicit rewards of chosen and rejected."""
 
-    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+    def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
         loss, chosen, rejected = self.judge(model, batch)
         metrics = {
             "accuracy": (chosen > rejected).float().sum(),
@@ -73,7 +75,7 @@ class Referenced(PairStage):
         super().__init__(model, train, held_out, config)
         self.pair_loss, self.reference = pair_loss, reference
 
-    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         logp = batch.sequence_sums(model(batch.packed))
         pairs = Pairs(logp, batch.looked_up(self.reference).to(logp.device), batch.lengths)
         chosen, rejected = pairs.ratios
@@ -83,16 +85,17 @@ class Referenced(PairStage):
 class SimPO(PairStage):
     """Mean log-probs of a token, no reference."""
 
-    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         logp, lens, config = batch.sequence_sums(model(batch.packed)), batch.lengths, self.config
         loss = preference.simpo_loss(*logp.unbind(1), *lens.unbind(1), beta=config.simpo_beta, gamma=config.simpo_gamma)
-        return loss, *(config.simpo_beta * logp / lens).unbind(1)
+        chosen, rejected = (config.simpo_beta * logp / lens).unbind(1)
+        return loss, chosen, rejected
 
 
 class MPPO(PairStage):
     """One chosen response against any number of rejected ones; no reference. Rewards are mean log-probs of a token."""
 
-    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         sums = torch.segment_reduce(model(batch.packed), "sum", lengths=batch.packed.cu_responses.diff())
         mean = (sums / batch.packed.cu_responses.diff())[batch.place]
         negatives = torch.tensor([len(row.responses) - 1 for row in batch.rows], device=mean.device)
@@ -118,7 +121,7 @@ class TDPO(PairStage):
         super().__init__(model, train, held_out, config)
         self.kl_loss, self.reference = kl_loss, reference
 
-    def judge(self, model: object, batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             ref_hidden, ref_head, ref_logp = self.reference.module.states(batch.packed)
         logp, kl = model(batch.packed, logp_and_kl(ref_hidden, ref_head))

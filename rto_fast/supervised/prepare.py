@@ -25,7 +25,7 @@ class Common:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     placement: Placement
-    loading: dict
+    loading: dict[str, Any]
     checkpoints: Checkpoints
     found: tuple[int, dict[str, Any]] | None
     """The checkpoint to go on from."""

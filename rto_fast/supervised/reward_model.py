@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,13 @@ class RewardModel(Stage):
     def __init__(self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row]) -> None:
         self.model, self.train, self.held_out = model, train, held_out
 
-    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+    def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
         chosen, rejected = batch.by_row(model(batch.packed, batch.packed.last_positions)).unbind(1)
         loss = preference.bradley_terry_loss(chosen, rejected)
         return loss.sum(), {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
 
     @torch.no_grad()
-    def finish(self, model: object, placement: Placement) -> dict[str, float]:
+    def finish(self, model: Callable[..., Any], placement: Placement) -> dict[str, float]:
         """Mean and std of all held-out scores, so that a user of the model can normalise its output."""
         if not self.held_out:
             return {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ class SFT(Stage):
     def __init__(self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row]) -> None:
         self.model, self.train, self.held_out = model, train, held_out
 
-    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+    def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
         return -model(batch.packed).sum(), {}
 
     def count(self, rows: Sequence[Row]) -> float:

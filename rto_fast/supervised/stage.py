@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,14 @@ class Stage(Protocol):
     train: Sequence[Row]
     held_out: Sequence[Row]
 
-    def begin(self, model: object, index: Sequence[int], held_out: bool, placement: Placement) -> None:
+    def begin(self, model: Callable[..., Any], index: Sequence[int], held_out: bool, placement: Placement) -> None:
         """Before a train batch or an evaluation, on all ranks: whatever the loss needs of all its rows together.
 
         index: their positions in `train`, or in `held_out`.
         """
+        return None
 
-    def loss(self, model: object, batch: RowBatch) -> tuple[Tensor, Sums]:
+    def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
         """Sum of the loss over the batch's rows or tokens, and sums of metrics over its rows."""
         ...
 
@@ -68,7 +69,7 @@ class Stage(Protocol):
         """What the loss of these rows is divided by: rows, or response tokens."""
         return float(len(rows))
 
-    def finish(self, model: object, placement: Placement) -> dict[str, float]:
+    def finish(self, model: Callable[..., Any], placement: Placement) -> dict[str, float]:
         """After training: figures to log, and whatever the model's config should carry."""
         return {}
 

@@ -30,7 +30,7 @@ class PairBatch(TrainBatch, ABC):
     def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, losses.PairStats]:
         """[P, 2] log(pi / pi_old) of the two responses, [P] difference of their rewards -> the batch's share."""
 
-    def update_policy(self, step: int) -> UpdateStats:
+    def update_policy(self, step: int) -> UpdateStats[losses.PairStats]:
         config, policy = self.run.config, self.run.policy
 
         def loss(batch: PackedBatch, share: Share) -> tuple[Tensor, losses.PairStats]:

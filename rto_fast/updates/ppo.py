@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from rto_kernels import PPOStats
@@ -20,8 +20,8 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Rollout, Scores, Targets
 from rto_fast.models.packing import PackedBatch, Placement, plan
 
-Stats: TypeAlias = PPOStats | PairStats
-LossAndStats: TypeAlias = tuple[Tensor, Stats]
+S = TypeVar("S", PPOStats, PairStats)
+LossAndStats: TypeAlias = tuple[Tensor, S]
 
 
 class Trained(Protocol):
@@ -41,12 +41,12 @@ class Trained(Protocol):
 
 
 @dataclass(frozen=True)
-class UpdateStats:
+class UpdateStats(Generic[S]):
     """Loss and statistics of one train batch, summed over micro-batches and ranks."""
 
     result: StepResult
     loss: float
-    stats: Stats
+    stats: S
     lr: float
 
 
@@ -90,10 +90,10 @@ class TrainBatch:
             self.scores.old_logp[r], targets.advantages[r], targets.whiten, batch.cu_responses, self.denominator
         )
 
-    def update_policy(self, step: int) -> UpdateStats:
+    def update_policy(self, step: int) -> UpdateStats[Any]:
         config, policy = self.run.config, self.run.policy
 
-        def loss(batch: PackedBatch, share: Share) -> LossAndStats:
+        def loss(batch: PackedBatch, share: Share) -> LossAndStats[PPOStats]:
             read = partial(
                 losses.policy_loss, terms=self.policy_terms(batch, share), temperature=config.temperature,
                 clip=config.clip, entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation,
@@ -103,10 +103,11 @@ class TrainBatch:
 
         return self._update(policy, loss, step, PPOStats)
 
-    def update_critic(self, step: int) -> UpdateStats:
+    def update_critic(self, step: int) -> UpdateStats[PPOStats]:
         config, critic = self.run.config, self.run.critic
+        assert critic is not None, "a run without a critic has no critic's update"
 
-        def loss(batch: PackedBatch, share: Share) -> LossAndStats:
+        def loss(batch: PackedBatch, share: Share) -> LossAndStats[PPOStats]:
             r = share.tokens
             values = critic(batch, batch.state_positions)
             out = losses.value_loss(
@@ -118,8 +119,8 @@ class TrainBatch:
         return self._update(critic, loss, step, PPOStats)
 
     def _update(
-        self, engine: TrainEngine, loss: Callable[[PackedBatch, Share], LossAndStats], step: int, kind: type[Stats]
-    ) -> UpdateStats:
+        self, engine: TrainEngine, loss: Callable[[PackedBatch, Share], LossAndStats[S]], step: int, kind: type[S]
+    ) -> UpdateStats[S]:
         """One optimiser step; `loss` gives a micro-batch's share of the loss and of the statistics."""
         device = self.run.placement.device
         sums = torch.zeros(1 + len(kind._fields), dtype=torch.float64, device=device)
@@ -130,6 +131,7 @@ class TrainBatch:
             index, weight = item
             part = self.rollout.select(index)
             batch = PackedBatch.make(part.sequences(), part.prompt_lens.tolist(), device, self.run.placement.kernel)
+            stats: S
             value, stats = loss(batch, Share(index, self.rollout.response_index(index).to(device)))
             if weight:
                 sums = sums + torch.stack([value.detach(), *stats]).double()
@@ -141,5 +143,5 @@ class TrainBatch:
         if not math.isfinite(float(total[0])):
             result = StepResult(result.grad_norm, applied=False)
         most = max(distributed.gather_objects(float(ratio_max)))
-        stats = kind(*total[1:].float())._replace(ratio_max=torch.tensor(most))
-        return UpdateStats(result, float(total[0]), stats, engine.lr(step))
+        summed = kind(*total[1:].float())._replace(ratio_max=torch.tensor(most))
+        return UpdateStats(result, float(total[0]), summed, engine.lr(step))

@@ -23,14 +23,14 @@ from rto_fast.updates.ppo import LossAndStats, Share, TrainBatch, UpdateStats
 class SamplerBatch(TrainBatch):
     """A TrainBatch whose policy update corrects for the sampler."""
 
-    def update_policy(self, step: int) -> UpdateStats:
+    def update_policy(self, step: int) -> UpdateStats[PPOStats]:
         config, policy, device = self.run.config, self.run.policy, self.run.placement.device
         old_logp, sampler_logp = self.scores.old_logp, self.rollout.sampler_logp.to(device)
         here = self.rollout.response_index(self.index).to(device)
         unseen = bool(old_logp[here].isnan().any())
         read = partial(token_logprobs, temperature=config.temperature, return_entropy=True)
 
-        def loss(batch: PackedBatch, share: Share) -> LossAndStats:
+        def loss(batch: PackedBatch, share: Share) -> LossAndStats[PPOStats]:
             r = share.tokens
             logp, entropy = policy(batch, read)
             old_logp[r] = torch.where(old_logp[r].isnan(), logp.detach(), old_logp[r])

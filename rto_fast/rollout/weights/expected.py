@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rto_fast.errors import SyncError
 
@@ -15,7 +15,7 @@ from rto_fast.errors import SyncError
 class ExpectedWeights:
     """What an engine checks a push against. Of tied parameters the model's first name counts."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """model: a transformers causal LM, on any device, meta too."""
         every = dict(model.named_parameters(remove_duplicate=False))
         self.shapes = {name: parameter.shape for name, parameter in every.items()}

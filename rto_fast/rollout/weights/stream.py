@@ -48,15 +48,15 @@ def join(store: dist.TCPStore, rank: int, size: int, device: torch.device, addre
     address: this end's own, that gloo listens at.
     """
     timeout = timedelta(seconds=timeout_s)
-    store = dist.PrefixStore("weights", store)
+    own = dist.PrefixStore("weights", store)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
-    options = dist.ProcessGroupGloo._Options()
+        return dist.ProcessGroupNCCL(own, rank, size, options)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return dist.ProcessGroupGloo(own, rank, size, options)
 
 
 def send(

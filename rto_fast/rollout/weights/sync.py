@@ -69,13 +69,14 @@ class WeightSync:
     def push(self, version: int) -> SyncStats:
         """The policy's weights, checked at both ends; SyncError on every rank where one rank's differ.
 
-        An engine that fails is made anew once, on all ranks.
+        An engine that fails is restarted once, on all ranks.
         """
         for attempt in (1, 2):
             stats, lost = self._push(version)
             if not (failed := [f for f in distributed.gather_objects(lost) if f]):
                 break
             self._renew(failed[0], attempt)
+        assert stats is not None  # else the second failure was raised
         self.version = version
         return stats
 
@@ -145,7 +146,7 @@ class WeightSync:
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, report: Report = lambda *_: None, keep: int | None = None
     ) -> Rollout:
-        """This rank's rollout. An engine that fails is made anew once, on all ranks, and samples again.
+        """This rank's rollout. An engine that fails is restarted once, on all ranks, and samples again.
 
         keep: prompts that are enough; None = all.
         Raises SyncError when the rollout is not of the version pushed last, RolloutError on the second failure.
@@ -157,6 +158,7 @@ class WeightSync:
                 break
             self._renew(failed[0], attempt)
             self.push(self.version)
+        assert rollout is not None  # else the second failure was raised
         if rollout.version != self.version:
             raise SyncError(f"the rollout is of version {rollout.version}, {self.version} was pushed last")
         return rollout
