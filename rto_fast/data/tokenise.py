@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -182,11 +183,16 @@ def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, colu
 def _tokenise(
     config: RunConfig, read: Callable[[int], Table], encode: Encode, columns: Columns, scratch: str
 ) -> pa.Table:
-    """All rows as _FEATURES, with a progress bar; the table is a memory map of files in `scratch`."""
+    """All rows as _FEATURES; the table is a memory map of files in `scratch`.
+
+    Shows a progress bar or, where bars are off, one line.
+    """
     table = read(config.max_rows)
     rows = len(table.rows)
     cores = min(MAX_WORKERS, len(os.sched_getaffinity(0))) if rows >= PARALLEL_ROWS else 1
     workers = min(config.data_workers or cores, rows)
+    if datasets.are_progress_bars_disabled():
+        print(f"tokenising {Path(table.name).name}: {rows:,} rows", file=sys.stderr, flush=True)
     mapped = table.rows.map(
         _encode_row,
         fn_kwargs={"encode": encode, "keys": columns(table), "as_text": table.as_text},

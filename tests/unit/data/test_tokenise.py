@@ -166,3 +166,15 @@ def test_two_ranks(tmp_path, tokenizer, template, monkeypatch):
     assert [r[2] for r in results] == [2, 0]
     assert results[0][3] == results[1][3]
     assert "bad.jsonl', line 2, column 2: malformed JSON" in results[0][3]
+
+
+def test_without_a_terminal_one_line_says_what_is_tokenised(tmp_path, tokenizer, template, cache, capsys):
+    data = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    datasets.disable_progress_bars()
+    try:
+        preferences(data, tokenizer, template)
+    finally:
+        datasets.enable_progress_bars()
+    assert capsys.readouterr().err == f"tokenising d.jsonl: {len(ROWS)} rows\n"
+    preferences(data, tokenizer, template)  # from the cache
+    assert capsys.readouterr().err == ""
