@@ -71,7 +71,7 @@ class Phases:
         self._open.pop()
 
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
-        """(seconds, tokens) by phase, and starts anew; an open phase is counted up to now."""
+        """(seconds, tokens) by phase, and starts again; an open phase is counted up to now."""
         self._settle()
         taken = self.seconds, self.tokens
         self.seconds, self.tokens = {}, {}

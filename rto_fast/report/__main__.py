@@ -11,7 +11,7 @@ from rto_fast.report.page import report_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 when the folder holds no readable run."""
-    parser = argparse.ArgumentParser(prog="rto-fast report", description="Build report.html anew from a run's files.")
+    parser = argparse.ArgumentParser(prog="rto-fast report", description="Build report.html again from a run's files.")
     parser.add_argument("run_dir", help="output folder of a run")
     parser.add_argument("--samples", type=int, default=16, help="sampled responses shown at most (16)")
     parser.add_argument("--title", default="", help="heading; empty = stage and folder")

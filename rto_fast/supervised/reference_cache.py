@@ -1,7 +1,7 @@
 """The reference's log-probs, computed once a data set and kept on disk.
 
 A file belongs to one combination of reference weights, tokenizer, template, rows, length limit and dtype, whose
-hash is its name; it appears under that name only when it is whole, and a damaged one is made anew.
+hash is its name; it appears under that name only when it is whole, and a damaged one is computed again.
 """
 
 from __future__ import annotations

@@ -44,3 +44,16 @@ def test_the_page_of_flags_is_what_the_configs_say(monkeypatch):
 def test_every_page_is_in_the_sites_navigation():
     named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     assert named == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+
+
+def test_every_module_has_its_test_or_a_line_that_says_where():
+    lines = (ROOT / "tests" / "README.md").read_text().splitlines()[6:]
+    modules, places = (
+        {name for line in lines for name in re.findall(r"`([\w/.]+)`", line.split("|")[column])} for column in (1, 2)
+    )
+    assert all((ROOT / "tests" / place).exists() for place in places)
+    assert all((ROOT / "rto_fast" / module).exists() for module in modules)
+    tested = {p.stem.removeprefix("test_") for p in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "rto_fast").rglob("*.py"):
+        name = str(path.relative_to(ROOT / "rto_fast"))
+        assert path.stem in (*tested, "__init__") or name in modules, f"{name}: no test of its name, no line"
