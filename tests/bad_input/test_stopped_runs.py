@@ -155,6 +155,7 @@ def test_other_ranks_are_quiet(run, monkeypatch):
     assert min(waited) >= 1
 
 
+@pytest.mark.slow
 def test_two_ranks_refuse_together(settings, tmp_path, launch):
     path = write_rows(tmp_path / "pairs.jsonl", [GOOD, GOOD | {"chosen": ""}])
     flags = flags_of(settings["rm_llama3.py"] | {"data": path})

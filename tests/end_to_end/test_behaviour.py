@@ -152,6 +152,7 @@ def test_an_exact_sampler_changes_nothing(tiny, one_rank, tmp_path):
     assert usual[-1]["kl/response"] > 0.01
 
 
+@pytest.mark.slow
 def test_two_passes_on_two_ranks_are_those_of_one(tiny, launch, tmp_path):
     """The second pass deals the sequences out anew: each rank must know what another has seen."""
     settings = {"rollout_engine": "transformers", "behaviour_logp": "sampler", "ppo_epochs": 2, "policy_lr": 3e-3,

@@ -153,6 +153,7 @@ def test_rows_that_cannot_be_answered_are_named(settings, tmp_path):
             made(settings, data=write_rows(tmp_path / "bad.jsonl", rows), format="jsonl")
 
 
+@pytest.mark.slow
 def test_command_line(settings, tmp_path, launch):
     """As a user starts it: a good run, then the same again, which must not overwrite the first."""
     flags = [f for k, v in settings.items() for f in (f"--{k.replace('_', '-')}", str(v))]

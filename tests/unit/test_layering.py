@@ -153,6 +153,7 @@ def test_kernels_is_a_plain_folder():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_repository_root():
     code = "import transformers.modeling_utils, rto_kernels; print(rto_kernels.__name__)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=180)

@@ -48,6 +48,7 @@ def exits(monkeypatch):
     return codes
 
 
+@pytest.mark.slow
 def test_beats_keep_the_process_alive(exits):
     with watched(3.0, "nothing") as beat:
         for _ in range(35):
@@ -70,6 +71,7 @@ def test_nothing_is_left_of_it(exits):
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_process():
     """The engine's loop over a step that sleeps in the place of vLLM's."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
