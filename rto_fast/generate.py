@@ -1,6 +1,6 @@
 """Responses of a model to a benchmark's prompts, in the files that AlpacaEval 2 and Arena-Hard read.
 
-    python -m rto_fast.generate --model runs/rto/policy --data alpaca_eval.json --format alpaca_eval --output rto.json
+    rto-fast generate --model runs/rto/policy --data alpaca_eval.json --format alpaca_eval --output rto.json
 
     alpaca_eval  one JSON list of {instruction, output, generator, dataset}; data: rows {instruction[, dataset]}
     arena_hard   JSON lines; rows {question_id, turns} (version 0.1) give {question_id, answer_id, model_id, choices,

@@ -22,8 +22,7 @@ ORDER = (
     ("demo", "generate", "export"),
     ("trainer",),
     ("metrics",),
-    ("updates",),
-    ("build",),
+    ("build", "updates"),
     ("run",),
     ("supervised", "rollout", "scoring"),
     ("backend",),
@@ -124,6 +123,12 @@ def test_a_planted_import_is_found(tmp_path, low, high, lazily):
 def test_every_file_has_its_room():
     rooms = [room for rung in ORDER for room in rung]
     assert {room_of(module_of(p, TRAINER)) for p in FILES if p.parent != TRAINER or p.stem != "__init__"} <= set(rooms)
+
+
+def test_no_name_that_hides_another():
+    """A script's own folder comes first on its path: these would stand in for Python's, vLLM's and Hugging Face's."""
+    names = {p.stem if p.stem != "__init__" else p.parent.name for p in FILES}
+    assert not names & {"types", "vllm", "kernels"}
 
 
 @pytest.mark.parametrize("name", ["errors", "contract"])
