@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, Protocol, TypeVar
+from typing import Literal, NoReturn, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -39,10 +39,11 @@ _QUIET_SECONDS = 3.0
 def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = None) -> C:
     """The config from flags named as its fields; exits with code 2 on a value that does not parse.
 
-    Raises ConfigError on an unknown flag (the nearest is suggested).
+    Raises ConfigError on an unknown flag or choice (the nearest is suggested).
     """
     args = sys.argv[1:] if args is None else args
     args = [a for a in args if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
+    _check_choices(defaults, args)
     config, unknown = tyro.cli(
         type(defaults), default=defaults, args=args, prog=prog, description=type(defaults).__doc__,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands), return_unknown_args=True,
@@ -54,6 +55,20 @@ def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = 
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"unknown flag {flag}; {hint}--help lists all")
     return config
+
+
+def _check_choices(defaults: Settings, args: Sequence[str]) -> None:
+    """Raises ConfigError on a value that is none of its flag's choices."""
+    kinds = get_type_hints(type(defaults))
+    for arg, after in zip(args, [*args[1:], ""], strict=True):
+        flag, equals, value = arg.partition("=")
+        kind = kinds.get(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else None
+        choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+        value = value if equals else after
+        if choices and value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"{flag}: {value!r} is no choice; {hint}there are {', '.join(choices)}")
 
 
 def speaks() -> bool:
