@@ -1,4 +1,4 @@
-"""From the command line to a run: flags, and one clear message for what cannot work.
+"""From the command line to a run: flags, and one line for what cannot work.
 
 Exit codes: 0 done; 2 the settings or the input cannot work, and nothing was written; 3 the run had to stop, and
 what it had saved is whole.

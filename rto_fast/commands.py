@@ -1,4 +1,7 @@
-"""The commands of `rto-fast`, and the settings that each starts from: the paper's for Llama-3-8B."""
+"""The commands of `rto-fast`, and the settings that each starts from.
+
+They are the paper's for Llama-3-8B.
+"""
 
 from __future__ import annotations
 

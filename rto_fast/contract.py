@@ -1,4 +1,6 @@
-"""The data contract between the stages of one RTO step: packed tokens, no padding anywhere.
+"""The data that the stages of one RTO step hand on: packed tokens.
+
+There is no padding anywhere.
 
 Shape legend
     B   sequences (responses) in the batch

@@ -1,4 +1,6 @@
-"""A checkpoint as Hugging Face folders, without the run that wrote it and without a GPU.
+"""A checkpoint as Hugging Face folders.
+
+It needs neither the run that wrote it nor a GPU.
 
 rto-fast export runs/rto --to exported            # the newest checkpoint
 rto-fast export runs/rto --to exported --step 40

@@ -1,4 +1,6 @@
-"""Responses of a model to a benchmark's prompts, in the files that AlpacaEval 2 and Arena-Hard read.
+"""A model's responses to a benchmark's prompts.
+
+In the files that AlpacaEval 2 and Arena-Hard read.
 
     rto-fast generate --model runs/rto/policy --data alpaca_eval.json --format alpaca_eval --output rto.json
 

@@ -1,4 +1,6 @@
-"""Token MDPs small enough to enumerate: exact optima, exact policy iteration on token rewards, exact preferences.
+"""Token MDPs small enough to enumerate.
+
+Exact optima, exact policy iteration on token rewards, exact preferences.
 
     A   actions (the vocabulary)          S   sequences = A^H, in the order of their base-A digits
     H   tokens of every response          tables[h]   [A^h, A]: one row for each prefix of h tokens

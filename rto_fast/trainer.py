@@ -1,4 +1,4 @@
-"""Reinforced Token Optimization (arXiv 2404.18922, Algorithm 1): the loop, and nothing of how its parts are made.
+"""The loop of Reinforced Token Optimization (arXiv 2404.18922, Algorithm 1).
 
     for each batch of prompts x:
         y ~ pi(. | x)                                                           rollout

@@ -1,4 +1,4 @@
-"""Where the learnt token rewards are paid: RTO and its variants, one function each.
+"""Where the learnt token rewards are paid: one function a variant.
 
 All work on the DPO rewards that are already clipped token by token, so that moved or subtracted sums are sums of
 what RTO itself pays; KL penalty and terminal score stay where they are.

@@ -1,4 +1,6 @@
-"""Objectives on preferences, one function each; every tensor fp32, one entry a pair ([P]) unless stated.
+"""Objectives on preferences, one function each.
+
+Every tensor is fp32, one entry a pair ([P]) unless stated.
 
 Log-probs are sums over a response's tokens (nats), lengths count its tokens, and the log-ratio of a response is
 log(pi / pi_ref). Each function returns the loss of every row, which the caller divides by the train batch's

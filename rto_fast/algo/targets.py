@@ -1,4 +1,4 @@
-"""From scores to token rewards, advantages and returns; the controller of the KL penalty.
+"""From scores to token rewards, advantages and returns.
 
 Nothing else in the trainer does arithmetic on rewards.
 """

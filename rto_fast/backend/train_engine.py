@@ -1,4 +1,7 @@
-"""One trained model in DeepSpeed: configuration, and an update from unequal micro-batches."""
+"""One trained model in DeepSpeed.
+
+Its configuration, and an update from micro-batches of unequal size.
+"""
 
 from __future__ import annotations
 

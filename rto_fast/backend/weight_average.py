@@ -1,4 +1,7 @@
-"""An exponential moving average of the policy's weights, kept in fp32 on the CPU of rank 0."""
+"""A moving average of the policy's weights.
+
+Kept in fp32 on the CPU of rank 0.
+"""
 
 from __future__ import annotations
 

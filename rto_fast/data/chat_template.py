@@ -1,4 +1,4 @@
-"""Chat templates and tokenizers: how a prompt and a response become token ids, the same in every stage.
+"""How a prompt and a response become token ids, the same in every stage.
 
 Two kinds of template:
 

@@ -1,4 +1,4 @@
-"""Row formats: what users' data sets look like -> (prompt, response), or the reason why a row cannot be used.
+"""Rows as users have them -> (prompt, response), or why a row cannot be used.
 
 Prompts are strings or message lists. Responses are strings, one assistant message, or the whole conversation
 with the response as its last turn; then the earlier turns are the prompt, and a string in the prompt's column

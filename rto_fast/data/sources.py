@@ -1,4 +1,6 @@
-"""Where rows come from: Hub data sets, local files, folders saved by `datasets`; with exact errors.
+"""Read rows from the Hub, local files and folders saved by `datasets`.
+
+Errors name the file and the line.
 
 JSON, JSON lines and CSV are read here line by line, so that a message can name the line and a column may hold
 text in one row and messages in the next. Parquet, saved folders and the Hub go through `datasets`.

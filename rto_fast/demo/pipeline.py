@@ -1,4 +1,6 @@
-"""The whole job on the embedded task, from nothing: SFT -> preferences -> reward model -> DPO -> RTO and PPO.
+"""The whole job on the embedded task, from nothing.
+
+SFT -> preferences -> reward model -> DPO -> RTO and PPO.
 
 RTO and PPO run the same loop with the same reward model, learning rates, seeds and number of samples; only
 beta1 differs (0 is PPO). The task's token reward is known, so all models are judged by the truth.

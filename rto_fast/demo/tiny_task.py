@@ -1,4 +1,6 @@
-"""An embedded task of readable English whose true token reward is known: small enough to train on in seconds.
+"""An embedded task of readable English whose true token reward is known.
+
+It is small enough to train on in seconds.
 
 A prompt opens a story ("Once there was a proud fox near the garden."), a response tells it in a few sentences
 of a small grammar. Some words earn +1 or -1, depending on the *content word* a little earlier (nouns, verbs,

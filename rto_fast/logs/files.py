@@ -1,4 +1,4 @@
-"""The files that a run leaves for people to read: run.json, metrics.jsonl, samples.jsonl.
+"""The files of a run that people read: run.json, metrics.jsonl, samples.jsonl.
 
 Every whole file is written beside its place and moved there (a kill leaves the old one), every appended line
 is flushed at once, and every reader forgives a last line that a kill has torn.

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a console a newcomer can read, and every figure in files.
+"""What a run says while it trains: the console, and every figure in files.
 
     metrics.jsonl   one JSON object a step, flushed; NaN and infinities are null
     tensorboard/    the same scalars

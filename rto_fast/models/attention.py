@@ -1,4 +1,4 @@
-"""Attention over packed sequences: each token sees its own sequence only, and no padding exists.
+"""Attention over packed sequences: each token sees its own sequence alone.
 
 Three ways, chosen by `resolve_attention`:
     flash_attention_2   flash-attn's varlen kernel, through transformers

@@ -1,4 +1,7 @@
-"""Policy, critic and reward model: backbones on packed tokens, heads on chosen positions."""
+"""Policy, critic and reward model: backbones on packed tokens, and heads.
+
+A head reads chosen positions only.
+"""
 
 from __future__ import annotations
 

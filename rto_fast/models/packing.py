@@ -1,4 +1,6 @@
-"""Which sequences go into which micro-batch of which rank: balanced by tokens, no padding.
+"""Which sequences go into which micro-batch of which rank.
+
+Balanced by tokens; no padding.
 
 Every rank computes the whole plan from the same lengths, so no rank waits for another to know it. The plan
 changes the order of sums only: losses are divided by the train batch's global count, never by a micro-batch's.

@@ -1,4 +1,4 @@
-"""Style and script of report.html: everything the page needs, nothing from elsewhere."""
+"""Style and script of report.html; it needs nothing from elsewhere."""
 
 CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """Content policy of the page: it can fetch nothing, whatever a sampled response may contain."""

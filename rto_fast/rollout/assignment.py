@@ -1,4 +1,4 @@
-"""Who samples what: the requests of an iteration dealt out to the engines, and when an engine may stop.
+"""Which engine samples what, and when it may stop.
 
 Where more prompts are drawn than the batch holds (`rollout_oversample`), every engine has a quota of whole prompts and
 stops as soon as it is filled: what would have been the longest responses is never finished.

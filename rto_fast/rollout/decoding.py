@@ -1,4 +1,4 @@
-"""Steps of a decoding loop on transformers models: uniforms, inverse-CDF draw, attention, KV cache."""
+"""Steps of a decoding loop: uniforms, draw, attention, key-value cache."""
 
 from __future__ import annotations
 

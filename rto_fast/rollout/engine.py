@@ -1,4 +1,4 @@
-"""Sampling from the policy: what an engine is asked, what it answers, how it gets the weights.
+"""The contract of a rollout engine: what it is asked and what it answers.
 
 An engine holds its own copy of the policy. The trainer pushes its weights before each rollout and counts
 a version; the engine stamps it on what it samples. Which engine runs is the config's `rollout_engine`.

@@ -1,4 +1,6 @@
-"""Rollout engine on a transformers causal LM: batches by length, a fixed KV cache, its own sampling loop.
+"""Sample from a transformers causal LM.
+
+Batches by length, a fixed KV cache, its own sampling loop.
 
 Each token is the inverse of the cumulative distribution at a uniform number,
 

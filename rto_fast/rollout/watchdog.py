@@ -1,4 +1,4 @@
-"""Ends a process that hangs in a call which nothing inside the process can interrupt."""
+"""End a process that hangs in a call which nothing inside it can interrupt."""
 
 from __future__ import annotations
 

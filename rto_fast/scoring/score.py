@@ -1,4 +1,7 @@
-"""What the models say of a rollout: log-probs, values and scores; no gradient, packed, shared out over ranks."""
+"""What the models say of a rollout: log-probs, values and scores.
+
+Without gradient, packed, shared out over ranks.
+"""
 
 from __future__ import annotations
 

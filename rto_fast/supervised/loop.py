@@ -1,4 +1,6 @@
-"""The loop that SFT, reward model and DPO share: packed train batches over rows, evaluation, checkpoints.
+"""The loop that SFT, reward model and DPO share.
+
+Packed train batches over rows, evaluation, checkpoints.
 
 What differs between them is a `Stage` (stage.py): which sequences a row has, and what their loss is.
 """

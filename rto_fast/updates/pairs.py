@@ -1,4 +1,7 @@
-"""One policy update from pairs of responses to one prompt: P3O and REBEL. No critic."""
+"""Update the policy from pairs of responses to one prompt: P3O and REBEL.
+
+There is no critic.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One PPO update of the policy and of the critic from a train batch, shared out over ranks and micro-batches."""
+"""Update policy and critic from one train batch: PPO.
+
+The batch is shared out over ranks and micro-batches.
+"""
 
 from __future__ import annotations
 

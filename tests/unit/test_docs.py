@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import sys
@@ -28,6 +29,12 @@ def test_what_a_page_names_is_there(page):
             assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, target
     for name in FILE.findall(text):
         assert (ROOT / name).exists() or "<" in name, f"{page.name}: {name}"
+
+
+def test_a_module_says_in_one_line_what_it_is():
+    for path in (ROOT / "rto_fast").rglob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert (text and len(text.splitlines()[0]) <= 80) or not path.read_text(), path
 
 
 def test_readme_is_short_and_written_by_hand():

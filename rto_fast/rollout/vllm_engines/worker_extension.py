@@ -1,4 +1,7 @@
-"""What vLLM's workers do for the trainer; `vllm serve --worker-extension-cls` puts it into them (see servers.py)."""
+"""What vLLM's workers do for the trainer.
+
+`vllm serve --worker-extension-cls` puts it into them (see server_process.py).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A checksum of tensors that both ends of a transfer compute: integer sums, the same in any order and on any device.
+"""A checksum of tensors that both ends of a transfer compute.
+
+Integer sums: the same in any order and on any device.
 
     digest = sum_i mix(word_i + i * GAMMA) mod 2**64
 

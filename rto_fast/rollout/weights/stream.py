@@ -1,4 +1,6 @@
-"""Named tensors from the trainer to engines in other processes: a broadcast in buckets, over a group of its own.
+"""Send named tensors from the trainer to engines in other processes.
+
+A broadcast in buckets, over a group of its own.
 
 A bucket is three broadcasts: its sizes, its table of contents (JSON) and its bytes. While one travels, the sender
 gathers the next: two buckets at most are held there, one at a receiver. A bucket is at least one tensor.

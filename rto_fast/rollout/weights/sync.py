@@ -1,4 +1,4 @@
-"""Trainer -> rollout engine, and the proof that the engine samples from the trainer's policy.
+"""Push the policy's weights to the engine, and verify that they arrived.
 
 At the paper's learning rate a stale bf16 sampler differs from a fresh one by less than rounding, so log-probs alone
 cannot show a broken sync. Three checks together do:
