@@ -95,7 +95,7 @@ def draw(shape: Shape) -> tuple[list[Request], list[int]]:
 
 @dataclass
 class Parts:
-    """What one iteration needs; `run` of ppo_update.TrainBatch too."""
+    """What one iteration needs; `run` of updates.ppo.TrainBatch too."""
 
     shape: Shape
     config: RTOConfig
