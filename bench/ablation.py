@@ -15,10 +15,10 @@ import rto_kernels
 import torch
 from peers import eager_logp
 
-from rto_fast import models, packing
-from rto_fast.batch import offsets, ragged_arange
-from rto_fast.models import PolicyModel
-from rto_fast.packing import PackedBatch
+from rto_fast.contract import offsets, ragged_arange
+from rto_fast.models import heads, packing
+from rto_fast.models.heads import PolicyModel
+from rto_fast.models.packing import PackedBatch
 
 FILL = 0  # the token that sequences are filled up with; nothing looks at it
 
@@ -64,13 +64,13 @@ def without_packing() -> Iterator[None]:
 
 def _head_on_every_position(self, batch, read=None):
     """The head reads every other position too, forward only, and that is dropped."""
-    hidden, head = models._hidden(self.lm.base_model, batch), self.lm.get_output_embeddings()
+    hidden, head = heads._hidden(self.lm.base_model, batch), self.lm.get_output_embeddings()
     following = torch.cat([batch.tokens[1:], batch.tokens[:1]])
     others = torch.ones_like(following, dtype=torch.bool)
     others[batch.state_positions] = False
     with torch.no_grad():
-        head(hidden[others], following[others], models.token_logprobs)
-    return head(hidden[batch.state_positions], batch.response_tokens, read or models.token_logprobs)
+        head(hidden[others], following[others], heads.token_logprobs)
+    return head(hidden[batch.state_positions], batch.response_tokens, read or heads.token_logprobs)
 
 
 def without_response_only_head():
@@ -103,7 +103,7 @@ def _eager_linear_ppo_loss(
 @contextmanager
 def without_kernels() -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(models, "token_logprobs", _eager_token_logprobs))
+        stack.enter_context(mock.patch.object(heads, "token_logprobs", _eager_token_logprobs))
         stack.enter_context(mock.patch.object(rto_kernels, "fused_linear_ppo_loss", _eager_linear_ppo_loss))
         for name in ("token_rewards", "gae", "ppo_loss"):
             plain = partial(getattr(rto_kernels, name), backend="torch")

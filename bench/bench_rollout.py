@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rto_fast import vllm_engine
-from rto_fast.batch import Request
-from rto_fast.rollout import Sampling, sample_seed
-from rto_fast.transformers_engine import TransformersEngine
+from rto_fast.contract import Request
+from rto_fast.rollout.engine import Sampling, sample_seed
+from rto_fast.rollout.transformers_engine import TransformersEngine
+from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
+from rto_fast.rollout.vllm_engines.support import unusable
 
 MODELS = Path(__file__).parents[1].parent / "shared" / "models"
 DEMO = {
@@ -85,10 +86,10 @@ def test_engine(benchmark, case):
 
 def test_vllm(benchmark, case):
     path, requests, length = case
-    if reason := vllm_engine.unusable(path, torch.device("cpu")):
+    if reason := unusable(path, torch.device("cpu")):
         pytest.skip(reason)
     longest = max(len(q.prompt) for q in requests) + length
-    engine = vllm_engine.VLLMEngine(path, "cpu", torch.float32, max_length=longest)
+    engine = VLLMEngine(path, "cpu", torch.float32, max_length=longest)
     sampling = Sampling(length, 1.0, ())
     measure(benchmark, lambda: engine.generate(requests, sampling, lambda *_: None), len(requests) * length)
     engine.close()

@@ -4,7 +4,7 @@
     python bench/claim.py --quick     # the same path in minutes, results under runs/
 
 Each method's learning rate is chosen on tuning seeds, by the true reward and from one grid for all; the report's
-seeds then run at that rate. Writes OUT/claim.json, OUT/*.svg and, with --readme, README's section.
+seeds then run at that rate. Writes OUT/claim.json, OUT/*.svg and, with --page, the section of docs/results/claim.md.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from claim_cells import METHODS, Cell, TinyWorld, World, run_cell, start_worker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rto_fast.config import ConfigError, require
-from rto_fast.demo import DemoConfig
-from rto_fast.runfiles import write_atomic
+from rto_fast.demo.config import DemoConfig
+from rto_fast.errors import ConfigError, require
+from rto_fast.logs.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("fractions", "difficulty", *claim_stories.TASKS, "ablations")
@@ -82,8 +82,8 @@ class ClaimConfig:
     """Folder of the cells' results; a finished cell is never run again."""
     out: str = "bench/results/claim"
     """Folder of claim.json and the figures."""
-    readme: bool = False
-    """Write README's section between its claim marks."""
+    page: bool = False
+    """Write the section of docs/results/claim.md."""
     report_only: bool = False
     """Train nothing; report the cells that are there."""
     quick: bool = False
@@ -290,7 +290,7 @@ def main(config: ClaimConfig) -> None:
         "settings": dataclasses.asdict(config),
         "learning_rates": chosen, "cells": list(grid.found.values()), "missing": sorted(c.name for c in grid.missing),
     }  # fmt: skip
-    claim_report.write(record, out, ROOT / "README.md" if config.readme else None, console)
+    claim_report.write(record, out, ROOT / "docs" / "results" / "claim.md" if config.page else None, console)
 
 
 if __name__ == "__main__":

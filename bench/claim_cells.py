@@ -22,17 +22,20 @@ import torch
 import transformers
 from rich.console import Console
 
-from rto_fast import distributed, models, stages, trainer
-from rto_fast.attention import resolve_attention
-from rto_fast.batch import Rollout
+from rto_fast import distributed, trainer
 from rto_fast.config import DPOConfig, RTOConfig
-from rto_fast.demo import DemoConfig, Judge, Judgement, Truth, dpo_config, prepare, rl_config, task_judge
-from rto_fast.engine import Diverged
-from rto_fast.packing import Placement
-from rto_fast.rewards import ResponseTexts
-from rto_fast.runfiles import METRICS, finite_or_none, read_metrics, write_atomic
-from rto_fast.scoring import ModelReward
-from rto_fast.tiny_task import make_task
+from rto_fast.contract import ResponseTexts, Rollout
+from rto_fast.demo.config import DemoConfig
+from rto_fast.demo.judge import Judge, Judgement, Truth, task_judge
+from rto_fast.demo.pipeline import dpo_config, prepare, rl_config
+from rto_fast.demo.tiny_task import make_task
+from rto_fast.errors import Diverged
+from rto_fast.logs.files import METRICS, finite_or_none, read_metrics, write_atomic
+from rto_fast.models.attention import resolve_attention
+from rto_fast.models.load import load_policy, load_scalar
+from rto_fast.models.packing import Placement
+from rto_fast.scoring.reward_model import ModelReward
+from rto_fast.supervised.dpo import train_dpo
 
 PREFERENCE = {
     "DPO": "dpo", "R-DPO": "r_dpo", "SimPO": "simpo", "TDPO1": "tdpo1", "TDPO2": "tdpo2", "KTO": "kto", "IPO": "ipo",
@@ -140,7 +143,7 @@ def learnt_rewards(judge: Judge, root: Path) -> tuple[dict[str, float], torch.Te
     """How the learnt rewards correlate with the truth over the SFT model's samples: the reward model's score and the
     DPO model's summed log-ratio; and the log-ratio of each token, [R] fp32."""
     truth = torch.tensor(judge.base_rewards)
-    dpo = models.load_policy(str(root / "dpo" / "model"), argument="dpo", **judge.loading).eval()
+    dpo = load_policy(str(root / "dpo" / "model"), argument="dpo", **judge.loading).eval()
     ratios = [a - b for a, b in zip(judge.logps(dpo, judge.base), judge.logps(judge.sft, judge.base), strict=True)]
     quality = {
         "rm": correlation(reward_model(root / "rm" / "model").score(judge.base, NO_TEXTS), truth),
@@ -152,7 +155,7 @@ def learnt_rewards(judge: Judge, root: Path) -> tuple[dict[str, float], torch.Te
 def reward_model(folder: Path) -> ModelReward:
     """A reward model's scores of the policies' own tokens."""
     attention, kernel = resolve_attention("auto", distributed.device(), torch.float32)
-    model = models.load_scalar(str(folder), argument="reward_model", dtype=torch.float32, attention=attention).eval()
+    model = load_scalar(str(folder), argument="reward_model", dtype=torch.float32, attention=attention).eval()
     return ModelReward("rm", model, Placement(distributed.device(), kernel, lockstep=False, micro_tokens=8192))
 
 
@@ -180,7 +183,7 @@ def rl_settings(world: World, cell: Cell, folder: Path) -> RTOConfig:
 def train(world: World, cell: Cell, folder: Path) -> tuple[Path, dict[str, list[float | None]]]:
     """The trained model's folder, and the figures of each rollout."""
     if cell.method in PREFERENCE:
-        return stages.train_dpo(preference_settings(world, cell, folder)), {}
+        return train_dpo(preference_settings(world, cell, folder)), {}
     trainer.train(rl_settings(world, cell, folder), world.truth())
     rows = read_metrics(folder / METRICS)
     names = {"samples": "samples", "kl": "kl/response", "reward": "true/reward", "score": "reward/score"}

@@ -1,9 +1,10 @@
-"""The claim's results: claim.json, the table, the figures and README's section."""
+"""The claim's results: claim.json, the table, the figures and the section of docs/results/claim.md."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,7 +14,7 @@ import matplotlib
 from claim_cells import METHODS, PAYS_TOKENS, PREFERENCE, RL
 from rich.console import Console
 
-from rto_fast.runfiles import finite_or_none, write_atomic
+from rto_fast.logs.files import finite_or_none, write_atomic
 
 matplotlib.use("svg")
 from matplotlib import pyplot
@@ -247,7 +248,7 @@ def save(figure: pyplot.Figure, path: Path) -> None:
 
 
 def section(record: dict[str, Any], folder: str) -> str:
-    """README's section, tables and figures."""
+    """The page's section, tables and figures."""
     results, settings = Results(record), record["settings"]
     samples = int(results.of("PPO")[0]["curve"]["samples"][-1])
     seeds, tuning = (", ".join(map(str, settings[k])) for k in ("seeds", "tuning_seeds"))
@@ -272,24 +273,22 @@ def section(record: dict[str, Any], folder: str) -> str:
     return "\n" + "\n\n".join(text) + "\n"
 
 
-def write(record: dict[str, Any], out: Path, readme: Path | None, console: Console) -> None:
-    """claim.json and the figures; README's section between its marks where a README is given."""
+def write(record: dict[str, Any], out: Path, page: Path | None, console: Console) -> None:
+    """claim.json and the figures; the section between a page's marks where a page is given."""
     write_atomic(out / "claim.json", compact(finite_or_none(record)))
     pyplot.rcParams.update({"svg.hashsalt": "claim", "font.size": 9, "axes.spines.top": False,
                             "axes.spines.right": False})  # fmt: skip
     results = Results(record)
     draw_curves(results, out / "curves.svg")
     draw_scale(results, out / "scale.svg")
-    root = Path(__file__).parents[1]
-    folder = out.relative_to(root).as_posix() if out.is_relative_to(root) else out.as_posix()
-    text = section(record, folder)
-    write_atomic(out / "tables.md", text.lstrip())
+    write_atomic(out / "tables.md", section(record, ".").lstrip())
     console.print(main_table(results), highlight=False, soft_wrap=True)
     console.print(f"{out}: claim.json, tables.md, curves.svg, scale.svg")
-    if readme:
+    if page:
+        text = section(record, Path(os.path.relpath(out, page.parent)).as_posix())
         start, end = "<!-- claim -->", "<!-- /claim -->"
-        head, rest = readme.read_text().split(start)
-        write_atomic(readme, head + start + text + end + rest.split(end)[1])
+        head, rest = page.read_text().split(start)
+        write_atomic(page, head + start + text + end + rest.split(end)[1])
 
 
 def compact(record: dict[str, Any]) -> str:

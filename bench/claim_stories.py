@@ -20,14 +20,15 @@ from pathlib import Path
 from claim_cells import NO_TEXTS, learnt_rewards, reward_model
 from transformers import AutoTokenizer
 
-from rto_fast import stages
-from rto_fast.batch import Rollout
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
-from rto_fast.demo import Judge, Judgement, draw
-from rto_fast.rewards import ResponseTexts
-from rto_fast.rollout import sample_seed
-from rto_fast.runfiles import METRICS, json_line, read_metrics, read_rows, write_atomic
-from rto_fast.scoring import ModelReward
+from rto_fast.contract import ResponseTexts, Rollout
+from rto_fast.demo.judge import Judge, Judgement, draw
+from rto_fast.logs.files import METRICS, json_line, read_metrics, read_rows, write_atomic
+from rto_fast.rollout.engine import sample_seed
+from rto_fast.scoring.reward_model import ModelReward
+from rto_fast.supervised.dpo import train_dpo
+from rto_fast.supervised.reward_model import train_rm
+from rto_fast.supervised.sft import train_sft
 
 TASKS = ("stories-rule", "stories-taste")
 SHARED = Path(__file__).parents[2] / "shared"
@@ -109,14 +110,14 @@ class StoryWorld:
         )
         self._write("prompts", [{"prompt": r["prompt"]} for r in self.ours])
         length = {"max_length": MAX_PROMPT + MAX_RESPONSE}
-        stages.train_sft(SFTConfig(model=str(MODEL), lr=5e-4, batch=32, **length, **self._files("sft", "corpus")))
+        train_sft(SFTConfig(model=str(MODEL), lr=5e-4, batch=32, **length, **self._files("sft", "corpus")))
         self._write("pairs", self._sampled_pairs() if self.task == "stories-rule" else self.ours)
-        stages.train_rm(RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("rm", "pairs")))
-        stages.train_dpo(self.preference())
+        train_rm(RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("rm", "pairs")))
+        train_dpo(self.preference())
         quality = {}
         if self.task == "stories-taste":
             self._write("held_out", self.theirs)
-            stages.train_rm(RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("judge", "held_out")))
+            train_rm(RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("judge", "held_out")))
             quality["judge_accuracy"] = read_metrics(self.root / "judge" / METRICS)[-1]["eval/accuracy"]
         return quality | learnt_rewards(self.judge_one, self.root)[0]
 

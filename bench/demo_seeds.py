@@ -1,4 +1,4 @@
-"""The demo over several seeds: every seed's table, curves with means, and README's section.
+"""The demo over several seeds: every seed's table, curves with means, and the section of docs/results/demo.md.
 
 python bench/demo_seeds.py --seeds 0 1 2 3 4        # runs what is not there yet, then writes bench/results/demo.*
 """
@@ -20,8 +20,9 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rto_fast.demo import ARMS, truth_curve
-from rto_fast.runfiles import METRICS, read_metrics, write_atomic
+from rto_fast.demo.config import ARMS
+from rto_fast.demo.pipeline import truth_curve
+from rto_fast.logs.files import METRICS, read_metrics, write_atomic
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"SFT": "#888888", "DPO": "#2a9d5c", "PPO": "#d1690f", "RTO": "#1f5fbf"}
@@ -36,13 +37,13 @@ class SeedsConfig:
     runs: str = "runs/demo_seeds"
     """Folder of the runs; finished seeds are not run again."""
     out: str = "bench/results/demo/seeds"
-    """Results: OUT.json, OUT.svg; README's section between its demo marks."""
+    """Results: OUT.json, OUT.svg; with --page the section of docs/results/demo.md."""
     jobs: int = 1
     """Seeds run at the same time."""
     flags: tuple[str, ...] = ()
     """Flags for recipes/rto_tiny.py, each as one word, such as flags=--iterations=20."""
-    readme: bool = False
-    """Write README's section."""
+    page: bool = False
+    """Write the section of docs/results/demo.md."""
 
 
 def run_seed(config: SeedsConfig, seed: int) -> Path:
@@ -119,19 +120,19 @@ def main(config: SeedsConfig) -> None:
     draw(folders, results, out.with_suffix(".svg"))
     text = table(config.seeds, results)
     print(text)
-    if config.readme:
+    if config.page:
+        page = ROOT / "docs" / "results" / "demo.md"
         start, end = "<!-- demo -->", "<!-- /demo -->"
-        readme = (ROOT / "README.md").read_text()
-        head, rest = readme.split(start)
+        head, rest = page.read_text().split(start)
         samples = settings["iterations"] * settings["rollout_batch"]
         seeds = ", ".join(map(str, config.seeds))
         section = (
             f"\n`make demo` on seeds {seeds} (`{command}`), judged by the task's true token reward on\n"
             f"{settings['eval_prompts']} fresh prompts. RTO and PPO draw {samples:,} samples each and differ in beta1\n"
             f"alone; DPO draws none. True reward of a response:\n\n{text}\n\n"
-            f"![True reward against samples and against KL]({config.out}.svg)\n"
+            f"![True reward against samples and against KL]({os.path.relpath(out, page.parent)}.svg)\n"
         )
-        write_atomic(ROOT / "README.md", head + start + section + end + rest.split(end)[1])
+        write_atomic(page, head + start + section + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

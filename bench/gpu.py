@@ -16,7 +16,8 @@
 
 Each section is a process of its own with a time box. It writes bench/results/<device>.json as it goes, so that a
 kill loses the case in flight at most; what did not fit is in there as not run, with the reason. Only `python
-bench/tables.py` turns that file into README's tables. Results of --device cpu go to bench/results/toy/.
+bench/tables.py` turns that file into the tables of docs/performance.md. Results of --device cpu go to
+bench/results/toy/.
 
 Clocks, power and the card's other settings are read, never set. Peers are measured where they can be imported:
 pip install liger-kernel trl verl quack-kernels cut-cross-entropy (verl without its dependencies is enough).

@@ -49,11 +49,11 @@ if not MISSING:
     import released
     from ablation import ABLATION
 
-    from rto_fast import algo, scoring
-    from rto_fast.batch import Rollout, Scores, Targets
-    from rto_fast.ppo_update import TrainBatch
-    from rto_fast.rewards import ResponseTexts
-    from rto_fast.rollout import Sampling
+    from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
+    from rto_fast.rollout.engine import Sampling
+    from rto_fast.scoring.score import score_rollout
+    from rto_fast.trainer import compute_targets
+    from rto_fast.updates.ppo import TrainBatch
 
 # How far another path's losses and gradient norms may be from ours: no figure for one that computes something else.
 ROUNDING = {"fp32": 1e-3, "bf16": 0.2}
@@ -69,11 +69,11 @@ def texts_of(rollout: Rollout) -> ResponseTexts:
 def score_and_targets(parts: Parts, rollout: Rollout, clock: Clock) -> tuple[Scores, Targets]:
     tokens = len(rollout.tokens)
     with clock.phase("score", tokens):
-        scores, _ = scoring.score(
+        scores, _ = score_rollout(
             rollout, texts_of(rollout), parts.scorers, parts.config, parts.placement, lambda _: None
         )
     with clock.phase("targets", len(scores.values)):
-        targets = algo.targets(rollout, scores, parts.config, parts.config.beta2)
+        targets = compute_targets(rollout, scores, parts.config, parts.config.beta2)
     return scores, targets
 
 

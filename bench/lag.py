@@ -21,12 +21,14 @@ from typing import Literal
 import torch
 import tyro
 
-from rto_fast import build, demo, trainer
-from rto_fast.demo import DemoConfig
-from rto_fast.runfiles import METRICS, read_metrics, write_atomic
-from rto_fast.tiny_task import make_task
-from rto_fast.transformers_engine import TransformersEngine
-from rto_fast.vllm_serve import VLLMServeEngine
+from rto_fast import build, trainer
+from rto_fast.demo.config import DemoConfig
+from rto_fast.demo.judge import Truth, sample, true_rewards
+from rto_fast.demo.pipeline import rl_config, run
+from rto_fast.demo.tiny_task import make_task
+from rto_fast.logs.files import METRICS, read_metrics, write_atomic
+from rto_fast.rollout.transformers_engine import TransformersEngine
+from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
 
 ROOT = Path(__file__).parents[1]
 LAGS = (0, 1)
@@ -59,7 +61,7 @@ def prepared(config: LagConfig, seed: int) -> tuple[DemoConfig, Path]:
     root = ROOT / config.runs / f"seed{seed}"
     short = DemoConfig(output_dir=str(root), seed=seed, heads=2, iterations=1)
     if not (root / "results.json").exists():
-        demo.run(short)
+        run(short)
     return dataclasses.replace(short, iterations=config.iterations), root
 
 
@@ -67,13 +69,13 @@ def run_arm(config: DemoConfig, root: Path, out: Path, url: tuple[str, ...], lag
     """Trains an arm; its true reward on fresh prompts, its mean over the last quarter of training, and seconds."""
     task = make_task(config.seed, config.difficulty)
     settings = dataclasses.replace(
-        demo.rl_config(config, root, "RTO"), output_dir=str(out / f"lag{lag}"), rollout_engine="vllm-serve",
+        rl_config(config, root, "RTO"), output_dir=str(out / f"lag{lag}"), rollout_engine="vllm-serve",
         vllm_url=url, rollout_lag=lag, log_every=1, save_every=0, resume="never", vllm_max_sequences=64,
     )  # fmt: skip
-    trainer.train(settings, demo.Truth(task))
+    trainer.train(settings, Truth(task))
     rows = read_metrics(out / f"lag{lag}" / METRICS)
     prompts = [row["prompt"] for row in task.prompts(config.eval_prompts, seed=4)]
-    rewards = demo.true_rewards(task, demo.sample(task, config, out / f"lag{lag}" / "policy", prompts, run_seed=3))
+    rewards = true_rewards(task, sample(task, config, out / f"lag{lag}" / "policy", prompts, run_seed=3))
     late = rows[-(len(rows) // 4) :]
     seconds = {name: sum(r.get(f"time/{name}_s", 0.0) for r in rows) for name in ("rollout", "score", "train", "sync")}
     return {

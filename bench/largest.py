@@ -20,9 +20,10 @@ from workload import MISSING, SHAPES, Clock, Minutes, Shape, attempt, config_of,
 
 if not MISSING:
     from rto_fast import distributed
-    from rto_fast.attention import resolve_attention
-    from rto_fast.engine import DTYPES, TrainEngine
-    from rto_fast.packing import PackedBatch
+    from rto_fast.backend.train_engine import TrainEngine
+    from rto_fast.models.attention import resolve_attention
+    from rto_fast.models.load import DTYPES
+    from rto_fast.models.packing import PackedBatch
 
 
 def largest_batch(shape: Shape, minutes: float) -> dict[str, Any]:

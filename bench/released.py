@@ -23,9 +23,9 @@ from peers import loop_gae
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from rto_fast.batch import Request, Rollout
 from rto_fast.config import RTOConfig
-from rto_fast.models import PolicyModel, ScalarModel
+from rto_fast.contract import Request, Rollout
+from rto_fast.models.heads import PolicyModel, ScalarModel
 
 MICRO = 4
 

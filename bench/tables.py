@@ -1,22 +1,23 @@
-"""README's benchmark tables and plots, made from bench/results/<device>.json and bench/results/aot/*.md.
+"""The tables and plots of docs/performance.md, made from bench/results/<device>.json and bench/results/aot/*.md.
 
-    python bench/tables.py            rewrites README.md between its marks bench (CPUs), gpu and aot
+    python bench/tables.py            rewrites the page between its marks bench (CPUs), gpu and aot
     python bench/tables.py --print    prints the tables instead
 
 A ratio is ours over theirs, the median over interleaved rounds: below 1 is faster. Memory is the peak above
 inputs and weight gradient. A contender whose result was wrong has no figure. A floor is the time at the measured
 ceilings. Results of a GPU (bench/gpu.py) come with the goals, a roofline plot and the end-to-end times; without
-any, that part of README stays as it is.
+any, that part of the page stays as it is.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 CURVE = "cost_against_tokens"
 NO_KERNELS = ("run", "sections")
 
@@ -257,7 +258,7 @@ def roofline(device: str, results: dict) -> list[str]:
     path = RESULTS / f"{device}-roofline.svg"
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
-    return [f"![Roofline]({path.relative_to(README.parent)})", ""]
+    return [f"![Roofline]({os.path.relpath(path, PAGE.parent)})", ""]
 
 
 def intensity(record: dict) -> float | None:
@@ -300,7 +301,7 @@ def curve(device: str, cases: dict[str, dict]) -> list[str]:
     path = RESULTS / f"{device}-tokens.svg"
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
-    return [f"![Cost against tokens]({path.relative_to(README.parent)})", ""]
+    return [f"![Cost against tokens]({os.path.relpath(path, PAGE.parent)})", ""]
 
 
 def section(path: Path) -> list[str]:
@@ -336,23 +337,23 @@ def between(text: str, name: str, made: str) -> str:
     """The text with what stands between the marks of `name` replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"README.md lacks {begin} and {end}")
+        raise SystemExit(f"{PAGE} lacks {begin} and {end}")
     head, _, rest = text.partition(begin)
     return f"{head}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--print", action="store_true", help="print the tables, leave README.md alone")
+    parser.add_argument("--print", action="store_true", help="print the tables, leave the page alone")
     # What there are no results for stays as it is.
     made = {k: v for k, v in (("bench", devices(False)), ("gpu", devices(True)), ("aot", compiled())) if v}
     if parser.parse_args().print:
         print("\n".join(made.values()))
         return
-    text = README.read_text()
+    text = PAGE.read_text()
     for name, lines in made.items():
         text = between(text, name, lines)
-    README.write_text(text)
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

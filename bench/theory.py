@@ -13,7 +13,8 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from rto_fast import runfiles, tabular
+from rto_fast import tabular
+from rto_fast.logs.files import write_atomic
 from rto_fast.tabular import Coefficients, TokenMDP
 
 matplotlib.use("svg")
@@ -105,7 +106,7 @@ def main() -> None:
     figures = {"convergence": convergence(), "recovery": recovery(args.seeds), "queries": queries(1000)}
     figures["slope"] = slope(figures["recovery"]["pairs"], figures["recovery"]["error"])
     draw(figures, args.output / "theory.svg")
-    runfiles.write_atomic(args.output / "theory.json", json.dumps(figures, indent=1) + "\n")
+    write_atomic(args.output / "theory.json", json.dumps(figures, indent=1) + "\n")
     print(f"{args.output / 'theory.svg'}: slope {figures['slope']:.3f}")
 
 

@@ -22,16 +22,21 @@ PAD, STOP = 0, 1
 SEED = 0
 
 try:
-    from rto_fast import distributed, models, scoring
-    from rto_fast.assembly import FrozenModel
-    from rto_fast.attention import resolve_attention
-    from rto_fast.batch import Request
+    from rto_fast import distributed
+    from rto_fast.backend.frozen import FrozenModel
+    from rto_fast.backend.train_engine import TrainEngine
     from rto_fast.config import RTOConfig
-    from rto_fast.engine import DTYPES, TrainEngine
-    from rto_fast.models import PolicyModel, ScalarModel
-    from rto_fast.packing import Placement
-    from rto_fast.rollout import make_engine, sample_seed
-    from rto_fast.transformers_engine import TransformersEngine
+    from rto_fast.contract import Request
+    from rto_fast.models.attention import resolve_attention
+    from rto_fast.models.heads import PolicyModel, ScalarModel
+    from rto_fast.models.load import DTYPES
+    from rto_fast.models.packing import Placement
+    from rto_fast.models.save import export
+    from rto_fast.rollout.engine import sample_seed
+    from rto_fast.rollout.make_engine import make_engine
+    from rto_fast.rollout.transformers_engine import TransformersEngine
+    from rto_fast.scoring.reward_model import ModelReward
+    from rto_fast.scoring.score import Scorers
 except ImportError as error:  # DeepSpeed, mostly: without it there is no trainer to time
     MISSING = f"{error.name or error} is not importable"
 else:
@@ -90,7 +95,7 @@ def draw(shape: Shape) -> tuple[list[Request], list[int]]:
 
 @dataclass
 class Parts:
-    """What one iteration needs; `run` of ppo_update.TrainBatch too."""
+    """What one iteration needs; `run` of updates.ppo.TrainBatch too."""
 
     shape: Shape
     config: RTOConfig
@@ -104,11 +109,11 @@ class Parts:
     """The policy as a Hugging Face folder, for the rollout engines."""
 
     @property
-    def scorers(self) -> scoring.Scorers:
+    def scorers(self) -> Scorers:
         frozen = [FrozenModel(m, self.placement.device, parks=False) for m in (self.reference, self.dpo)]
-        return scoring.Scorers(
+        return Scorers(
             policy=self.policy.evaluate, critic=self.critic.evaluate, reference=frozen[0], dpo=frozen[1],
-            dpo_ref=frozen[0], rewards=[scoring.ModelReward("model", self.reward_model, self.placement)],
+            dpo_ref=frozen[0], rewards=[ModelReward("model", self.reward_model, self.placement)],
             reward_weights=(1.0,), frozen=frozen,
         )  # fmt: skip
 
@@ -136,7 +141,7 @@ def build(shape: Shape, folder: Path, **changes: Any) -> Parts:
     attention, kernel = resolve_attention("auto", device, DTYPES[shape.dtype])
     lm, classifier = AutoModelForCausalLM, AutoModelForSequenceClassification
     policy = random_model(lm, shape, 1, attention, device)
-    models.export(policy, folder, write=True)
+    export(policy, folder, write=True)
     frozen = [
         random_model(kind, shape, seed, attention, device).eval().requires_grad_(False)
         for kind, seed in ((lm, 2), (lm, 3), (classifier, 4))

@@ -3,16 +3,9 @@
 deepspeed recipes/dpo_llama3.py --output-dir runs/dpo
 """
 
-from rto_fast import cli
-from rto_fast.config import DPOConfig
+from rto_fast import commands
 
-DEFAULTS = DPOConfig(
-    model="OpenRLHF/Llama-3-8b-sft-mixture",
-    data="HuggingFaceH4/ultrafeedback_binarized",
-    data_split="train_prefs",
-    eval_split="test_prefs",
-    output_dir="runs/dpo_llama3",
-)
+DEFAULTS = commands.DPO
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, "rto_fast.stages:train_dpo")
+    commands.recipe("dpo")

@@ -3,13 +3,9 @@
 deepspeed recipes/ppo_llama3.py --output-dir runs/ppo
 """
 
-import dataclasses
+from rto_fast import commands
 
-from rto_llama3 import DEFAULTS as RTO
-
-from rto_fast import cli
-
-DEFAULTS = dataclasses.replace(RTO, beta1=0.0, dpo_model="", output_dir="runs/ppo_llama3")
+DEFAULTS = commands.PPO
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, "rto_fast.trainer:train")
+    commands.recipe("ppo")

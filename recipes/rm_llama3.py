@@ -3,16 +3,9 @@
 deepspeed recipes/rm_llama3.py --output-dir runs/rm
 """
 
-from rto_fast import cli
-from rto_fast.config import RMConfig
+from rto_fast import commands
 
-DEFAULTS = RMConfig(
-    model="meta-llama/Llama-3.2-1B-Instruct",
-    data="HuggingFaceH4/ultrafeedback_binarized",
-    data_split="train_prefs",
-    eval_split="test_prefs",
-    output_dir="runs/rm_llama3",
-)
+DEFAULTS = commands.RM
 
 if __name__ == "__main__":
-    cli.main(DEFAULTS, "rto_fast.stages:train_rm")
+    commands.recipe("rm")

@@ -3,7 +3,9 @@
 deepspeed recipes/rto_tiny.py
 """
 
-from rto_fast import cli, demo
+from rto_fast import commands
+
+DEFAULTS = commands.DEMO
 
 if __name__ == "__main__":
-    cli.main(demo.DemoConfig(), "rto_fast.demo:run")
+    commands.recipe("demo")

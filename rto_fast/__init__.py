@@ -1,1 +1,3 @@
-"""Reinforced Token Optimization: DPO's token rewards, optimised by PPO, on packed batches."""
+"""Reinforced Token Optimization: DPO's token rewards, optimised by PPO."""
+
+__version__ = "0.1.0"

@@ -7,53 +7,59 @@ constructing the config with another value; a user changes it by a flag of the f
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+from rto_fast.errors import ConfigError, require
+
+FREE = "a resumed run may change it"
+T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the setting and the remedy."""
+def free(default: T) -> T:
+    """A field whose value a resumed run may change.
 
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+    Such a setting changes nothing that is learnt, or its rounding alone: a run that has used up its memory must be
+    able to go on with less.
+    """
+    return dataclasses.field(default=default, metadata={FREE: True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings of every stage."""
 
-    output_dir: str = "runs/run"
+    output_dir: str = free("runs/run")
     """Folder for checkpoints, logs, the report and the exported model."""
     seed: int = 0
     """Seed of data order, initial heads and sampling."""
-    resume: Literal["auto", "never"] = "never"
+    resume: Literal["auto", "never"] = free("never")
     """auto: go on from the newest checkpoint in output_dir, or start when there is none."""
-    save_every: int = 0
+    save_every: int = free(0)
     """Optimiser steps (RTO: iterations) between checkpoints; 0 = only the final export."""
-    keep_last: int = 2
+    keep_last: int = free(2)
     """Checkpoints kept, the newest ones."""
-    max_bad_steps: int = 5
+    max_bad_steps: int = free(5)
     """Non-finite losses, rewards or gradients in a row before the run stops with a diagnosis; 0 = never."""
-    log_every: int = 1
+    log_every: int = free(1)
     """Steps between log rows."""
-    wandb_project: str = ""
+    wandb_project: str = free("")
     """Weights & Biases project; empty = off."""
 
     # Devices and memory
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute type of forward and backward; the optimiser keeps fp32 weights either way."""
-    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = free("auto")
     """Packed attention: auto takes flash-attn where installed, else PyTorch's own."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = free(True)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage; 0 only with dtype fp32."""
     offload: bool = False
     """Keep optimiser states in host memory."""
-    micro_tokens: int = 16384
+    micro_tokens: int = free(16384)
     """Tokens a training micro-batch holds at most on one rank (a longer sequence goes alone)."""
 
     # Optimiser (AdamW)
@@ -81,9 +87,9 @@ class RunConfig:
     """What happens to rows over the length limit, counted either way. truncate cuts responses, never prompts."""
     invalid_rows: Literal["refuse", "skip"] = "refuse"
     """What happens to rows with a missing key, empty or non-string text, or chosen = rejected."""
-    data_workers: int = 0
+    data_workers: int = free(0)
     """Processes that tokenise; 0 = one a core, at most 16."""
-    data_cache: bool = True
+    data_cache: bool = free(True)
     """Keep the tokenised rows on disk and use them again."""
 
     def validate(self) -> None:
@@ -111,20 +117,10 @@ class RunConfig:
                 require(not isinstance(number, float) or math.isfinite(number), f"{name}: must be finite, got {number}")
 
     def fingerprint(self) -> dict[str, object]:
-        """The settings a checkpoint must share with the run that resumes it.
-
-        Free are those that change nothing that is learnt, or its rounding alone: a run that has used up its memory
-        must be able to go on with less.
-        """
-        free = {
-            "output_dir", "resume", "save_every", "keep_last", "log_every", "wandb_project", "max_bad_steps",
-            "data_workers", "data_cache", "park_frozen", "report", "report_samples", "export_every", "sync_proof",
-            "attention", "gradient_checkpointing", "micro_tokens", "score_tokens", "rollout_tokens",
-            "reward_timeout_s", "reward_retries", "rollout_timeout_s", "vllm_url", "vllm_devices",
-            "vllm_start_timeout_s", "vllm_memory_share", "vllm_max_sequences", "vllm_prefix_caching",
-            "vllm_cuda_graphs", "vllm_tensor_parallel",
-        }  # fmt: skip
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        """The settings a checkpoint must share with the run that resumes it: all but those made by `free`."""
+        fixed = [f.name for f in dataclasses.fields(self) if not f.metadata.get(FREE)]
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in fixed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,10 +225,6 @@ class DPOConfig(PreferenceConfig):
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         for name in ("r_dpo_alpha", "simpo_gamma", "tdpo_alpha", "kto_desirable_weight", "kto_undesirable_weight"):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
-        require(
-            not (self.reference and self.objective in ("simpo", "mppo")),
-            f"reference: {self.objective} has no reference; leave it out, or choose another --objective",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,9 +252,9 @@ class RTOConfig(RunConfig):
     """Remote reward models (HTTP POST, OpenRLHF's protocol)."""
     reward_weight: tuple[float, ...] = ()
     """Weights of the sources in the order models, functions, URLs; empty = 1 each."""
-    reward_timeout_s: float = 60.0
+    reward_timeout_s: float = free(60.0)
     """Seconds a remote reward request may take."""
-    reward_retries: int = 4
+    reward_retries: int = free(4)
     """Attempts after a failed remote request."""
 
     # Token reward (Eq. 4.7)
@@ -307,28 +299,28 @@ class RTOConfig(RunConfig):
     rollout_engine: Literal["auto", "transformers", "vllm", "vllm-serve"] = "auto"
     """Engine that samples; auto: vLLM in this process where it is installed and knows the model, else transformers.
     vllm-serve: vLLM servers, in processes and on devices of their own."""
-    rollout_timeout_s: float = 1800.0
+    rollout_timeout_s: float = free(1800.0)
     """Seconds a step of vLLM (vllm-serve: any response) may take before the engine counts as hung. In the training
     process a step that has not returned after twice that ends the run."""
-    vllm_url: tuple[str, ...] = ()
+    vllm_url: tuple[str, ...] = free(())
     """vllm-serve: running servers; empty = the recipe starts its own. Whoever reaches a server can take it over:
     loopback or a private network only."""
-    vllm_devices: tuple[str, ...] = ()
+    vllm_devices: tuple[str, ...] = free(())
     """vllm-serve: CUDA devices that the recipe starts a server on each; the trainer must not use them."""
-    vllm_start_timeout_s: float = 600.0
+    vllm_start_timeout_s: float = free(600.0)
     """vllm-serve: seconds until a server must answer."""
-    sync_proof: bool = True
+    sync_proof: bool = free(True)
     """Show at the start that weights pushed to the engine reach its log-probs, and set the limits of later checks."""
-    vllm_memory_share: float = 0.4
+    vllm_memory_share: float = free(0.4)
     """Share of the device's memory for vLLM's weights and cache (on a CPU: of the free memory, for the cache)."""
-    vllm_tensor_parallel: int = 1
+    vllm_tensor_parallel: int = free(1)
     """Ranks in a row that hold one vLLM together, a part of every matrix each; must divide the ranks. For a model that
     does not fit beside the trainer on one device."""
-    vllm_max_sequences: int = 256
+    vllm_max_sequences: int = free(256)
     """Sequences one vLLM samples at once."""
-    vllm_prefix_caching: bool = True
+    vllm_prefix_caching: bool = free(True)
     """Responses to one prompt share its keys and values."""
-    vllm_cuda_graphs: bool = True
+    vllm_cuda_graphs: bool = free(True)
     """Replay decoding steps as CUDA graphs: faster, at some memory and start-up time."""
     rollout_lag: Literal[0, 1] = 0
     """1: the next batch is sampled while this one trains, so by the policy of one iteration before; vllm-serve only."""
@@ -338,11 +330,11 @@ class RTOConfig(RunConfig):
     KL term still needs the forward: the sampler knows its log-probs at the sampling temperature only."""
     is_cap: float = 2.0
     """Bound on the importance weight exp(old_logp - sampler_logp) of a token; 0 = off."""
-    rollout_tokens: int = 65536
+    rollout_tokens: int = free(65536)
     """Tokens (prompt + response) the transformers engine samples at once on one rank."""
-    park_frozen: bool = False
+    park_frozen: bool = free(False)
     """Keep reference, DPO and reward models in host memory outside scoring (ZeRO-3 partitions them instead)."""
-    score_tokens: int = 32768
+    score_tokens: int = free(32768)
     """Tokens a scoring micro-batch holds at most on one rank."""
     truncation: Literal["zero", "bootstrap"] = "zero"
     """Value after a truncated response: 0, or the critic's."""
@@ -384,11 +376,11 @@ class RTOConfig(RunConfig):
     """Decay of an averaged policy, a step an iteration, exported as `ema`; 0 = off."""
 
     # Output
-    report: bool = True
+    report: bool = free(True)
     """Write report.html at the end; False saves a few seconds."""
-    report_samples: int = 16
+    report_samples: int = free(16)
     """Sampled responses shown in report.html."""
-    export_every: int = 0
+    export_every: int = free(0)
     """Iterations between exports of policy and critic; 0 = only at the end."""
 
     @property
@@ -527,3 +519,9 @@ class RTOConfig(RunConfig):
         for name, off in (("critic", "auto"), ("critic_warmup", 0), ("truncation", "zero")):
             value, method = getattr(self, name), self.policy_update if pairs else self.advantage
             require(self.uses_critic or value == off, f"{name}: {value!r} needs a critic, and {method} has none")
+
+
+def check_wandb(project: str) -> None:
+    """ConfigError when W&B is asked for and not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out")

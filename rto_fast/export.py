@@ -1,23 +1,28 @@
-"""A checkpoint as Hugging Face folders, without the run that wrote it and without a GPU.
+"""A checkpoint as Hugging Face folders.
 
-python -m rto_fast.export runs/rto --to exported            # the newest checkpoint
-python -m rto_fast.export runs/rto --to exported --step 40
+It needs neither the run that wrote it nor a GPU.
+
+rto-fast export runs/rto --to exported            # the newest checkpoint
+rto-fast export runs/rto --to exported --step 40
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from rto_fast import models
-from rto_fast.assembly import save_tokenizer
-from rto_fast.config import ConfigError, require
-from rto_fast.engine import DTYPES, find_checkpoint
-from rto_fast.template import load_template, load_tokenizer
+from rto_fast.backend.checkpoints import find_checkpoint
+from rto_fast.data.chat_template import load_template
+from rto_fast.data.tokenizer import load_tokenizer
+from rto_fast.errors import REFUSED, ConfigError, require
+from rto_fast.models.load import DTYPES, load_policy, new_scalar
+from rto_fast.models.save import export, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,34 +50,36 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     base = settings[argument]
     tokenizer = load_tokenizer(base, argument)
     template = load_template(settings["chat_template"], tokenizer)
-    loading = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
+    loading: dict[str, Any] = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
     written = []
     for name in sorted(p.name for p in folder.iterdir() if p.is_dir()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)
         if any(key.startswith("lm.") for key in state):
-            model = models.load_policy(base, **loading)
+            model = load_policy(base, **loading)
         else:
-            model = models.new_scalar(base, **loading)
+            model = new_scalar(base, **loading)
             model.mean, model.std = record["state"].get("critic_normalisation", (0.0, 1.0))
         missing, unexpected = model.load_state_dict(state, strict=False)
         tied = [n for n in missing if n.endswith("lm_head.weight")]
         if unexpected or len(missing) > len(tied):
             raise ConfigError(f"run: {folder / name} does not fit {base!r}: {[*missing, *unexpected][:4]}")
-        models.export(model, target / name, write=True)
+        export(model, target / name, write=True)
         save_tokenizer(target / name, tokenizer, template)
         written.append(target / name)
     return written
 
 
-def main() -> None:
-    config = tyro.cli(ExportConfig, description=ExportConfig.__doc__)
+def main(args: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    config = tyro.cli(ExportConfig, description=ExportConfig.__doc__, args=args, prog="rto-fast export")
     try:
         for folder in export_checkpoint(config):
             print(folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return REFUSED
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

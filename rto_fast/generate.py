@@ -1,6 +1,8 @@
-"""Responses of a model to a benchmark's prompts, in the files that AlpacaEval 2 and Arena-Hard read.
+"""A model's responses to a benchmark's prompts.
 
-    python -m rto_fast.generate --model runs/rto/policy --data alpaca_eval.json --format alpaca_eval --output rto.json
+In the files that AlpacaEval 2 and Arena-Hard read.
+
+    rto-fast generate --model runs/rto/policy --data alpaca_eval.json --format alpaca_eval --output rto.json
 
     alpaca_eval  one JSON list of {instruction, output, generator, dataset}; data: rows {instruction[, dataset]}
     arena_hard   JSON lines; rows {question_id, turns} (version 0.1) give {question_id, answer_id, model_id, choices,
@@ -27,14 +29,18 @@ from typing import Any, Literal
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rto_fast import cli, models, runfiles
-from rto_fast.batch import Request
-from rto_fast.config import RTOConfig, require
-from rto_fast.engine import DTYPES
-from rto_fast.rollout import GREEDY, Sampling, make_engine, sample_seed
-from rto_fast.rows import PROMPT_KEYS, BadRow, prompt_row
-from rto_fast.sources import DataError, Table, open_source
-from rto_fast.template import check_template, check_vocabulary, load_template, load_tokenizer, stop_token_ids
+from rto_fast import cli
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request
+from rto_fast.data.chat_template import check_template, load_template
+from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, prompt_row
+from rto_fast.data.sources import Table, open_source
+from rto_fast.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from rto_fast.errors import DataError, require
+from rto_fast.logs.files import json_line, mend, read_rows, write_atomic
+from rto_fast.models.load import DTYPES, load_config
+from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
+from rto_fast.rollout.make_engine import make_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +145,14 @@ def arena_hard(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) 
             turns = [{"content": a.text, "token_len": a.tokens}]
             row = {"question_id": p.row[key], "answer_id": mark, "model_id": name,
                    "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}  # fmt: skip
-        lines.append(runfiles.json_line(row))
+        lines.append(json_line(row))
     return "".join(lines)
 
 
 def jsonl(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) -> str:
     """JSON lines with what is known of each response."""
     return "".join(
-        runfiles.json_line(
+        json_line(
             {"row": i, "prompt": p.text, "response": a.text, "generator": name, "tokens": a.tokens,
              "truncated": a.truncated}
         )
@@ -164,7 +170,7 @@ FORMATS: dict[str, Callable[[Sequence[Prompt], Sequence[Answer], str], str]] = {
 def generate(config: GenerateConfig) -> Path:
     """Answers all prompts and writes the file. Raises ConfigError, with nothing written, on input that cannot work."""
     config.validate()
-    model = models.load_config(config.model, "model")
+    model = load_config(config.model, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer)
     check_vocabulary(tokenizer, model, "model")
@@ -202,7 +208,7 @@ def generate(config: GenerateConfig) -> Path:
             ]
             answers.add(new)
             done += new
-    runfiles.write_atomic(config.output, FORMATS[config.format](prompts, done, config.name))
+    write_atomic(config.output, FORMATS[config.format](prompts, done, config.name))
     answers.path.unlink()
     print(f"{len(done)} answers, {sum(a.truncated for a in done)} cut at {config.max_tokens} tokens: {config.output}")
     return Path(config.output)
@@ -216,7 +222,7 @@ class _Partial:
 
     def read(self) -> list[Answer]:
         """The answers so far; ConfigError where they are of other settings."""
-        rows = runfiles.read_rows(self.path)
+        rows = read_rows(self.path)
         if not rows:
             return []
         changed = [k for k in self.settings if rows[0].get(k) != self.settings[k]]
@@ -226,10 +232,10 @@ class _Partial:
 
     def add(self, answers: Sequence[Answer]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        runfiles.mend(self.path)
-        head = "" if self.path.exists() and self.path.stat().st_size else runfiles.json_line(self.settings)
+        mend(self.path)
+        head = "" if self.path.exists() and self.path.stat().st_size else json_line(self.settings)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(head + "".join(runfiles.json_line(dataclasses.asdict(a)) for a in answers))
+            file.write(head + "".join(json_line(dataclasses.asdict(a)) for a in answers))
 
 
 def _prompts(config: GenerateConfig, tokenizer: Any, template: Any, positions: int) -> tuple[str, list[Prompt]]:

@@ -1,386 +1,145 @@
-"""What a run says while it trains: a console a newcomer can read, and every figure in files.
-
-    metrics.jsonl   one JSON object a step, flushed; NaN and infinities are null
-    tensorboard/    the same scalars
-    run.json        stage, steps and settings, for the report
-
-A row holds the metrics given to `log`, and for each phase since the last row `time/<phase>_s`, `time/<phase>_share`
-(of all seconds since then) and `rate/<phase>_tokens_s`, with `rate/tokens_s` (sampled tokens, or else trained ones, a
-second of everything),
-`memory/peak_gib` and `run/elapsed_s`, the seconds of training over all starts.
-"""
+"""The figures that an iteration logs; names are those of the report's curves."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import resource
-import sys
-import time
-import uuid
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rto_kernels import PPOStats
+from torch import Tensor
 
-from rto_fast.config import ConfigError
-from rto_fast.runfiles import METRICS, RUN, SAMPLES, drop_after, duration, json_line, write_atomic
-
-COLUMNS = (
-    ("reward", "reward/score", ".3f"),
-    ("true reward", "true/reward", ".3f"),
-    ("DPO reward", "reward/dpo", ".3f"),
-    ("KL, nats", "kl/response", ".3f"),
-    ("length", "response/length", ".1f"),
-    ("policy loss", "policy/loss", ".4f"),
-    ("value loss", "critic/loss", ".4f"),
-    ("loss", "train/loss", ".4f"),
-    ("accuracy", "train/accuracy", ".3f"),
-    ("margin", "train/margin", ".3f"),
-    ("eval loss", "eval/loss", ".4f"),
-    ("eval acc.", "eval/accuracy", ".3f"),
-    ("tokens/s", "rate/tokens_s", ",.0f"),
-)
-"""Console columns: header, metric, format. Those a run never logs are not shown."""
-
-HEADER_EVERY = 20
-"""Console rows between two headers."""
-PLAIN_PROGRESS_S = 30.0
-"""Seconds between progress lines inside a phase when there is no terminal."""
-RATE_WINDOW = 20
-"""Logged steps over which the time left is estimated."""
+from rto_fast.algo.losses import PairStats
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Rollout, Scores, Targets
+from rto_fast.rollout.engine import SyncStats
+from rto_fast.updates.ppo import UpdateStats
 
 
-def peak_memory_gib() -> float:
-    """Most memory this process has held so far, GiB: allocated on its GPU, or resident without one."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+def not_finite(scores: Scores) -> str:
+    """What in the scores is NaN or infinite, for the diagnosis; empty when nothing is."""
+    names = ["score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values"]
+    if not scores.old_logp.isnan().all():  # else the update computes it
+        names.append("old_logp")
+    counts = {n: int((~torch.isfinite(getattr(scores, n))).sum()) for n in names}
+    return ", ".join(f"{k} non-finite {n} values" for n, k in counts.items() if k)
 
 
-class Phases:
-    """Seconds and tokens a phase since the last `take`. An inner phase stops the outer one's clock."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.tokens: dict[str, int] = {}
-        self._open: list[str] = []
-        self._since = 0.0
-
-    @property
-    def current(self) -> str | None:
-        return self._open[-1] if self._open else None
-
-    def _settle(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
-
-    def enter(self, name: str) -> None:
-        self._settle()
-        self._open.append(name)
-
-    def leave(self) -> None:
-        self._settle()
-        self._open.pop()
-
-    def take(self) -> tuple[dict[str, float], dict[str, int]]:
-        """(seconds, tokens) by phase, and starts anew; an open phase is counted up to now."""
-        self._settle()
-        taken = self.seconds, self.tokens
-        self.seconds, self.tokens = {}, {}
-        return taken
+def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        "reward/score": float(scores.score.mean()),
+        **{f"reward/{name}": float(values.mean()) for name, values in sources.items()},
+        "response/length": float(rollout.response_lens.float().mean()),
+        "response/truncated": float(rollout.truncated.float().mean()),
+        "response/empty": float((rollout.response_lens == 0).float().mean()),
+        **of_sampler(rollout, scores),
+    }
 
 
-class LiveDisplay:
-    """Two lines at the terminal's foot: the run, and the phase it is in."""
-
-    def __init__(self, console: Console, stage: str, done: int, total: int) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description:<12}"),
-            BarColumn(bar_width=32),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            transient=True,
-            refresh_per_second=4,
-        )
-        self._run = self._progress.add_task(stage, total=total or None, completed=done, note=f"step {done}/{total}")
-        self._phase = self._progress.add_task("", total=None, note="", visible=False)
-        self._running = False
-
-    def enter(self, name: str) -> None:
-        if not self._running:  # not before the first phase, so that set-up prints undisturbed
-            self._progress.start()
-            self._running = True
-        self._progress.reset(self._phase, total=None, description=name, note="", visible=True)
-
-    def update(self, done: int, total: int | None, note: str) -> None:
-        self._progress.update(self._phase, completed=done, total=total, note=note)
-
-    def leave(self) -> None:
-        self._progress.update(self._phase, visible=False)
-
-    def step(self, step: int, note: str) -> None:
-        self._progress.update(self._run, completed=step, note=note)
-
-    def close(self) -> None:
-        if self._running:
-            self._progress.stop()
-            self._running = False
+def of_scored(
+    config: RTOConfig, iteration: int, rollout: Rollout, scores: Scores, sources: dict[str, Tensor], *, lag: int
+) -> dict[str, float]:
+    """Of an iteration's rollout and its scores; lag: pushes since the weights that sampled it."""
+    return {
+        **of_rollout(rollout, scores, sources),
+        "samples": (iteration + 1) * config.responses,
+        "rollout/lag": lag,
+        **(of_dropped(config, len(rollout)) if config.rollout_oversample else {}),
+    }
 
 
-class PlainDisplay:
-    """For pipes and log files: a line now and then inside a long phase, and nothing that moves."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._name = ""
-        self._printed = 0.0
-
-    def enter(self, name: str) -> None:
-        self._name, self._printed = name, time.perf_counter()
-
-    def update(self, done: int, total: int | None, note: str) -> None:
-        now = time.perf_counter()
-        if now - self._printed >= PLAIN_PROGRESS_S:
-            self._printed = now
-            self._console.print(escape(f"  {self._name}: {note}"), soft_wrap=True)
-
-    def leave(self) -> None:
-        """A finished phase needs no line; its seconds are in the row."""
-
-    def step(self, step: int, note: str) -> None:
-        """The row has been printed."""
-
-    def close(self) -> None:
-        """Nothing to take down."""
+def of_iteration(
+    seen: dict[str, float], targets: Targets, responses: int, beta2: float, learnt: dict[str, float], pushed: SyncStats
+) -> dict[str, float]:
+    """Of a whole iteration; seen: `of_scored` and more; learnt: of the updates' steps."""
+    return seen | of_targets(targets, responses, beta2) | learnt | of_sync(pushed)
 
 
-def check_wandb(project: str) -> None:
-    """ConfigError when W&B is asked for and not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("wandb_project: wandb is not installed; pip install 'rto-fast[wandb]', or leave it out")
+def of_dropped(config: RTOConfig, kept: int) -> dict[str, float]:
+    """Responses that were begun and left out; kept: those of the rollout."""
+    drawn = config.drawn_prompts * config.responses_per_prompt
+    return {"rollout/dropped": float(drawn - kept), "rollout/dropped_share": (drawn - kept) / drawn}
 
 
-class RunLogger:
-    """Logs one stage. Only rank 0 writes and prints; on other ranks every method does nothing.
+def of_sampler(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """|logp_trainer - logp_sampler| where the trainer's is known; nothing where none is."""
+    gap = (scores.old_logp.cpu() - rollout.sampler_logp).abs()
+    known = gap[~gap.isnan()]
+    if gap.numel() and not known.numel():
+        return {}
+    return {
+        "sampler/logp_diff_mean": float(known.mean()) if gap.numel() else 0.0,
+        "sampler/logp_diff_max": float(known.max()) if gap.numel() else 0.0,
+    }
 
-    On resume (`start_step` = k > 0) the rows and samples of later steps are dropped, so that the files are as
-    if the run had never been killed; log a step before saving its checkpoint. With start_step = 0 both start
-    empty.
-    `config` is the stage's settings as a dict; its "log_every" thins the console's rows, never the files'.
-    Raises ConfigError when W&B is asked for and not installed.
-    """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        *,
-        stage: str,
-        total_steps: int,
-        rank: int,
-        wandb_project: str = "",
-        config: dict,
-        start_step: int = 0,
-    ) -> None:
-        check_wandb(wandb_project)  # on every rank, lest the others wait
-        self.active = rank == 0
-        if not self.active:
-            return
-        from torch.utils.tensorboard import SummaryWriter
+def of_sync(stats: SyncStats) -> dict[str, float]:
+    return {"sync/bytes": float(stats.bytes), "sync/seconds": stats.seconds}
 
-        self._dir = Path(output_dir)
-        self._dir.mkdir(parents=True, exist_ok=True)
-        self._total = total_steps
-        self._log_every = max(1, int(config.get("log_every", 1)))
-        keep = start_step if start_step > 0 else -1  # a new run keeps no row, not even one of step 0
-        rows = drop_after(self._dir / METRICS, keep)
-        drop_after(self._dir / SAMPLES, keep)
-        run = {"stage": stage, "total_steps": total_steps, "config": config}
-        write_atomic(self._dir / RUN, json_line(run))
-        self._file = (self._dir / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self._wandb = self._start_wandb(wandb_project, stage, config) if wandb_project else None
 
-        self._console = Console(highlight=False)
-        self._display = (
-            LiveDisplay(self._console, stage, start_step, total_steps)
-            if self._console.is_terminal
-            else PlainDisplay(self._console)
-        )
-        self._phases = Phases()
-        self._span_start, self._span_tokens = time.perf_counter(), 0
-        self._elapsed_before = (rows[-1].get("run/elapsed_s") or 0.0) if rows else 0.0
-        self._start_time: float | None = None
-        self._row_time = 0.0
-        self._marks: deque[tuple[int, float]] = deque(maxlen=RATE_WINDOW)
-        self._start_step = start_step
-        self._shown: list[str] = []
-        self._rows_printed = 0
-        self._closed = False
-        first = f"from step {start_step}" if start_step else "from the start"
-        self.message(f"{stage}: {total_steps} steps, {first}; figures in {self._dir / METRICS}")
+def of_targets(targets: Targets, responses: int, beta2: float) -> dict[str, float]:
+    tokens = max(1, targets.kl.numel())
+    advantages = targets.advantages.double()
+    return {
+        "reward/total": float(targets.rewards.sum()) / responses,
+        "reward/dpo": float(targets.dpo_reward.sum()) / responses,
+        "kl/response": float(targets.kl.sum()) / responses,
+        "kl/token": targets.mean_kl,
+        "kl/k3": float((torch.expm1(-targets.kl) + targets.kl).sum()) / tokens,
+        "kl/beta2": beta2,
+        "advantage/mean": float(advantages.sum()) / tokens,
+        "advantage/std": float((advantages - advantages.sum() / tokens).square().sum() / tokens) ** 0.5,
+    }
 
-    def _start_wandb(self, project: str, stage: str, config: dict):
-        import wandb
 
-        id_file = self._dir / "wandb_id.txt"  # so that a resumed run goes on in the same W&B run
-        if not id_file.exists():
-            write_atomic(id_file, uuid.uuid4().hex)
-        return wandb.init(
-            project=project, name=f"{stage}-{self._dir.name}", config=config, dir=str(self._dir),
-            id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
-        )  # fmt: skip
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
-    def _start_clock(self) -> None:
-        if self._start_time is None:
-            self._start_time = self._row_time = time.perf_counter()
-            self._marks.append((self._start_step, self._start_time))
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times the block as phase `name` ("rollout", "score", "train", "sync", "checkpoint", ...).
+def of_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
+    if not steps:
+        return {}
+    return {
+        "policy/loss": _mean([s.loss for s in steps]),
+        "policy/entropy": _mean([float(s.stats.entropy) for s in steps]),
+        "policy/clip_fraction": _mean([float(s.stats.clip_low + s.stats.clip_high) for s in steps]),
+        "policy/ratio_mean": _mean([float(s.stats.ratio_mean) for s in steps]),
+        "policy/ratio_max": max(float(s.stats.ratio_max) for s in steps),
+        "policy/kl_k3": _mean([float(s.stats.kl_k3) for s in steps]),
+        "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
+        "policy/lr": steps[-1].lr,
+    }
 
-        Waits for the GPU at the block's end, so that queued work counts where it was asked for. Phases may be
-        entered again (their seconds add up until the next `log`) and nested (the outer clock stops).
-        """
-        if not self.active:
-            yield
-            return
-        self._start_clock()
-        outer = self._phases.current
-        self._phases.enter(name)
-        self._span_start, self._span_tokens = time.perf_counter(), 0
-        self._display.enter(name)
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            self._phases.leave()
-            self._display.leave()
-            if outer is not None:
-                self._span_start, self._span_tokens = time.perf_counter(), 0
-                self._display.enter(outer)
 
-    def progress(self, tokens: int, done: int = 0, total: int | None = None) -> None:
-        """Inside a phase: `tokens` more were processed since the last call (all ranks', for the job's rate).
+def of_sampled_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
+    """As `of_policy`, of updates that correct for the sampler."""
+    if not steps:
+        return {}
+    return of_policy(steps) | {
+        "sampler/weight_mean": _mean([float(s.stats.is_weight) for s in steps]),
+        "sampler/weight_clip_fraction": _mean([float(s.stats.is_capped) for s in steps]),
+    }
 
-        done, total: units so far and in all, such as responses or micro-batches; total None = unknown.
-        Raises RuntimeError outside any phase.
-        """
-        if not self.active:
-            return
-        name = self._phases.current
-        if name is None:
-            raise RuntimeError("RunLogger.progress: no phase is open; call it inside `with logger.phase(name):`")
-        self._phases.tokens[name] = self._phases.tokens.get(name, 0) + int(tokens)
-        self._span_tokens += int(tokens)
-        rate = self._span_tokens / max(time.perf_counter() - self._span_start, 1e-9)
-        parts = [f"{done:,}/{total:,}"] if total else [f"{done:,}"] if done else []
-        parts += [f"{rate:,.0f} tokens/s"] if self._span_tokens else []
-        self._display.update(done, total, " · ".join(parts))
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a row for `step` (from 1; 0 = before training) with the phases' figures since the last one.
+def of_pairs(steps: list[UpdateStats[PairStats]]) -> dict[str, float]:
+    """As `of_policy`, of updates from pairs."""
+    return {
+        "policy/loss": _mean([s.loss for s in steps]),
+        "policy/clip_fraction": _mean([float(s.stats.clip_fraction) for s in steps]),
+        "policy/ratio_mean": _mean([float(s.stats.ratio_mean) for s in steps]),
+        "policy/ratio_max": max(float(s.stats.ratio_max) for s in steps),
+        "policy/reward_gap": _mean([float(s.stats.reward_gap) for s in steps]),
+        "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
+        "policy/lr": steps[-1].lr,
+    }
 
-        Raises TypeError naming the metric when a value is no number (a one-element tensor counts as one).
-        """
-        if not self.active:
-            return
-        self._start_clock()
-        now = time.perf_counter()
-        seconds, tokens = self._phases.take()
-        elapsed = max(now - self._row_time, 1e-9)
-        row: dict[str, float] = {}
-        for name, value in metrics.items():
-            try:
-                row[name] = float(value)
-            except (TypeError, ValueError):
-                raise TypeError(f"RunLogger.log: metric {name!r} is no number: {value!r}") from None
-        for name, spent in seconds.items():
-            row[f"time/{name}_s"] = spent
-            row[f"time/{name}_share"] = spent / elapsed
-            if tokens.get(name):
-                row[f"rate/{name}_tokens_s"] = tokens[name] / max(spent, 1e-9)
-        whole = tokens.get("rollout") or tokens.get("train")
-        if whole:
-            row["rate/tokens_s"] = whole / elapsed
-        row["memory/peak_gib"] = peak_memory_gib()
-        row["run/elapsed_s"] = self._elapsed_before + now - self._start_time
-        self._row_time = now
-        self._marks.append((step, now))
 
-        self._file.write(json_line({"step": step, **row}))
-        self._file.flush()
-        for name, value in row.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
-        if self._wandb is not None:
-            self._wandb.log(row, step=step)
-        self._show(step, metrics, row)
-
-    def _show(self, step: int, metrics: dict[str, float], row: dict[str, float]) -> None:
-        left = self._time_left(step)
-        self._display.step(step, f"step {step}/{self._total}" + (f" · {left} left" if left else ""))
-        if metrics and all(name.startswith("eval/") for name in metrics):
-            figures = ", ".join(f"{name.removeprefix('eval/')} {row[name]:.4f}" for name in metrics)
-            self.message(f"{step:>6}/{self._total}  evaluation: {figures}")
-            return
-        if step % self._log_every and step != self._total and self._rows_printed:
-            return
-        cells = {head: format(row[key], form) for head, key, form in COLUMNS if key in row}
-        heads = [head for head, _, _ in COLUMNS if head in cells or head in self._shown]
-        if heads != self._shown or self._rows_printed % HEADER_EVERY == 0:
-            self._shown = heads
-            titles = "".join(f"  {head:>{max(len(head), 8)}}" for head in heads)
-            self._print(f"{'step':>13}{titles}  {'time left':>9}", "bold")
-        values = "".join(f"  {cells.get(head, '-'):>{max(len(head), 8)}}" for head in heads)
-        self._print(f"{f'{step}/{self._total}':>13}{values}  {left or '-':>9}")
-        self._rows_printed += 1
-
-    def _time_left(self, step: int) -> str:
-        (first_step, first_time), (_, last_time) = self._marks[0], self._marks[-1]
-        if step <= first_step:
-            return ""
-        return duration((last_time - first_time) / (step - first_step) * max(0, self._total - step))
-
-    def _print(self, text: str, style: str | None = None) -> None:
-        self._console.print(escape(text), style=style, soft_wrap=True)
-
-    def message(self, text: str) -> None:
-        """Prints a line."""
-        if self.active:
-            self._print(text)
-
-    def warn(self, text: str) -> None:
-        """Prints a line that begins with `warning:`."""
-        if self.active:
-            self._print(f"warning: {text}", "yellow")
-
-    def __enter__(self) -> RunLogger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the display and closes the files; may be called again."""
-        if not self.active or self._closed:
-            return
-        self._closed = True
-        self._display.close()
-        self._file.close()
-        self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+def of_critic(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
+    if not steps:
+        return {}
+    return {
+        "critic/loss": _mean([s.loss for s in steps]),
+        "critic/clip_fraction": _mean([float(s.stats.value_clip) for s in steps]),
+        "critic/explained_variance": _mean([float(s.stats.explained_variance()) for s in steps]),
+        "critic/grad_norm": _mean([s.result.grad_norm for s in steps]),
+        "critic/lr": steps[-1].lr,
+    }

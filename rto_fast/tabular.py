@@ -1,4 +1,6 @@
-"""Token MDPs small enough to enumerate: exact optima, exact policy iteration on token rewards, exact preferences.
+"""Token MDPs small enough to enumerate.
+
+Exact optima, exact policy iteration on token rewards, exact preferences.
 
     A   actions (the vocabulary)          S   sequences = A^H, in the order of their base-A digits
     H   tokens of every response          tables[h]   [A^h, A]: one row for each prefix of h tokens
@@ -17,8 +19,8 @@ import rto_kernels
 import torch
 from torch import Tensor
 
-from rto_fast.credit import CREDIT
-from rto_fast.preference import dpo_loss
+from rto_fast.algo.credit import CREDIT
+from rto_fast.algo.preference import dpo_loss
 
 Tables = list[Tensor]
 

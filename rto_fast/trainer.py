@@ -1,4 +1,4 @@
-"""Reinforced Token Optimization (arXiv 2404.18922, Algorithm 1): the loop, and nothing of how its parts are made.
+"""The loop of Reinforced Token Optimization (arXiv 2404.18922, Algorithm 1).
 
     for each batch of prompts x:
         y ~ pi(. | x)                                                           rollout
@@ -18,27 +18,58 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from rto_fast import algo, build, rto_metrics, scoring
-from rto_fast.batch import Rollout, Scores, Targets
-from rto_fast.build import Run
+from torch import Tensor
+
+from rto_fast import build
+from rto_fast.algo.advantages import ESTIMATORS, pair
+from rto_fast.algo.credit import CREDIT
+from rto_fast.algo.targets import NO_DELIMITERS, Coefficients, targets_of
 from rto_fast.config import RTOConfig
-from rto_fast.engine import Diverged
-from rto_fast.pair_update import P3OBatch, RebelBatch
-from rto_fast.ppo_update import TrainBatch
-from rto_fast.rewards import ResponseTexts
-from rto_fast.sampler_update import SamplerBatch
-from rto_fast.sync import Gap
+from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
+from rto_fast.errors import Diverged
+from rto_fast.metrics import (
+    not_finite,
+    of_critic,
+    of_iteration,
+    of_pairs,
+    of_policy,
+    of_sampled_policy,
+    of_sampler,
+    of_scored,
+)
+from rto_fast.rollout.engine import SyncStats
+from rto_fast.rollout.weights.sync import Gap
+from rto_fast.run import Run
+from rto_fast.scoring.score import score_rollout
+from rto_fast.updates.pairs import P3OBatch, RebelBatch
+from rto_fast.updates.ppo import TrainBatch, UpdateStats
+from rto_fast.updates.sampler_corrected import SamplerBatch
 
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
 
+
+@dataclass(frozen=True)
+class PolicyUpdate:
+    """One way to move the policy."""
+
+    batch: type[TrainBatch]
+    """The train batch that makes it."""
+    figures: Callable[[list[UpdateStats[Any]]], dict[str, float]]
+    """The metrics of its steps."""
+
+
 POLICY_UPDATES = {
-    "ppo": (TrainBatch, rto_metrics.of_policy),
-    "ppo, sampler": (SamplerBatch, rto_metrics.of_sampled_policy),
-    "p3o": (P3OBatch, rto_metrics.of_pairs),
-    "rebel": (RebelBatch, rto_metrics.of_pairs),
+    "ppo": PolicyUpdate(TrainBatch, of_policy),
+    "p3o": PolicyUpdate(P3OBatch, of_pairs),
+    "rebel": PolicyUpdate(RebelBatch, of_pairs),
 }
-"""`policy_update` (and whose the behaviour is) -> (the train batch that makes it, the figures of its steps)."""
+"""What each `policy_update` is, where the trainer's log-probs are the behaviour's."""
+SAMPLER_CORRECTED = PolicyUpdate(SamplerBatch, of_sampled_policy)
+"""PPO where the sampler's are."""
 
 
 def train(config: RTOConfig, observe: Observer | None = None) -> Run:
@@ -59,39 +90,23 @@ def train(config: RTOConfig, observe: Observer | None = None) -> Run:
 
 def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> dict[str, float]:
     """One turn of the loop; returns its metrics."""
-    with run.logger.phase("rollout"):
-        rollout = run.take_ahead() or sample(run, iteration)
+    beta2 = run.state.kl.beta2
+    rollout = draw(run, iteration)
     with sampled_ahead(run, iteration + 1):
-        metrics, trained = learn(run, iteration, rollout, observe)
-    if trained:
-        with run.logger.phase("sync"):
-            metrics |= rto_metrics.of_sync(run.push_weights())
-    return metrics
+        texts, scores, seen = score(run, iteration, rollout, observe)
+        if wrong := not_finite(scores):
+            return seen | bad_step(run, f"rollout {iteration + 1} gave {wrong}")
+        targets = compute_targets(rollout, scores, run.config, beta2, run.delimiters)
+        run.state.kl.update(targets.mean_kl, len(rollout))
+        run.keep_samples(iteration, rollout, scores, targets, texts)
+        learnt = updates(run, iteration, rollout, scores, targets)
+    return of_iteration(seen, targets, len(rollout), beta2, learnt, push(run))
 
 
-def learn(run: Run, iteration: int, rollout: Rollout, observe: Observer | None) -> tuple[dict[str, float], bool]:
-    """Scores, targets and updates of a rollout: their metrics, and whether there was an update."""
-    config, state = run.config, run.state
-    with run.logger.phase("score"):
-        texts = run.texts(rollout)
-        scores, sources = scoring.score(rollout, texts, run.scorers, config, run.placement, run.logger.progress)
-    metrics = rto_metrics.of_rollout(rollout, scores, sources)
-    metrics |= {"samples": (iteration + 1) * config.responses, "rollout/lag": run.sync.version - rollout.version}
-    metrics |= rto_metrics.of_dropped(config, len(rollout)) if config.rollout_oversample else {}
-    metrics |= observe(rollout, texts) if observe else {}
-    if not_finite := rto_metrics.not_finite(scores):
-        return metrics | bad_step(run, f"rollout {iteration + 1} gave {not_finite}"), False
-    if config.scores_policy:
-        check_sampler(run, rollout, scores)
-
-    targets = algo.targets(rollout, scores, config, state.kl.beta2, run.delimiters)
-    metrics |= rto_metrics.of_targets(targets, len(rollout), state.kl.beta2)
-    state.kl.update(metrics["kl/token"], len(rollout))
-    run.keep_samples(iteration, rollout, scores, targets, texts)
-
-    with run.logger.phase("train"):
-        metrics |= updates(run, iteration, rollout, scores, targets)
-    return metrics, True
+def draw(run: Run, iteration: int) -> Rollout:
+    """The iteration's rollout: the one sampled ahead, or a new one."""
+    with run.logger.phase("rollout"):
+        return run.take_ahead() or sample(run, iteration)
 
 
 def sample(run: Run, iteration: int) -> Rollout:
@@ -123,38 +138,71 @@ def sampled_ahead(run: Run, iteration: int) -> Iterator[None]:
     if failure:
         run.logger.warn(f"sampling ahead failed ({failure}); iteration {iteration + 1} samples anew, without lag")
     else:
+        assert local is not None
         run.ahead = run.sync.gather(share, local)
+
+
+def score(
+    run: Run, iteration: int, rollout: Rollout, observe: Observer | None
+) -> tuple[ResponseTexts, Scores, dict[str, float]]:
+    """The rollout's texts, what the models say of it, and the metrics of both; SyncError as `check_sampler`."""
+    with run.logger.phase("score"):
+        texts = run.texts(rollout)
+        scores, sources = score_rollout(rollout, texts, run.scorers, run.config, run.placement, run.logger.progress)
+    metrics = of_scored(run.config, iteration, rollout, scores, sources, lag=run.sync.version - rollout.version)
+    metrics |= observe(rollout, texts) if observe else {}
+    if run.config.scores_policy and not not_finite(scores):
+        check_sampler(run, rollout, scores)
+    return texts, scores, metrics
+
+
+def compute_targets(
+    rollout: Rollout, scores: Scores, config: RTOConfig, beta2: float, delimiters: Tensor = NO_DELIMITERS
+) -> Targets:
+    """`targets_of` with the run's settings; beta2 stands beside them because the adaptive controller moves it."""
+    estimator = ESTIMATORS[config.advantage] if config.policy_update == "ppo" else pair
+    return targets_of(
+        rollout, scores, Coefficients(config.beta1, beta2, config.beta3, config.dpo_clip, config.score_clip),
+        credit=CREDIT[config.credit], delimiters=delimiters,
+        estimate=partial(estimator, gamma=config.gamma, lam=config.lam, group=config.responses_per_prompt),
+    )  # fmt: skip
 
 
 def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets) -> dict[str, float]:
     """PPO epochs over the rollout: each train batch moves the policy, then the critic where there is one."""
     config = run.config
-    by_sampler = ", sampler" if config.behaviour == "sampler" else ""
-    make_batch, of_policy = POLICY_UPDATES[config.policy_update + by_sampler]
+    update = SAMPLER_CORRECTED if config.behaviour == "sampler" else POLICY_UPDATES[config.policy_update]
     trains_policy = iteration >= config.critic_warmup
     policy_steps, critic_steps, found = [], [], {}
-    for epoch in range(config.ppo_epochs):
-        for number, index in enumerate(run.train_batches(iteration, epoch, len(rollout))):
-            step = run.optimiser_step(iteration, epoch, number)
-            batch = make_batch(run, rollout, scores, targets, index)
-            if trains_policy:
-                policy_steps.append(batch.update_policy(step - run.optimiser_step(config.critic_warmup, 0, 0)))
-                if not config.scores_policy and len(policy_steps) == 1:  # its forward came before any step
-                    found = check_sampler(run, rollout, scores)
-            if run.critic:
-                critic_steps.append(batch.update_critic(step))
-            run.logger.progress(int(rollout.seq_lens[index].sum()))
+    with run.logger.phase("train"):
+        for epoch in range(config.ppo_epochs):
+            for number, index in enumerate(run.train_batches(iteration, epoch, len(rollout))):
+                step = run.optimiser_step(iteration, epoch, number)
+                batch = update.batch(run, rollout, scores, targets, index)
+                if trains_policy:
+                    policy_steps.append(batch.update_policy(step - run.optimiser_step(config.critic_warmup, 0, 0)))
+                    if not config.scores_policy and len(policy_steps) == 1:  # its forward came before any step
+                        found = check_sampler(run, rollout, scores)
+                if run.critic:
+                    critic_steps.append(batch.update_critic(step))
+                run.logger.progress(int(rollout.seq_lens[index].sum()))
     skipped = [s for s in (*policy_steps, *critic_steps) if not s.result.applied]
-    metrics = of_policy(policy_steps) | rto_metrics.of_critic(critic_steps) | found
+    metrics = update.figures(policy_steps) | of_critic(critic_steps) | found
     if skipped:
         return metrics | bad_step(run, f"{len(skipped)} updates of iteration {iteration + 1} had non-finite gradients")
     run.state.bad_in_a_row = 0
     return metrics | {"bad_steps": float(run.state.bad_steps)}
 
 
+def push(run: Run) -> SyncStats:
+    """The policy's weights go to the sampler."""
+    with run.logger.phase("sync"):
+        return run.push_weights()
+
+
 def check_sampler(run: Run, rollout: Rollout, scores: Scores) -> dict[str, float]:
     """The figures of sampler against trainer; SyncError past the limits, where both are of one version."""
-    figures = rto_metrics.of_sampler(rollout, scores)
+    figures = of_sampler(rollout, scores)
     if figures and rollout.version == run.sync.version:
         run.sync.check(Gap(figures["sampler/logp_diff_mean"], figures["sampler/logp_diff_max"]))
     return figures

@@ -14,18 +14,24 @@ from pathlib import Path
 import torch
 from loop_helpers import TinyModels, small_run, watched_gradients
 
-from rto_fast import algo, build, distributed, models, scoring, trainer
-from rto_fast.attention import PACKED
-from rto_fast.batch import Request, Rollout
+from rto_fast import build, distributed, trainer
+from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import DPOConfig, RTOConfig
-from rto_fast.engine import TrainEngine
-from rto_fast.metrics import RunLogger
-from rto_fast.packing import Placement
-from rto_fast.ppo_update import TrainBatch
-from rto_fast.preference_stages import Referenced
-from rto_fast.reference_cache import reference_logps
-from rto_fast.stages import SFT, RewardModel
-from rto_fast.supervised import Row, train_step
+from rto_fast.contract import Request, Rollout
+from rto_fast.logs.run_logger import RunLogger
+from rto_fast.models.attention import PACKED
+from rto_fast.models.load import load_policy, load_scalar
+from rto_fast.models.packing import Placement
+from rto_fast.scoring.score import score_rollout
+from rto_fast.supervised.dpo import OBJECTIVES
+from rto_fast.supervised.loop import train_step
+from rto_fast.supervised.pair_objectives import Referenced
+from rto_fast.supervised.reference_cache import reference_logps
+from rto_fast.supervised.reward_model import RewardModel
+from rto_fast.supervised.sft import SFT
+from rto_fast.supervised.stage import Row
+from rto_fast.trainer import compute_targets
+from rto_fast.updates.ppo import TrainBatch
 
 CASES = ((2, 1), (2, 512), (2, 4096), (3, 1), (3, 512))
 """(ZeRO stage, tokens of a micro-batch): every sequence alone, some together, all together."""
@@ -55,8 +61,8 @@ def rl(paths: dict[str, str], stage: int, budget: int, folder: Path) -> dict[str
     )  # fmt: skip
     run = build.build(config)
     drawn = rollout()
-    scores, _ = scoring.score(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
-    targets = algo.targets(drawn, scores, config, config.beta2)
+    scores, _ = score_rollout(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
+    targets = compute_targets(drawn, scores, config, config.beta2)
     batch = TrainBatch(run, drawn, scores, targets, list(range(len(drawn))))
     out = {}
     for name, engine, update in (
@@ -87,12 +93,14 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
     )  # fmt: skip
     placement = Placement(distributed.device(), "sdpa", lockstep=stage == 3, micro_tokens=budget)
     loading = {"dtype": torch.float32, "attention": PACKED, "argument": "model"}
-    reference = models.load_policy(paths["dpo_ref"], **loading)
+    reference = load_policy(paths["dpo_ref"], **loading)
     table = reference_logps(reference, rows, placement)
     makes = {
-        "sft": lambda: SFT(models.load_policy(paths["policy"], **loading), single, []),
-        "rm": lambda: RewardModel(models.load_scalar(paths["reward"], **loading), rows, []),
-        "dpo": lambda: Referenced(models.load_policy(paths["policy"], **loading), rows, [], config, (table, table[:0])),
+        "sft": lambda: SFT(load_policy(paths["policy"], **loading), single, []),
+        "rm": lambda: RewardModel(load_scalar(paths["reward"], **loading), rows, []),
+        "dpo": lambda: Referenced(
+            load_policy(paths["policy"], **loading), rows, [], config, OBJECTIVES["dpo"].loss, (table, table[:0])
+        ),
     }
     logger = RunLogger(folder, stage="test", total_steps=1, rank=distributed.rank(), config={})
     out = {}

@@ -16,14 +16,20 @@ from typing import Any
 import torch
 from launches import start_ranks
 
-from rto_fast import engine, report, stages, trainer
+from rto_fast import run, trainer
+from rto_fast.backend import checkpoints
+from rto_fast.backend.checkpoints import Checkpoints
+from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
+from rto_fast.supervised.dpo import train_dpo
+from rto_fast.supervised.reward_model import train_rm
+from rto_fast.supervised.sft import train_sft
 
 RUNS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "rto": (RTOConfig, trainer.train),
-    "sft": (SFTConfig, stages.train_sft),
-    "rm": (RMConfig, stages.train_rm),
-    "dpo": (DPOConfig, stages.train_dpo),
+    "sft": (SFTConfig, train_sft),
+    "rm": (RMConfig, train_rm),
+    "dpo": (DPOConfig, train_dpo),
 }
 
 
@@ -58,9 +64,9 @@ def die_at(event: int, log: Path) -> None:
         saving = False
         print(f"a checkpoint took {seen} steps", flush=True)
 
-    whole, engine.Checkpoints.save = engine.Checkpoints.save, save
-    engine.TrainEngine.save = mortal("an engine's state", engine.TrainEngine.save)
-    engine._fsync = mortal("a flush", engine._fsync)
+    whole, Checkpoints.save = Checkpoints.save, save
+    TrainEngine.save = mortal("an engine's state", TrainEngine.save)
+    checkpoints._fsync = mortal("a flush", checkpoints._fsync)
     torch.save = mortal("a file of tensors", torch.save)
     os.rename = mortal("a rename", os.rename)
     shutil.rmtree = mortal("a deletion", shutil.rmtree)
@@ -68,11 +74,11 @@ def die_at(event: int, log: Path) -> None:
 
 def live(kind: str, settings: dict[str, Any], log: Path, event: int) -> None:
     """One life of a rank: exit code 0 where the run ended."""
-    report.report_run = lambda folder, **_: folder
+    run.report_run = lambda folder, **_: folder
     if event:
         die_at(event, log)
-    make, run = RUNS[kind]
-    run(make(**settings))
+    make, train = RUNS[kind]
+    train(make(**settings))
 
 
 class Lives:

@@ -29,7 +29,8 @@ from loop_helpers import ROOT
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables by which a process finds its ranks."""
 IMPORTED = [
-    "rto_fast.demo", "rto_fast.generate", "rto_fast.stages", "rto_fast.trainer", "rto_fast.transformers_engine",
+    "rto_fast.demo.pipeline", "rto_fast.generate", "rto_fast.trainer", "rto_fast.rollout.transformers_engine",
+    "rto_fast.supervised.dpo", "rto_fast.supervised.reward_model", "rto_fast.supervised.sft",
     # What a run imports late.
     "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3", "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",

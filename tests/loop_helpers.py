@@ -92,7 +92,7 @@ def make_tiny_models(folder: Path, rows: int = 64, **settings) -> TinyModels:
     """Writes the models and data of `TinyModels` under `folder`; settings: of `save_llama`."""
     import random
 
-    from rto_fast.tiny_task import make_task
+    from rto_fast.demo.tiny_task import make_task
 
     task = make_task(100, "easy")
     tokenizer = task.tokenizer

@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from rto_fast.batch import Request
-from rto_fast.rollout import sample_seed
-from rto_fast.transformers_engine import TransformersEngine
+from rto_fast.contract import Request
+from rto_fast.rollout.engine import sample_seed
+from rto_fast.rollout.transformers_engine import TransformersEngine
 
 MODELS = Path(__file__).parents[1].parent / "shared" / "models"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128, "bos_token_id": 1}

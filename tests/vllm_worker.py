@@ -8,10 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from rto_fast import report, trainer
+from rto_fast import run, trainer
 from rto_fast.config import RTOConfig
-from rto_fast.rollout import SyncError
-from rto_fast.vllm_engine import VLLMEngine
+from rto_fast.errors import SyncError
+from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
 
 
 def train(settings: dict) -> None:
@@ -19,22 +19,22 @@ def train(settings: dict) -> None:
 
 
 def train_without(name: str, settings: dict) -> None:
-    plain = VLLMEngine._checked
+    plain = VLLMEngine.push
 
-    def checked(engine, weights):
-        return plain(engine, (pair for pair in weights if engine.version < 1 or pair[0] != name))
+    def push(engine, weights, version):
+        return plain(engine, (pair for pair in weights if engine.version < 1 or pair[0] != name), version)
 
-    VLLMEngine._checked = checked
+    VLLMEngine.push = push
     try:
         train(settings)
     except SyncError as error:
         (Path(settings["output_dir"]) / "error").write_text(str(error))
     finally:
-        VLLMEngine._checked = plain
+        VLLMEngine.push = plain
 
 
 if __name__ == "__main__":
-    report.report_run = lambda folder, **_: folder  # nobody looks at it
+    run.report_run = lambda folder, **_: folder  # nobody looks at it
     for settings in json.loads(sys.argv[1]):
         if lost := settings.pop("loses", ""):
             train_without(lost, settings)

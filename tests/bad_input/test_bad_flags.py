@@ -21,6 +21,13 @@ FLAGS = {
     "a misspelt flag": ("rto_llama3.py", ["--polcy", "x"], r"unknown flag --polcy; did you mean --policy\?"),
     "a flag of another stage": ("rm_llama3.py", ["--beta1=1"], r"unknown flag --beta1; .*--help"),
     "an underscored misspelling": ("dpo_llama3.py", ["--adam_beta", "1"], r"--adam_beta; did you mean --adam-betas\?"),
+    "a misspelt objective": (
+        "dpo_llama3.py", ["--objective", "tdpo3"], r"--objective: 'tdpo3' is no choice; did you mean tdpo[12]\?",
+    ),
+    "a misspelt choice of another stage": (
+        "rto_llama3.py", ["--policy_update=reble"], r"--policy_update: 'reble' is no choice; did you mean rebel\?",
+    ),
+    "a ZeRO stage that is not there": ("rm_llama3.py", ["--zero-stage", "4"], r"'4' is no choice; there are 0, 1, 2"),
     "a word that is no flag": ("sft_llama3.py", ["extra"], r"unknown flag extra; --help"),
     "stage 0 in bf16": ("rto_llama3.py", ["--zero-stage", "0", "--dtype", "bf16"], r"zero_stage: .*bf16.*--dtype fp32"),
     "stage 0 in bf16, supervised": ("dpo_llama3.py", ["--zero-stage", "0", "--dtype", "bf16"], r"zero_stage: "),
@@ -140,7 +147,7 @@ def fields_of(recipe: str, monkeypatch) -> list[tuple[str, object, str]]:
     path = ROOT / "recipes" / recipe
     monkeypatch.setattr(sys, "argv", [str(path)])
     space = runpy.run_path(str(path), run_name="recipe")
-    defaults = space["DEFAULTS"] if "DEFAULTS" in space else space["demo"].DemoConfig()
+    defaults = space["DEFAULTS"]
     meanings = {}
     for cls in reversed(type(defaults).__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body

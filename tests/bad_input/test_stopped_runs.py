@@ -155,6 +155,7 @@ def test_other_ranks_are_quiet(run, monkeypatch):
     assert min(waited) >= 1
 
 
+@pytest.mark.slow
 def test_two_ranks_refuse_together(settings, tmp_path, launch):
     path = write_rows(tmp_path / "pairs.jsonl", [GOOD, GOOD | {"chosen": ""}])
     flags = flags_of(settings["rm_llama3.py"] | {"data": path})
@@ -166,6 +167,7 @@ def test_two_ranks_refuse_together(settings, tmp_path, launch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_error_of_one_rank_stops_both(settings, rewards, tmp_path):
     """The reward function fails on rank 1 alone: its message is printed, once, and nobody waits for ever."""
     flags = flags_of(settings["rto_llama3.py"] | {"reward_fn": f"{rewards}:on_one_rank"})

@@ -1,0 +1,115 @@
+"""The losses of policy and critic, one function each, on the kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import rto_kernels
+import torch
+from rto_kernels import LinearPPOLoss, PPOLoss
+from torch import Tensor
+
+
+class PolicyTerms(NamedTuple):
+    """What a micro-batch's clipped policy loss takes beside the policy itself; token tensors [R] fp32."""
+
+    old_logp: Tensor
+    advantages: Tensor
+    whiten: tuple[Tensor, Tensor]
+    cu_seqlens: Tensor
+    denominator: Tensor
+
+
+def policy_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, terms: PolicyTerms, temperature: float, clip: float,
+    entropy_coef: float, aggregation: str, **head: Any,
+) -> LinearPPOLoss:  # fmt: skip
+    """A micro-batch's share of the clipped policy loss (PPO's Eq. 7) and entropy bonus, read from the lm_head.
+
+    hidden [R, H], weight [V, H], targets [R] int64; head: what a `heads.Read` is given besides. The gradients come
+    with the loss: no logits are computed twice.
+    """
+    return rto_kernels.fused_linear_ppo_loss(
+        hidden, weight, targets, **terms._asdict(), **head, temperature=temperature, clip=clip,
+        entropy_coef=entropy_coef, return_entropy=True, aggregation=aggregation,
+    )  # fmt: skip
+
+
+def sampled_policy_loss(
+    logp: Tensor, entropy: Tensor, sampler_logp: Tensor, *, terms: PolicyTerms, clip: float, entropy_coef: float,
+    aggregation: str, is_cap: float,
+) -> PPOLoss:  # fmt: skip
+    """The same from log-probs, each token weighted by min(exp(old_logp - sampler_logp), is_cap); token tensors [R]."""
+    if not entropy_coef:  # logged alone: its backward pass is spared
+        entropy = entropy.detach()
+    return rto_kernels.ppo_loss(
+        logp, **terms._asdict(), clip=clip, entropy=entropy, entropy_coef=entropy_coef,
+        aggregation=aggregation, sampler_logp=sampler_logp, is_cap=is_cap,
+    )  # fmt: skip
+
+
+class PairStats(NamedTuple):
+    """Statistics of a pair loss, summed over the micro-batch and divided by the batch's pairs; `ratio_max` is a max."""
+
+    ratio_mean: Tensor
+    """Of exp(log-ratio of the first less that of the second)."""
+    ratio_max: Tensor
+    clip_fraction: Tensor
+    """Share of pairs whose gradient the clip has cut off."""
+    reward_gap: Tensor
+    """Absolute difference of the two rewards."""
+
+
+def p3o_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, clip: float) -> tuple[Tensor, PairStats]:
+    """Pairwise PPO with the pair's *joint* ratio clipped (arXiv 2310.00212): one ratio a pair, not one a token.
+
+        ratio = exp(log(pi / pi_old)(y1) - log(pi / pi_old)(y2)),   w = (r1 - r2) / 2
+        loss  = -min(w * ratio, w * clip(ratio, 1 - clip, 1 + clip))
+
+    At pi = pi_old its gradient is P3O's, -w * grad(log pi(y1) - log pi(y2)). log_ratios [P, 2]; reward_gap [P].
+    """
+    ratio = (log_ratios[:, 0] - log_ratios[:, 1]).exp()
+    weight = reward_gap / 2
+    plain, clipped = weight * ratio, weight * ratio.clamp(1 - clip, 1 + clip)
+    loss = -torch.minimum(plain, clipped).sum() / denominator
+    return loss, _pair_stats(ratio, clipped < plain, reward_gap, denominator)
+
+
+def rebel_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, eta: float) -> tuple[Tensor, PairStats]:
+    """Regression to relative rewards (arXiv 2404.16767, Eq. 9): (log-ratio difference / eta - (r1 - r2))^2.
+
+    log_ratios [P, 2]; reward_gap [P].
+    """
+    difference = log_ratios[:, 0] - log_ratios[:, 1]
+    loss = (difference / eta - reward_gap).square().sum() / denominator
+    return loss, _pair_stats(difference.exp(), torch.zeros_like(difference), reward_gap, denominator)
+
+
+def _pair_stats(ratio: Tensor, cut: Tensor, reward_gap: Tensor, denominator: Tensor) -> PairStats:
+    ratio = ratio.detach()
+    means = [x.float().sum() / denominator for x in (ratio, cut, reward_gap.abs())]
+    return PairStats(means[0], ratio.max(), means[1], means[2])
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    cu_seqlens: Tensor,
+    denominator: Tensor,
+    *,
+    value_clip: float,
+    aggregation: str,
+) -> PPOLoss:
+    """A micro-batch's share of the clipped value loss; all token tensors [R]."""
+    idle = torch.zeros_like(returns)
+    return rto_kernels.ppo_loss(
+        idle, idle, idle, values, old_values, returns, value_clip=value_clip,
+        aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def loss_denominator(response_lens: Tensor, aggregation: str) -> Tensor:
+    """The train batch's global count that its losses are divided by: non-empty responses, or response tokens."""
+    count = (response_lens > 0).sum() if aggregation == "sequence" else response_lens.sum()
+    return count.clamp(min=1).to(torch.float32)

@@ -1,0 +1,75 @@
+"""From scores to token rewards, advantages and returns.
+
+Nothing else in the trainer does arithmetic on rewards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import rto_kernels
+import torch
+from torch import Tensor
+
+from rto_fast.algo.advantages import Estimate
+from rto_fast.algo.credit import Credit
+from rto_fast.contract import Rollout, Scores, Targets
+
+NO_DELIMITERS = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Scales and bounds of a token's reward (Eq. 4.7); 0 = off."""
+
+    beta1: float
+    beta2: float
+    beta3: float
+    dpo_clip: float
+    score_clip: float
+
+
+def targets_of(
+    rollout: Rollout, scores: Scores, coefficients: Coefficients, *, credit: Credit,
+    estimate: Callable[[Tensor, Scores, Tensor], Estimate], delimiters: Tensor = NO_DELIMITERS,
+) -> Targets:  # fmt: skip
+    """Token rewards (Eq. 4.7), where they are paid, then advantages over the whole rollout.
+
+    The rollout is the global one, so the whitening covers all ranks without another collective. estimate: an
+    estimator with its settings filled in. delimiters: [K] int64, tokens that end a sentence. All of it runs where
+    `scores` are.
+    """
+    cu = rollout.cu_responses.to(scores.values.device)
+    reward = rto_kernels.token_rewards(
+        scores.policy_logp, scores.ref_logp, scores.dpo_logp, scores.score,
+        **dataclasses.asdict(coefficients), dpo_ref_logp=scores.dpo_ref_logp, cu_seqlens=cu,
+    )  # fmt: skip
+    ends_sentence = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
+    dense = credit(reward.dpo_reward, cu, ends_sentence)
+    rewards = reward.rewards + (dense - reward.dpo_reward)  # the same bits where nothing moves
+    estimated = estimate(rewards, scores, cu)
+    return Targets(
+        rewards=rewards,
+        dpo_reward=reward.dpo_reward,
+        kl=reward.kl,
+        advantages=estimated.advantages,
+        returns=estimated.returns,
+        whiten=estimated.whiten,
+    )
+
+
+@dataclass
+class KLController:
+    """beta2, fixed (target 0) or steered towards a mean KL of a token (Ziegler et al. 2019, section 2.2)."""
+
+    beta2: float
+    target: float
+    horizon: int
+
+    def update(self, kl: float, responses: int) -> None:
+        """kl: mean log(pi / pi_ref) of a token (nats) over a rollout of `responses`."""
+        if self.target:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.beta2 *= 1 + error * responses / self.horizon

@@ -1,0 +1,109 @@
+"""The commands of `rto-fast`, and the settings that each starts from.
+
+They are the paper's for Llama-3-8B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rto_fast import cli
+from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
+from rto_fast.demo.config import DemoConfig
+from rto_fast.errors import REFUSED
+
+PREFERENCES: dict[str, Any] = {
+    "data": "HuggingFaceH4/ultrafeedback_binarized",
+    "data_split": "train_prefs",
+    "eval_split": "test_prefs",
+}
+RTO = RTOConfig(
+    policy="OpenRLHF/Llama-3-8b-sft-mixture",
+    dpo_model="RTO-RL/Llama3-8B-DPO",
+    reward_model=("RTO-RL/Llama3.2-1B-RewardModel",),
+    data="weqweasdas/ultra_train",
+    output_dir="runs/rto_llama3",
+)
+PPO = dataclasses.replace(RTO, beta1=0.0, dpo_model="", output_dir="runs/ppo_llama3")
+DPO = DPOConfig(model="OpenRLHF/Llama-3-8b-sft-mixture", output_dir="runs/dpo_llama3", **PREFERENCES)
+RM = RMConfig(model="meta-llama/Llama-3.2-1B-Instruct", output_dir="runs/rm_llama3", **PREFERENCES)
+SFT = SFTConfig(
+    model="meta-llama/Meta-Llama-3-8B",
+    data="HuggingFaceH4/ultrafeedback_binarized",
+    data_split="train_sft",
+    output_dir="runs/sft_llama3",
+)
+DEMO = DemoConfig()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with a config's fields as its flags."""
+
+    about: str
+    defaults: Any
+    """A config, or "module:name" of its class where importing that takes seconds."""
+    run: str
+    """"module:function", called with the config."""
+
+    def __call__(self, args: Sequence[str], prog: str | None) -> None:
+        defaults = pkgutil.resolve_name(self.defaults)() if isinstance(self.defaults, str) else self.defaults
+        cli.main(defaults, self.run, args, prog=prog)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command that reads its own arguments."""
+
+    about: str
+    main: str
+    """"module:function", called with them; returns the exit code."""
+
+    def __call__(self, args: Sequence[str], prog: str | None) -> None:
+        sys.exit(pkgutil.resolve_name(self.main)(args))
+
+
+COMMANDS: dict[str, Stage | Tool] = {
+    "sft": Stage("supervised fine-tuning", SFT, "rto_fast.supervised.sft:train_sft"),
+    "rm": Stage("reward model from preference pairs", RM, "rto_fast.supervised.reward_model:train_rm"),
+    "dpo": Stage("DPO and its relatives: the token reward's source", DPO, "rto_fast.supervised.dpo:train_dpo"),
+    "rto": Stage("Reinforced Token Optimization", RTO, "rto_fast.trainer:train"),
+    "ppo": Stage("the same loop without the token reward", PPO, "rto_fast.trainer:train"),
+    "generate": Stage(
+        "responses to a benchmark's prompts", "rto_fast.generate:GenerateConfig", "rto_fast.generate:generate"
+    ),
+    "export": Tool("a checkpoint as Hugging Face folders", "rto_fast.export:main"),
+    "report": Tool("report.html of a run, built again", "rto_fast.report.__main__:main"),
+    "demo": Stage("all stages on an embedded task, in minutes", DEMO, "rto_fast.demo.pipeline:run"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: rto-fast COMMAND [flags]", "", *lines, "", "rto-fast COMMAND --help lists its flags."])
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the command that the first argument names. Exit codes are those of cli.py."""
+    args = [a for a in args if not a.startswith("--local_rank")]  # the deepspeed launcher puts it first
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name, *rest = args
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        cli.stop(f"unknown command {name!r}; {hint}there are {', '.join(COMMANDS)}", REFUSED, cli.speaks())
+    COMMANDS[name](rest, f"rto-fast {name}")
+
+
+def recipe(name: str) -> None:
+    """Runs a command with the process's flags, under the script's own name."""
+    COMMANDS[name](sys.argv[1:], None)

@@ -1,0 +1,200 @@
+"""Read rows from the Hub, local files and folders saved by `datasets`.
+
+Errors name the file and the line.
+
+JSON, JSON lines and CSV are read here line by line, so that a message can name the line and a column may hold
+text in one row and messages in the next. Parquet, saved folders and the Hub go through `datasets`.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from rto_fast.data.chat_template import near_names
+from rto_fast.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Table:
+    """An opened data set with at least one row."""
+
+    argument: str
+    """Setting that names it."""
+    name: str
+    """As the user gave it."""
+    rows: datasets.Dataset
+    """The rows; under `as_text` in two columns, `json` (the whole row) and `line` (1-based; 0 = unknown)."""
+    columns: list[str]
+    as_text: bool
+
+    def first(self) -> dict[str, Any]:
+        """The first row."""
+        row = self.rows[0]
+        return json.loads(row["json"]) if self.as_text else row
+
+    def need(self, *keys: str, flag: str) -> str:
+        """The first of `keys` that is a column; raises DataError with the columns there are."""
+        found = next((k for k in keys if k in self.columns), None)
+        if found is None:
+            near = difflib.get_close_matches(keys[0], self.columns, n=1, cutoff=0.5)
+            raise DataError(
+                f"{self.argument}: {self.name!r} has no column {' or '.join(map(repr, keys))}; it has "
+                f"{', '.join(map(repr, self.columns))}"
+                + (f"; did you mean --{flag} {near[0]}?" if near else f"; name the column by --{flag}")
+            )
+        return found
+
+
+def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[int], Table]]:
+    """(fingerprint of the content, reader of the first n rows where 0 = all).
+
+    A file is hashed here and parsed by the reader alone. `split` is that of a Hub data set or saved folder.
+    Both raise DataError.
+    """
+    path = Path(name).expanduser()
+    try:
+        is_file = path.is_file()
+        if is_file:
+            path.open("rb").close()
+    except OSError as e:
+        raise DataError(f"{argument}: {name!r} cannot be read: {e.strerror}") from e
+    if is_file:
+        if path.suffix.lower() not in SUFFIXES:
+            expected = ", ".join(SUFFIXES)
+            raise DataError(f"{argument}: {name!r} has unknown file type {path.suffix!r}; expected {expected}")
+        if not path.stat().st_size:
+            raise DataError(f"{argument}: {name!r} is empty")
+        with path.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest() + path.suffix.lower()
+        return digest, lambda max_rows: _read_file(argument, name, path, max_rows)
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.is_dir():
+        data = _saved_folder(argument, name, path, split)
+    elif local or path.suffix.lower() in SUFFIXES:
+        raise DataError(f"{argument}: no file or folder {name!r}{near_names(path)}")
+    else:
+        try:
+            data = datasets.load_dataset(name, split=split)
+        except Exception as e:  # datasets and huggingface_hub raise many unrelated types here
+            raise DataError(
+                f"{argument}: {name!r} is no local file or folder{near_names(path)}, and the Hub gave no "
+                f"data set of this name with split {split!r}: {_one_line(e)}"
+            ) from e
+    return data._fingerprint, lambda max_rows: _typed(argument, name, data, max_rows)
+
+
+def has_splits(name: str) -> bool:
+    """Whether a split can be chosen: of a Hub data set or a saved dictionary of them; a file has none."""
+    path = Path(name).expanduser()
+    return (path / datasets.config.DATASETDICT_JSON_FILENAME).exists() if path.exists() else True
+
+
+def _saved_folder(argument: str, name: str, path: Path, split: str) -> datasets.Dataset:
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as e:  # a folder of anything else fails in many ways
+        files = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)) or "none"
+        raise DataError(
+            f"{argument}: folder {name!r} was not saved by datasets.save_to_disk ({_one_line(e)}); "
+            f"data files in it that can be given by their path: {files}"
+        ) from e
+    if not isinstance(data, datasets.DatasetDict):
+        return data
+    if split not in data:
+        raise DataError(f"{argument}: {name!r} has no split {split!r}; it has {', '.join(data)}; see --data-split")
+    return data[split]
+
+
+def _typed(argument: str, name: str, data: datasets.Dataset, max_rows: int) -> Table:
+    if not len(data):
+        raise DataError(f"{argument}: {name!r} has no rows")
+    if max_rows:
+        data = data.select(range(min(max_rows, len(data))))
+    return Table(argument, name, data, data.column_names, as_text=False)
+
+
+def _read_file(argument: str, name: str, path: Path, max_rows: int) -> Table:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        try:
+            data = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        except Exception as e:  # datasets wraps Arrow's errors
+            cause = _one_line(e.__cause__ or e)
+            raise DataError(f"{argument}: {name!r} is no readable Parquet file: {cause}") from e
+        return _typed(argument, name, data, max_rows)
+    rows: list[str] = []
+    lines: list[int] = []
+    columns: dict[str, None] = {}
+    for line, row in (_csv_rows if suffix == ".csv" else _json_rows)(argument, name, path):
+        if not isinstance(row, dict):
+            at = f"line {line}" if line else f"row {len(rows)} (from 0)"
+            kind = type(row).__name__
+            raise DataError(f"{argument}: {name!r}, {at}: expected an object of columns, found a JSON {kind}")
+        rows.append(json.dumps(row))
+        lines.append(line)
+        columns.update(dict.fromkeys(row))
+        if len(rows) == max_rows:
+            break
+    if not rows:
+        raise DataError(f"{argument}: {name!r} has no rows")
+    features = datasets.Features(json=datasets.Value("large_string"), line=datasets.Value("int64"))
+    data = datasets.Dataset.from_dict({"json": rows, "line": lines}, features)
+    return Table(argument, name, data, list(columns), as_text=True)
+
+
+def _json_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of JSON lines; (0, row) of a .json file that is one list."""
+
+    def parse(text: bytes, line: int) -> Any:
+        try:
+            return json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
+        except json.JSONDecodeError as e:
+            where = f"line {line + e.lineno - 1}, column {e.colno}"
+            raise DataError(f"{argument}: {name!r}, {where}: malformed JSON: {e.msg}; mend or delete it") from e
+        except UnicodeDecodeError as e:
+            where = f"line {line + text[: e.start].count(10)}"
+            raise DataError(f"{argument}: {name!r}, {where}: not UTF-8 ({e.reason}); mend or delete it") from e
+
+    with path.open("rb") as f:
+        start = f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if path.suffix.lower() == ".json" and start.startswith(b"["):
+            yield from ((0, row) for row in parse(path.read_bytes(), 1))
+            return
+        f.seek(0)
+        for line, text in enumerate(f, start=1):
+            if text.strip():
+                yield line, parse(text.rstrip(), line)
+
+
+def _csv_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line that a row ends on, row) of a CSV file whose first row names the columns; every value is text."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="", encoding="utf-8-sig") as f:
+        reader = csv.reader(f, strict=True)
+        try:
+            header = next(reader, [])
+            for values in reader:
+                if values and len(values) != len(header):
+                    raise DataError(
+                        f"{argument}: {name!r}, line {reader.line_num}: {len(values)} fields where the "
+                        f"header has {len(header)}; mend or delete it"
+                    )
+                if values:
+                    yield reader.line_num, dict(zip(header, values, strict=True))
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise DataError(f"{argument}: {name!r}, line {reader.line_num + 1}: malformed CSV: {e}") from e
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,115 @@
+"""The files of a run that people read: run.json, metrics.jsonl, samples.jsonl.
+
+Every whole file is written beside its place and moved there (a kill leaves the old one), every appended line
+is flushed at once, and every reader forgives a last line that a kill has torn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+RUN = "run.json"
+REPORT = "report.html"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42s`, `3m 07s` or `5h 12m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def write_atomic(path: Path | str, text: str) -> None:
+    """Writes UTF-8 text so that a kill leaves the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, mode)  # mkstemp's own mode shuts out everyone but the owner
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def finite_or_none(value: object) -> object:
+    """`value` with every NaN and infinity, which JSON lacks, replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): finite_or_none(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(v) for v in value]
+    return value
+
+
+def json_line(row: dict) -> str:
+    return json.dumps(finite_or_none(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_rows(path: Path | str) -> list[dict]:
+    """The objects of a JSONL file; [] when there is none. A torn last line is left out.
+
+    Raises ValueError naming file and line for any other line that is no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:  # malformed JSON or, at a torn end, half a UTF-8 character
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def read_metrics(path: Path | str) -> list[dict]:
+    """Rows of a metrics.jsonl, one dict a logged step: "step" and metric name -> number or None."""
+    return read_rows(path)
+
+
+def mend(path: Path) -> None:
+    """Rewrites a JSONL file whose last line a kill has torn, so that the next line starts afresh."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        write_atomic(path, "".join(map(json_line, read_rows(path))))
+
+
+def drop_after(path: Path | str, step: int) -> list[dict]:
+    """Drops the rows of a JSONL file whose "step" is above `step`, atomically; returns the rows kept."""
+    path = Path(path)
+    rows = read_rows(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    if len(kept) < len(rows):
+        write_atomic(path, "".join(map(json_line, kept)))
+    elif path.exists():
+        mend(path)
+    return kept

@@ -1,0 +1,142 @@
+"""Load models from folders and Hub ids; check what can be checked before."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from rto_fast.config import RunConfig
+from rto_fast.errors import ConfigError
+from rto_fast.models.attention import resolve_attention
+from rto_fast.models.heads import PolicyModel, ScalarModel
+
+SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
+
+
+def load_config(path: str, argument: str) -> PretrainedConfig:
+    """The model's config, or a ConfigError that names the argument."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{argument}: no model at {path!r} ({reason})") from error
+
+
+def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.Module, dict[str, Any]]:
+    """(model without dropout, loading info) of a folder or Hub id; ConfigError where its weights cannot be read.
+
+    With dropout PPO's first ratio would not be 1, and packed attention has none.
+    """
+    load_config(path, argument)
+    try:
+        model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300].strip()
+        raise ConfigError(f"{argument}: {path!r} does not load: {reason}") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # applied by a function, not a module
+            module.attention_dropout = 0.0
+    return model, info
+
+
+def load_policy(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> PolicyModel:
+    """A causal LM folder or Hub id as a PolicyModel; ConfigError where weights are missing."""
+    lm, info = _load(AutoModelForCausalLM, path, argument, dtype=dtype, attn_implementation=attention)
+    if info["missing_keys"]:
+        raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}")
+    return PolicyModel(lm)
+
+
+def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> ScalarModel:
+    """A reward model with its stored head; a missing head is an error, never random weights."""
+    classifier, info = _load(
+        AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention,
+        key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    if any(k.startswith("score.") for k in info["missing_keys"]):
+        raise _no_head(path, argument)
+    mismatched = [str(key) for key in info.get("mismatched_keys", ())]
+    if info["missing_keys"] or mismatched:
+        raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
+                          f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
+    return ScalarModel(classifier)
+
+
+def check_weights(path: str, argument: str) -> set[str]:
+    """Names of the tensors in a folder's safetensors, read from their headers, before any model is loaded.
+
+    Raises ConfigError where the folder has no weights, or a file of them is missing or torn. A Hub id, or weights in
+    another format, give no names; loading judges them.
+    """
+    folder = Path(path)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    files = set(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files and not index.exists() and not any(folder.glob("*.bin")):
+        raise ConfigError(f"{argument}: {path!r} holds no weights (*.safetensors or *.bin)")
+    if index.exists():
+        shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        if lost := sorted(shards - files):
+            raise ConfigError(f"{argument}: {path!r} lacks {_some(p.name for p in lost)}, which its index names")
+    names: set[str] = set()
+    for file in sorted(files):
+        try:
+            with safe_open(file, "pt") as tensors:
+                names |= set(tensors.keys())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{argument}: {str(file)!r} is no readable safetensors file ({error})") from error
+    return names
+
+
+def check_reward_head(path: str, argument: str) -> None:
+    """ConfigError when the folder's safetensors name no reward head; see `check_weights`."""
+    names = check_weights(path, argument)
+    if names and not any(f"{head}.weight" in names for head in SCORE_HEADS):
+        raise _no_head(path, argument)
+
+
+def _no_head(path: str, argument: str) -> ConfigError:
+    return ConfigError(
+        f"{argument}: {path!r} has no reward head (looked for {' and '.join(SCORE_HEADS)}); "
+        "train one with recipes/rm_llama3.py"
+    )
+
+
+def new_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str, head_std: float = 0.0) -> ScalarModel:
+    """A backbone from a causal LM with a new head: zeros, or normal with `head_std` (torch's current seed)."""
+    classifier, info = _load(
+        AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention
+    )
+    missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
+    if missing:
+        raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(classifier).__name__}: {_some(missing)}")
+    with torch.no_grad():
+        weight = classifier.score.weight
+        weight.copy_(torch.randn(weight.shape) * head_std if head_std else torch.zeros(weight.shape))
+    classifier.config.mean, classifier.config.std = 0.0, 1.0
+    return ScalarModel(classifier)
+
+
+def _some(names: object, limit: int = 4) -> str:
+    names = sorted(str(n) for n in names)  # type: ignore[attr-defined]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def choose_attention(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    """(transformers attention, packed kernel) for the run."""
+    try:
+        return resolve_attention(config.attention, device, DTYPES[config.dtype])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

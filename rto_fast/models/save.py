@@ -1,0 +1,72 @@
+"""Models to Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.data.chat_template import ChatTemplate, save_template
+from rto_fast.models.heads import PolicyModel, ScalarModel
+
+
+def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, full tensor) one at a time; collective under ZeRO-3, which gathers one parameter a step.
+
+    A tensor is valid until the next one is asked for. Tied parameters come once.
+    """
+    inner = getattr(model, "lm", None) or getattr(model, "classifier", model)
+    for name, parameter in inner.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            gathered = deepspeed.zero.GatheredParameters([parameter])
+        else:
+            gathered = nullcontext()
+        with gathered:
+            yield name, parameter.data
+
+
+def export(model: PolicyModel | ScalarModel, folder: str | Path, *, write: bool) -> None:
+    """Writes a Hugging Face folder; every rank must call it, only the one with `write` writes.
+
+    The weights are those of the model's dtype. Reward models carry `mean` and `std` in their config.
+    """
+    inner = model.lm if isinstance(model, PolicyModel) else model.classifier
+    state = {}
+    for name, tensor in full_parameters(model):
+        if write:
+            state[name] = tensor.detach().to("cpu", copy=True)
+    if not write:
+        return
+    if isinstance(model, ScalarModel):
+        inner.config.mean, inner.config.std = model.mean, model.std
+    inner.save_pretrained(folder, state_dict=state)
+    # transformers leaves the class name of the head's subclass out, but not its own attention's name.
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("attn_implementation", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    tokenizer.save_pretrained(folder)
+    save_template(folder, template)
+
+
+def save_model(
+    model: torch.nn.Module,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    writes: bool,
+) -> None:
+    """A Hugging Face folder that the next stage takes; collective."""
+    export(model, folder, write=writes)
+    if writes:
+        save_tokenizer(folder, tokenizer, template)

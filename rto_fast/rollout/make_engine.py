@@ -1,0 +1,40 @@
+"""Makes the rollout engine that the settings name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rto_fast.config import RTOConfig
+from rto_fast.errors import ConfigError
+from rto_fast.rollout.engine import RolloutEngine
+
+
+def make_engine(
+    config: RTOConfig,
+    model_path: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    pad_token_id: int,
+) -> RolloutEngine:
+    """The engine that `config.rollout_engine` names, holding the model at `model_path` as version 0.
+
+    auto: vLLM where it is installed and can sample from the model, else transformers.
+    """
+    from rto_fast.rollout.vllm_engines import colocated, servers
+    from rto_fast.rollout.vllm_engines.support import unusable
+
+    if config.rollout_engine == "vllm-serve":
+        return servers.from_config(config, model_path, torch.device(device), dtype)
+    if config.rollout_engine == "vllm" or (
+        config.rollout_engine == "auto" and not unusable(model_path, torch.device(device))
+    ):
+        return colocated.from_config(config, model_path, torch.device(device), dtype)
+    if config.rollout_engine in ("auto", "transformers"):
+        from rto_fast.rollout.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model_path, device, dtype, pad_token_id, config.rollout_tokens)
+    raise ConfigError(
+        f"rollout_engine: {config.rollout_engine!r} is unknown; use auto, transformers, vllm or vllm-serve"
+    )

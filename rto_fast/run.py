@@ -1,0 +1,195 @@
+"""The parts of one RTO run, and what the loop asks of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast import distributed
+from rto_fast.algo.targets import KLController
+from rto_fast.backend.checkpoints import Checkpoints
+from rto_fast.backend.train_engine import TrainEngine
+from rto_fast.backend.weight_average import WeightAverage
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, ResponseTexts, Rollout, Scores, Targets
+from rto_fast.data.chat_template import ChatTemplate
+from rto_fast.data.load import PromptData
+from rto_fast.logs.files import SAMPLES
+from rto_fast.logs.run_logger import RunLogger
+from rto_fast.models.load import DTYPES
+from rto_fast.models.packing import Placement
+from rto_fast.models.save import save_model, save_tokenizer
+from rto_fast.report.page import report_run
+from rto_fast.report.samples import append_samples, report_samples
+from rto_fast.rollout.assignment import Share
+from rto_fast.rollout.engine import Sampling, SyncStats, sample_seed
+from rto_fast.rollout.weights.sync import WeightSync
+from rto_fast.scoring.score import Scorers
+
+SAMPLED_ITERATIONS = 4
+"""Iterations, evenly spread, whose samples go into the report."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside the engines."""
+
+    iteration: int
+    kl: KLController
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+
+
+@dataclass
+class Run:
+    """The parts of one RTO run."""
+
+    config: RTOConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    prompts: PromptData
+    iterations: int
+    placement: Placement
+    policy: TrainEngine
+    critic: TrainEngine | None
+    """None where the advantages need none."""
+    scorers: Scorers
+    sync: WeightSync
+    sampling: Sampling
+    delimiters: Tensor
+    """[K] int64: tokens that end a sentence; empty unless credit goes by sentences."""
+    average: WeightAverage
+    checkpoints: Checkpoints
+    logger: RunLogger
+    state: State
+    ahead: Rollout | None = None
+    """The next iteration's rollout where it was sampled already (rollout_lag 1)."""
+
+    def take_ahead(self) -> Rollout | None:
+        """The rollout sampled ahead, once."""
+        rollout, self.ahead = self.ahead, None
+        return rollout
+
+    def requests(self, iteration: int) -> list[Request]:
+        """The iteration's requests. Prompts come in a new order each epoch; seeds know neither rank nor batch."""
+        config, requests = self.config, []
+        for index in range(iteration * config.drawn_prompts, (iteration + 1) * config.drawn_prompts):
+            epoch, place = divmod(index, len(self.prompts.prompt_ids))
+            row = _permutation(len(self.prompts.prompt_ids), f"prompts/{config.seed}/{epoch}")[place]
+            for j in range(config.responses_per_prompt):
+                seed = sample_seed(config.seed, index, epoch, j)
+                requests.append(Request(tuple(self.prompts.prompt_ids[row]), row, index, j, seed))
+        return requests
+
+    def share(self, iteration: int) -> Share:
+        """What this rank's engine samples of the iteration's requests."""
+        keep = self.config.rollout_batch if self.config.rollout_oversample else None
+        return self.sync.share(self.requests(iteration), self.sampling, keep)
+
+    def texts(self, rollout: Rollout) -> ResponseTexts:
+        """What reward sources see of a rollout."""
+        rows = rollout.rows.tolist()
+        return ResponseTexts(
+            prompts=[self.prompts.texts[r] for r in rows],
+            responses=self.tokenizer.batch_decode([r.tolist() for r in rollout.responses()], skip_special_tokens=True),
+            messages=[self.prompts.messages[r] for r in rows],
+        )
+
+    def train_batches(self, iteration: int, epoch: int, responses: int) -> list[list[int]]:
+        """The rollout's responses in a new order each PPO epoch, cut into train batches; pairs stay together."""
+        together, size = self.config.compared_responses, self.config.train_batch
+        units = _permutation(responses // together, f"train/{self.config.seed}/{iteration}/{epoch}")
+        order = [unit * together + i for unit in units for i in range(together)]
+        return [order[i : i + size] for i in range(0, responses, size)]
+
+    def optimiser_step(self, iteration: int, epoch: int, number: int) -> int:
+        """Index of a train batch's update in the whole run."""
+        batches = self.config.responses // self.config.train_batch
+        return (iteration * self.config.ppo_epochs + epoch) * batches + number
+
+    def push_weights(self) -> SyncStats:
+        """The policy's weights go to the rollout engine (and into the running average)."""
+        if self.config.ema_decay:
+            self.average.update(self.policy.weights())
+        return self.sync.push(version=self.state.iteration + 1)
+
+    def prove_sync(self) -> None:
+        """Shows that the engine samples from the policy, before anything is built on it."""
+        if self.config.sync_proof:
+            self.logger.message(self.sync.prove(self.requests(self.state.iteration), self.sampling))
+
+    def keep_samples(
+        self, iteration: int, rollout: Rollout, scores: Scores, targets: Targets, texts: ResponseTexts
+    ) -> None:
+        """Some responses of a few iterations, first and last among them, for the report."""
+        last = self.iterations - 1
+        kept = {round(i * last / (SAMPLED_ITERATIONS - 1)) for i in range(SAMPLED_ITERATIONS)}
+        if self.config.report_samples and iteration in kept and distributed.rank() == 0:
+            count = min(len(rollout), -(-self.config.report_samples // len(kept)))
+            rows = report_samples(self.tokenizer, rollout, scores, targets, texts, range(count), iteration + 1)
+            append_samples(Path(self.config.output_dir) / SAMPLES, rows)
+
+    def save_if_due(self) -> None:
+        """Checkpoint and export where this iteration is due for them."""
+        config, done = self.config, self.state.iteration
+        if config.export_every and done % config.export_every == 0 and done < self.iterations:
+            self.export(Path(config.output_dir) / f"export-{done:08d}")
+        if config.save_every and done % config.save_every == 0:
+            with self.logger.phase("checkpoint"):
+                state = {"kl": dataclasses.asdict(self.state.kl), "bad_steps": self.state.bad_steps,
+                         "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
+                if self.critic:
+                    state["critic_normalisation"] = (self.critic.model.mean, self.critic.model.std)
+                ahead = self.ahead and vars(self.ahead)
+                tensors = {"average": self.average.weights, "rng": torch.get_rng_state(), "ahead": ahead}
+                self.checkpoints.save(done, self.engines, state, tensors)
+
+    @property
+    def engines(self) -> dict[str, TrainEngine]:
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Continues from checkpoint `step`."""
+        tensors = self.checkpoints.load(step, self.engines)
+        self.average.load(tensors["average"])
+        torch.set_rng_state(tensors["rng"].clone())
+        self.ahead = Rollout(**copy.deepcopy(tensors["ahead"])) if tensors.get("ahead") else None
+        self.state = State(step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"])
+        self.sync.push(version=step)
+
+    def export(self, folder: Path) -> None:
+        """policy/, critic/ (and ema/) as Hugging Face folders under `folder`."""
+        writes = distributed.rank() == 0
+        for name, engine in self.engines.items():
+            save_model(engine.model, folder / name, self.tokenizer, self.template, writes)
+        if self.config.ema_decay and writes:
+            with_average = {n: t.to(DTYPES[self.config.dtype]) for n, t in self.average.weights.items()}
+            self.policy.model.lm.save_pretrained(folder / "ema", state_dict=with_average)
+            save_tokenizer(folder / "ema", self.tokenizer, self.template)
+        distributed.barrier()
+
+    def finish(self) -> None:
+        """Exports the models and writes the report."""
+        folder = Path(self.config.output_dir)
+        self.export(folder)
+        self.logger.message(f"policy: {folder / 'policy'}")
+        if self.config.report and distributed.rank() == 0:
+            self.logger.message(f"report: {report_run(folder, limit=self.config.report_samples)}")
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(count: int, key: str) -> Sequence[int]:
+    """A shuffle of range(count), the same for the same arguments in every process."""
+    order = list(range(count))
+    random.Random(key).shuffle(order)
+    return tuple(order)

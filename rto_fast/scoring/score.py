@@ -1,0 +1,143 @@
+"""What the models say of a rollout: log-probs, values and scores.
+
+Without gradient, packed, shared out over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rto_fast import distributed
+from rto_fast.backend.frozen import FrozenModel
+from rto_fast.config import RTOConfig
+from rto_fast.contract import ResponseTexts, Rollout, Scores
+from rto_fast.errors import RewardError
+from rto_fast.models.heads import logps_at
+from rto_fast.models.packing import Placement, balance
+from rto_fast.scoring.reward_source import Model, RewardSource
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The models of one run, each callable on packed batches. `reference is dpo_ref` where they are one model."""
+
+    policy: Model
+    critic: Model | None
+    """None where the advantages need none: values are 0."""
+    reference: Model
+    dpo: Model | None
+    """None when beta1 = 0: the token reward is off."""
+    dpo_ref: Model
+    rewards: Sequence[RewardSource]
+    reward_weights: Sequence[float]
+    frozen: Sequence[FrozenModel]
+    """Those of the models that may wait in host memory between rollouts."""
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Inside, every model is on the device."""
+        for model in self.frozen:
+            model.fetch()
+        try:
+            yield
+        finally:
+            for model in self.frozen:
+                model.park()
+
+
+@torch.no_grad()
+def score_rollout(
+    rollout: Rollout,
+    texts: ResponseTexts,
+    scorers: Scorers,
+    config: RTOConfig,
+    placement: Placement,
+    progress: Callable[[int], None],
+) -> tuple[Scores, dict[str, Tensor]]:
+    """Scores of the global rollout, the same on every rank, and each reward source's own scores [B].
+
+    Each rank computes a share that is balanced by tokens; `progress` is told of tokens done, at last of the other
+    ranks'. fp32, on the device.
+    """
+    owners = balance(rollout.seq_lens.tolist(), distributed.world_size())
+    mine = owners[distributed.rank()]
+    local, local_texts = rollout.select(mine), texts.select(mine)
+
+    with scorers.on_device():
+        named = _source_scores(local, local_texts, scorers.rewards)
+        pieces = _token_scores(local, scorers, config, placement, progress)
+    names = [f.name for f in fields(Scores) if f.name != "score"]
+    # Column by column, so that a rank without any sequence takes part too.
+    columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
+    progress(int(rollout.seq_lens.sum() - local.seq_lens.sum()))
+    tensors = {n: torch.cat(c).to(placement.device) for n, c in zip(names, columns, strict=True)}
+    if config.behaviour == "sampler" and config.temperature == 1:
+        tensors["policy_logp"] = rollout.sampler_logp.to(placement.device)
+
+    sources = {
+        n: torch.cat(distributed.gather_ragged(list(t.float().cpu()[:, None]), owners)) for n, t in named.items()
+    }
+    total = torch.zeros(len(rollout))
+    for weight, source in zip(scorers.reward_weights, sources.values(), strict=True):
+        total += weight * source
+    if config.truncated_reward is not None:
+        total = torch.where(rollout.truncated, torch.tensor(config.truncated_reward), total)
+    return Scores(**tensors, score=total.to(placement.device)), sources
+
+
+def _source_scores(local: Rollout, texts: ResponseTexts, sources: Sequence[RewardSource]) -> dict[str, Tensor]:
+    """Each source's scores of this rank's share. A source that fails on one rank raises RewardError on all."""
+    named: dict[str, Tensor] = {}
+    failure = ""
+    for source in sources:
+        try:
+            named[source.name] = source.score(local, texts)
+        except RewardError as error:
+            failure = str(error)
+            break
+    if failed := [f for f in distributed.gather_objects(failure) if f]:
+        raise RewardError(failed[0])
+    return named
+
+
+def _token_scores(
+    local: Rollout, scorers: Scorers, config: RTOConfig, placement: Placement, progress: Callable[[int], None]
+) -> list[tuple[Tensor, ...]]:
+    """For each sequence of this rank the fields of Scores in order, but for `score`; each [its response's length]."""
+    temperatures = (config.temperature,) if config.temperature == 1 else (config.temperature, 1.0)
+    out: list[tuple[Tensor, ...] | None] = [None] * len(local)
+    for index, batch in placement.micro(local.sequences(), local.prompt_lens.tolist()):
+        reference = scorers.reference(batch)
+        unknown = torch.full_like(reference, math.nan)[None]
+        policy = scorers.policy(batch, logps_at(temperatures)) if config.scores_policy else unknown
+        dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)
+        dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)
+        # One critic forward: the values of all states, and of the state after each last token.
+        states = torch.cat([batch.state_positions, batch.last_positions])
+        values = scorers.critic(batch, states) if scorers.critic else torch.zeros(states.shape, device=states.device)
+        values, after = values.split([batch.state_positions.numel(), len(batch.last_positions)])
+        lens = batch.cu_responses.diff().tolist()
+        columns = [t.split(lens) for t in (policy[0], policy[-1], reference, dpo, dpo_ref, values)]
+        for j, i in enumerate(index):
+            bootstrapped = config.truncation == "bootstrap" and bool(local.truncated[i])
+            last = after[j : j + 1] if bootstrapped else torch.zeros_like(after[j : j + 1])
+            out[i] = (*(c[j].clone() for c in columns), last)
+        progress(sum(int(local.seq_lens[i]) for i in index))
+    return out  # type: ignore[return-value]
+
+
+def weighted_sum(named: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
+    """[B] fp32 sum of weight * score, weights in the order of `named`; weight 0 leaves its source out."""
+    if not named or len(named) != len(weights):
+        raise ValueError(f"weights: {len(weights)} given for {len(named)} reward sources")
+    total = torch.zeros_like(next(iter(named.values())), dtype=torch.float32)
+    for score, weight in zip(named.values(), weights, strict=True):
+        if weight:
+            total += weight * score.float()
+    return total

@@ -1,0 +1,125 @@
+"""DPO and its relatives: each objective's data, reference and stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from rto_fast.algo import preference
+from rto_fast.backend.frozen import FrozenModel
+from rto_fast.config import DPOConfig
+from rto_fast.data.chat_template import check_template
+from rto_fast.data.load import load_answers, load_preferences
+from rto_fast.data.tokenizer import check_max_length
+from rto_fast.errors import require
+from rto_fast.models.heads import PolicyModel
+from rto_fast.models.load import check_weights, load_config, load_policy
+from rto_fast.supervised.kto import KTO, Answers
+from rto_fast.supervised.pair_objectives import MPPO, TDPO, KLLoss, PairLoss, Referenced, SimPO, grouped_rows, pair_rows
+from rto_fast.supervised.prepare import Common, prepare, run_stage
+from rto_fast.supervised.reference_cache import cached_reference_logps
+from rto_fast.supervised.stage import Row, Stage
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One value of `--objective`: how its stage is made from the data, and its loss where several share a stage."""
+
+    make: Callable[..., Stage]
+    """Called with (config, common) and, where there is one, the loss."""
+    loss: PairLoss | KLLoss | None = None
+    needs_reference: bool = True
+
+    def stage(self, config: DPOConfig, common: Common) -> Stage:
+        return self.make(config, common, *(() if self.loss is None else (self.loss,)))
+
+
+def train_dpo(config: DPOConfig) -> Path:
+    """DPO or another `objective` from preferences; returns the model's folder."""
+    objective = OBJECTIVES[config.objective]
+    require(
+        objective.needs_reference or not config.reference,
+        f"reference: {config.objective} has no reference; leave it out, or choose another --objective",
+    )
+    common = prepare(config)
+    if config.reference:
+        reference = load_config(config.reference, "reference")
+        ours = load_config(config.model, "model").vocab_size
+        require(reference.vocab_size == ours, f"reference: {config.reference!r} has a vocabulary of "
+                f"{reference.vocab_size} tokens, the model's has {ours}")  # fmt: skip
+        check_weights(config.reference, "reference")
+        check_template(config.reference, common.template, "reference")
+        check_max_length(config.max_length, reference, "max_length (reference)")
+    return run_stage(config, common, objective.stage(config, common))
+
+
+def _load_reference(config: DPOConfig, common: Common) -> PolicyModel:
+    source, argument = (config.reference, "reference") if config.reference else (config.model, "model")
+    return load_policy(source, argument=argument, **common.loading)
+
+
+def _reference_tables(
+    config: DPOConfig, common: Common, *parts: tuple[Sequence[int], Sequence[Row]]
+) -> tuple[Tensor, ...]:
+    reference = _load_reference(config, common)
+    return cached_reference_logps(reference, parts, config, common.tokenizer, common.template, common.placement)
+
+
+def _referenced(config: DPOConfig, common: Common, loss: PairLoss) -> Referenced:
+    parts = load_preferences(config, common.tokenizer, common.template)
+    train, held_out = map(pair_rows, parts)
+    tables = _reference_tables(config, common, (parts[0].rows, train), (parts[1].rows, held_out))
+    model = load_policy(config.model, argument="model", **common.loading)
+    return Referenced(model, train, held_out, config, loss, tables)
+
+
+def _simpo(config: DPOConfig, common: Common) -> SimPO:
+    train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
+    return SimPO(load_policy(config.model, argument="model", **common.loading), train, held_out, config)
+
+
+def _mppo(config: DPOConfig, common: Common) -> MPPO:
+    train, held_out = map(grouped_rows, load_preferences(config, common.tokenizer, common.template))
+    return MPPO(load_policy(config.model, argument="model", **common.loading), train, held_out, config)
+
+
+def _tdpo(config: DPOConfig, common: Common, loss: KLLoss) -> TDPO:
+    train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
+    device = common.placement.device
+    reference = _load_reference(config, common).eval().requires_grad_(False).to(device)
+    whole = FrozenModel(reference, device, parks=False)
+    model = load_policy(config.model, argument="model", **common.loading)
+    return TDPO(model, train, held_out, config, loss, whole)
+
+
+def _kto(config: DPOConfig, common: Common) -> KTO:
+    parts = load_answers(config, common.tokenizer, common.template)
+    learnt = Answers.of(parts[0], config.max_length)
+    answers = (learnt, Answers.of(parts[1], config.max_length, spare=learnt.rows))
+    rows = [rows for a in answers for rows in (a.rows, a.mismatched)]
+    tables = _reference_tables(config, common, *((range(len(r)), r) for r in rows))
+    model = load_policy(config.model, argument="model", **common.loading)
+    return KTO(model, answers, tables[::2], tables[1::2], config)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": Objective(
+        _referenced, lambda p, c: preference.dpo_loss(*p.logp.unbind(1), *p.ref_logp.unbind(1), beta=c.beta)
+    ),
+    "r_dpo": Objective(
+        _referenced,
+        lambda p, c: preference.r_dpo_loss(*p.ratios, *p.lens.unbind(1), beta=c.beta, alpha=c.r_dpo_alpha),
+    ),
+    "ipo": Objective(_referenced, lambda p, c: preference.ipo_loss(*p.ratios, *p.lens.unbind(1), beta=c.beta)),
+    "tdpo1": Objective(_tdpo, lambda ratios, kls, c: preference.tdpo1_loss(*ratios, *kls, beta=c.beta)),
+    "tdpo2": Objective(
+        _tdpo, lambda ratios, kls, c: preference.tdpo2_loss(*ratios, *kls, beta=c.beta, alpha=c.tdpo_alpha)
+    ),
+    "kto": Objective(_kto),
+    "simpo": Objective(_simpo, needs_reference=False),
+    "mppo": Objective(_mppo, needs_reference=False),
+}
+"""All values of `--objective`; config.py names them as choices of the flag."""

@@ -1,0 +1,62 @@
+"""What every supervised stage does before its training: checks, tokenizer, log."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast import distributed
+from rto_fast.backend.checkpoints import Checkpoints, open_output
+from rto_fast.config import SupervisedConfig
+from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
+from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer
+from rto_fast.logs.run_logger import RunLogger
+from rto_fast.models.load import DTYPES, check_weights, choose_attention, load_config
+from rto_fast.models.packing import Placement
+from rto_fast.supervised.loop import fit, steps_of
+from rto_fast.supervised.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    placement: Placement
+    loading: dict[str, Any]
+    checkpoints: Checkpoints
+    found: tuple[int, dict[str, Any]] | None
+    """The checkpoint to go on from."""
+
+
+def prepare(config: SupervisedConfig) -> Common:
+    """Cheap checks, then tokenizer, template and device."""
+    config.validate()
+    device = distributed.init()
+    checkpoints = open_output(config)
+    found = checkpoints.read()
+    model = load_config(config.model, "model")
+    tokenizer = load_tokenizer(config.model)
+    template = load_template(config.chat_template, tokenizer)
+    check_weights(config.model, "model")
+    check_vocabulary(tokenizer, model, "model")
+    check_template(config.model, template, "model")
+    check_max_length(config.max_length, model, "max_length")
+    attention, kernel = choose_attention(config, device)
+    placement = Placement(device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.micro_tokens)
+    loading = {"dtype": DTYPES[config.dtype], "attention": attention}
+    return Common(tokenizer, template, placement, loading, checkpoints, found)
+
+
+def run_stage(config: SupervisedConfig, common: Common, stage: Stage) -> Path:
+    """Opens the log, which writes the first files, and trains."""
+    logger = RunLogger(
+        config.output_dir, stage=stage.name, total_steps=steps_of(config, len(stage.train)), rank=distributed.rank(),
+        wandb_project=config.wandb_project, config=dataclasses.asdict(config),
+        start_step=common.found[0] if common.found else 0,
+    )  # fmt: skip
+    return fit(
+        config, stage, common.tokenizer, common.template, common.placement, common.checkpoints, logger, common.found
+    )

@@ -1,0 +1,65 @@
+"""The reward model's stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rto_fast import distributed
+from rto_fast.algo import preference
+from rto_fast.config import RMConfig
+from rto_fast.data.load import load_preferences
+from rto_fast.models.load import load_config, new_scalar
+from rto_fast.models.packing import Placement
+from rto_fast.supervised.loop import held_out_batches
+from rto_fast.supervised.pair_objectives import pair_rows
+from rto_fast.supervised.prepare import prepare, run_stage
+from rto_fast.supervised.stage import Row, RowBatch, Stage, Sums
+
+
+class RewardModel(Stage):
+    """Bradley-Terry on the scores at the last tokens; leaves the scores' mean and std in the model."""
+
+    name = "reward model"
+
+    def __init__(self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row]) -> None:
+        self.model, self.train, self.held_out = model, train, held_out
+
+    def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
+        chosen, rejected = batch.by_row(model(batch.packed, batch.packed.last_positions)).unbind(1)
+        loss = preference.bradley_terry_loss(chosen, rejected)
+        return loss.sum(), {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
+
+    @torch.no_grad()
+    def finish(self, model: Callable[..., Any], placement: Placement) -> dict[str, float]:
+        """Mean and std of all held-out scores, so that a user of the model can normalise its output."""
+        if not self.held_out:
+            return {}
+        moments = torch.zeros(3, dtype=torch.float64)
+        for batch in held_out_batches(self.held_out, placement):
+            scores = model(batch.packed, batch.packed.last_positions).double().cpu()
+            if batch.index:
+                moments += torch.stack([torch.tensor(float(scores.numel())), scores.sum(), scores.square().sum()])
+        count, total, square = distributed.sum_over_ranks(moments).tolist()
+        mean = total / count
+        std = max(square / count - mean**2, 1e-12) ** 0.5
+        self.model.mean, self.model.std = mean, std
+        return {"eval/score_mean": mean, "eval/score_std": std}
+
+
+def train_rm(config: RMConfig) -> Path:
+    """Reward model from preference pairs; returns the model's folder."""
+    common = prepare(config)
+    parts = load_preferences(config, common.tokenizer, common.template)
+    train, held_out = map(pair_rows, parts)
+    if not held_out and distributed.rank() == 0:
+        print("warning: no pair is held out: the scores are not measured, their mean and std stay 0 and 1", flush=True)
+
+    torch.manual_seed(config.seed)
+    hidden = load_config(config.model, "model").hidden_size
+    model = new_scalar(config.model, argument="model", head_std=1 / (hidden + 1), **common.loading)
+    return run_stage(config, common, RewardModel(model, train, held_out))

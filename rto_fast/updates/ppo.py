@@ -1,0 +1,150 @@
+"""Update policy and critic from one train batch: PPO.
+
+The batch is shared out over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+
+import torch
+from rto_kernels import PPOStats
+from torch import Tensor
+
+from rto_fast import distributed
+from rto_fast.algo import losses
+from rto_fast.algo.losses import PairStats
+from rto_fast.backend.train_engine import StepResult, TrainEngine
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Rollout, Scores, Targets
+from rto_fast.models.packing import PackedBatch, Placement, plan
+
+S = TypeVar("S", PPOStats, PairStats)
+LossAndStats: TypeAlias = tuple[Tensor, S]
+
+
+class Trained(Protocol):
+    """What an update needs of a run."""
+
+    @property
+    def policy(self) -> TrainEngine: ...
+
+    @property
+    def critic(self) -> TrainEngine | None: ...
+
+    @property
+    def config(self) -> RTOConfig: ...
+
+    @property
+    def placement(self) -> Placement: ...
+
+
+@dataclass(frozen=True)
+class UpdateStats(Generic[S]):
+    """Loss and statistics of one train batch, summed over micro-batches and ranks."""
+
+    result: StepResult
+    loss: float
+    stats: S
+    lr: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where a micro-batch stands in the rollout."""
+
+    sequences: list[int]
+    tokens: Tensor
+    """[R of the micro-batch] int64 positions in the rollout's [R] tensors."""
+
+
+class TrainBatch:
+    """The sequences of one optimiser step, shared out over ranks and micro-batches.
+
+    Losses are divided by the global count of the whole train batch, so neither the number of ranks nor the size
+    of a micro-batch changes them. Empty responses carry no loss and are left out.
+    """
+
+    def __init__(self, run: Trained, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
+        self.run, self.rollout, self.scores, self.targets = run, rollout, scores, targets
+        self.index = index = [i for i in index if rollout.response_lens[i] > 0] or index[:1]
+        self.micro = self.shared_out([[i] for i in index])
+        counted = rollout.response_lens[torch.tensor(index)]
+        self.denominator = losses.loss_denominator(counted, run.config.loss_aggregation).to(run.placement.device)
+
+    def shared_out(self, units: Sequence[list[int]]) -> list[tuple[list[int], float]]:
+        """This rank's micro-batches, (sequences, weight) each; a unit's sequences stay together.
+
+        A rank with fewer micro-batches than another runs the shortest unit with weight 0 (see packing.plan).
+        """
+        lens = self.rollout.seq_lens.tolist()
+        tokens = [sum(lens[i] for i in unit) for unit in units]
+        share = plan(tokens, distributed.world_size(), self.run.config.micro_tokens)[distributed.rank()]
+        shortest = units[min(range(len(units)), key=lambda u: tokens[u])]
+        return [([i for u in part for i in units[u]], 1.0) if part else (shortest, 0.0) for part in share]
+
+    def policy_terms(self, batch: PackedBatch, share: Share) -> losses.PolicyTerms:
+        r, targets = share.tokens, self.targets
+        return losses.PolicyTerms(
+            self.scores.old_logp[r], targets.advantages[r], targets.whiten, batch.cu_responses, self.denominator
+        )
+
+    def update_policy(self, step: int) -> UpdateStats[Any]:
+        config, policy = self.run.config, self.run.policy
+
+        def loss(batch: PackedBatch, share: Share) -> LossAndStats[PPOStats]:
+            read = partial(
+                losses.policy_loss, terms=self.policy_terms(batch, share), temperature=config.temperature,
+                clip=config.clip, entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation,
+            )  # fmt: skip
+            out = policy(batch, read)
+            return out.policy_loss, out.stats
+
+        return self._update(policy, loss, step, PPOStats)
+
+    def update_critic(self, step: int) -> UpdateStats[PPOStats]:
+        config, critic = self.run.config, self.run.critic
+        assert critic is not None, "a run without a critic has no critic's update"
+
+        def loss(batch: PackedBatch, share: Share) -> LossAndStats[PPOStats]:
+            r = share.tokens
+            values = critic(batch, batch.state_positions)
+            out = losses.value_loss(
+                values, self.scores.values[r], self.targets.returns[r], batch.cu_responses, self.denominator,
+                value_clip=config.value_clip, aggregation=config.loss_aggregation,
+            )  # fmt: skip
+            return out.value_loss, out.stats
+
+        return self._update(critic, loss, step, PPOStats)
+
+    def _update(
+        self, engine: TrainEngine, loss: Callable[[PackedBatch, Share], LossAndStats[S]], step: int, kind: type[S]
+    ) -> UpdateStats[S]:
+        """One optimiser step; `loss` gives a micro-batch's share of the loss and of the statistics."""
+        device = self.run.placement.device
+        sums = torch.zeros(1 + len(kind._fields), dtype=torch.float64, device=device)
+        ratio_max = torch.zeros((), device=device)
+
+        def micro_loss(item: tuple[list[int], float]) -> Tensor:
+            nonlocal sums, ratio_max
+            index, weight = item
+            part = self.rollout.select(index)
+            batch = PackedBatch.make(part.sequences(), part.prompt_lens.tolist(), device, self.run.placement.kernel)
+            stats: S
+            value, stats = loss(batch, Share(index, self.rollout.response_index(index).to(device)))
+            if weight:
+                sums = sums + torch.stack([value.detach(), *stats]).double()
+                ratio_max = torch.maximum(ratio_max, stats.ratio_max.float())
+            return value * weight
+
+        result = engine.update(self.micro, micro_loss, step=step)
+        total = distributed.sum_over_ranks(sums)
+        if not math.isfinite(float(total[0])):
+            result = StepResult(result.grad_norm, applied=False)
+        most = max(distributed.gather_objects(float(ratio_max)))
+        summed = kind(*total[1:].float())._replace(ratio_max=torch.tensor(most))
+        return UpdateStats(result, float(total[0]), summed, engine.lr(step))

@@ -1,0 +1,73 @@
+"""Losses and gradients depend on neither the number of ranks, nor the micro-batch size, nor the ZeRO stage.
+
+Gradients are compared, not weights: Adam's first step would blow up rounding where a gradient is near 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from invariance_worker import CASES, RESPONSES
+from loop_helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
+OBJECTIVES = ("policy", "critic", "sft", "rm", "dpo")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, tmp_path_factory):
+    """{ranks: {(stage, budget): {objective: (loss, gradients, micro-batches of rank 0)}, responses: iteration}}."""
+    from launches import Launch
+
+    folder, paths = tmp_path_factory.mktemp("invariance"), json.dumps(dataclasses.asdict(tiny))
+    found = {}
+    for ranks in (1, 2):
+        target = folder / f"{ranks}.pt"
+        running = Launch(
+            [ROOT / "tests" / "invariance_worker.py", paths, target], ranks=ranks, log=folder / f"{ranks}.log"
+        )
+        result = running.wait(400)
+        assert result.returncode == 0, result.output
+        found[ranks] = torch.load(target, weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("stage", "budget"), CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_same_loss_and_gradients(measured, ranks, stage, budget, objective):
+    """Against one rank, ZeRO-2, everything in one micro-batch."""
+    loss, gradients, _ = measured[1][2, 4096][objective]
+    other_loss, other, _ = measured[ranks][stage, budget][objective]
+    assert other_loss == pytest.approx(loss, rel=2e-6, abs=2e-7)
+    assert other.keys() == gradients.keys()
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    assert scale > 0
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            other[name], gradient, rtol=2e-4, atol=2e-6 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_micro_batches_did_differ(measured):
+    """The comparison is of different work: one batch, several, and one a sequence, unequal on two ranks."""
+    counts = [measured[1][2, budget]["policy"][2] for budget in (4096, 512, 1)]
+    assert counts[0] == 1 < counts[1] < counts[2]
+    assert measured[2][2, 1]["policy"][2] < counts[2]
+
+
+@pytest.mark.parametrize("responses", RESPONSES)
+def test_a_whole_iteration(measured, responses):
+    """The same tokens sampled and the same figures, even where a rank has no response of its own."""
+    (alone, figures), (shared, others) = (measured[ranks][responses] for ranks in (1, 2))
+    assert len(alone) == responses
+    for name in ("tokens", "prompt_lens", "response_lens", "truncated", "rows", "sample_index"):
+        assert torch.equal(getattr(shared, name), getattr(alone, name)), name
+    assert figures.keys() == others.keys()
+    for name, value in figures.items():
+        if not name.startswith(("sampler/", "sync/seconds")):  # differences of rounding, and time
+            assert others[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name

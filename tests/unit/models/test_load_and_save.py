@@ -1,0 +1,176 @@
+"""Loading and exporting: head names, missing heads, normalisation, the critic's start, other tokenizers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from loop_helpers import save_llama, small_run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rto_fast import build, trainer
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, Rollout
+from rto_fast.errors import ConfigError
+from rto_fast.models.attention import PACKED
+from rto_fast.models.load import load_policy, load_scalar
+from rto_fast.models.packing import PackedBatch
+
+LOADING = {"dtype": torch.float32, "attention": PACKED, "argument": "reward_model"}
+TOKENS = [torch.tensor([1, 9, 12, 30, 31]), torch.tensor([1, 40, 41])]
+
+
+def copy_with(source: str, target: Path, **renamed: str | None) -> str:
+    """The model at `source` with tensors renamed by prefix (None: left out)."""
+    shutil.copytree(source, target)
+    state = {}
+    for name, tensor in load_file(target / "model.safetensors").items():
+        new = next((r and name.replace(p, r) for p, r in renamed.items() if name.startswith(p + ".")), name)
+        if new:
+            state[new] = tensor
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def scores(model) -> torch.Tensor:
+    batch = PackedBatch.make(TOKENS, [1, 1], torch.device("cpu"), "sdpa")
+    with torch.no_grad():
+        return model(batch, batch.last_positions)
+
+
+def test_scores_are_normalised_by_the_stored_statistics(tiny):
+    """(raw - mean) / std of transformers' own classifier at the last token."""
+    raw = AutoModelForSequenceClassification.from_pretrained(tiny.reward, num_labels=1)
+    with torch.no_grad():
+        expected = torch.cat([raw.score(raw.model(t[None]).last_hidden_state[:, -1])[0] for t in TOKENS])
+    config = json.loads((Path(tiny.reward) / "config.json").read_text())
+    assert (config["mean"], config["std"]) == (0.3, 1.7)
+    torch.testing.assert_close(scores(load_scalar(tiny.reward, **LOADING)), (expected - 0.3) / 1.7)
+
+
+def test_openrlhfs_head_name(tiny, tmp_path):
+    other = copy_with(tiny.reward, tmp_path / "value_head", score="value_head")
+    assert torch.equal(scores(load_scalar(other, **LOADING)), scores(load_scalar(tiny.reward, **LOADING)))
+
+
+def test_a_missing_head_is_an_error(tiny, tmp_path):
+    headless = copy_with(tiny.reward, tmp_path / "headless", score=None)
+    with pytest.raises(ConfigError, match=r"reward_model: .*headless.*no reward head.*score and value_head"):
+        load_scalar(headless, **LOADING)
+
+
+def test_a_language_model_is_no_reward_model(tiny):
+    with pytest.raises(ConfigError, match="no reward head"):
+        load_scalar(tiny.policy, **LOADING)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_dropout_is_off(tiny, tmp_path, family):
+    """In training a policy gives the log-probs that it was scored with, dropout by modules (GPT-2) or functions."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"vocab_size": 87, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**sizes)),
+        "gpt_neox": lambda: GPTNeoXForCausalLM(
+            GPTNeoXConfig(**sizes, intermediate_size=64, attention_dropout=0.5, hidden_dropout=0.5)
+        ),
+    }[family]()
+    model.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), **LOADING)
+    batch = PackedBatch.make(TOKENS, [1, 1], torch.device("cpu"), "sdpa")
+    with torch.no_grad():
+        trained, scored = (policy.train(mode)(batch)[0] for mode in (True, False))
+    assert torch.equal(trained, scored)
+
+
+def run_with(tiny, folder, **settings):
+    return build.build(RTOConfig(**small_run(tiny, folder, prompt_key="prompt", **settings)))
+
+
+def test_critic_starts_from_the_reward_model_in_its_units(one_rank, tiny, tmp_path, capsys):
+    run = run_with(tiny, tmp_path / "run")
+    assert f"critic: starts from the reward model {tiny.reward}" in capsys.readouterr().out
+    assert torch.equal(scores(run.critic.model), scores(load_scalar(tiny.reward, **LOADING)))
+
+
+@pytest.mark.parametrize("source", ["model", "function"])
+def test_critic_starts_from_the_policy_with_a_zero_head(one_rank, tiny, tmp_path, capsys, source):
+    """Where it is asked for, and where no reward model is there."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def length(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    function = {"reward_model": (), "reward_fn": (f"{rewards}:length",)}
+    run = run_with(tiny, tmp_path / "run", **({"critic": "policy"} if source == "model" else function))
+    assert f"the policy's backbone {tiny.policy} with a zero head" in capsys.readouterr().out
+    assert scores(run.critic.model).abs().max() == 0
+    backbone = load_file(Path(tiny.policy) / "model.safetensors")
+    assert all((t == backbone[n]).all() for n, t in run.critic.weights() if n.startswith("model."))
+
+
+@pytest.fixture(scope="module")
+def foreign(tiny, tmp_path_factory):
+    """A reward model whose tokenizer has the same words in another order."""
+    folder = tmp_path_factory.mktemp("foreign") / "reward"
+    shutil.copytree(tiny.reward, folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    special = {t["content"] for t in tokenizer["added_tokens"]}
+    words = [w for w in vocabulary if w not in special]
+    ids = [vocabulary[w] for w in words]
+    vocabulary.update(zip(words, reversed(ids), strict=True))
+    path.write_text(json.dumps(tokenizer))
+    return str(folder)
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_text(one_rank, tiny, foreign, tmp_path, capsys):
+    """Its scores are those of its own tokens; and the critic cannot start from it."""
+    run = run_with(tiny, tmp_path / "run", reward_model=(foreign,))
+    assert "with a zero head" in capsys.readouterr().out
+    words = run.tokenizer.encode("Then it danced with the happy duck .", add_special_tokens=False)
+    prompt = tuple(run.prompts.prompt_ids[0])
+    rollout = Rollout.from_lists([Request(prompt, 0, 0, 0, 0)], [words], [[0.0] * len(words)], [False], version=0)
+    (source,) = run.scorers.rewards
+    own = AutoTokenizer.from_pretrained(foreign)
+    text = f"{run.prompts.prompts[0]} {run.tokenizer.decode(words)}"
+    ids = [own.bos_token_id, *own.encode(text, add_special_tokens=False), own.eos_token_id]
+    raw = AutoModelForSequenceClassification.from_pretrained(foreign, num_labels=1)
+    with torch.no_grad():
+        expected = raw.score(raw.model(torch.tensor([ids])).last_hidden_state[:, -1])[0]
+    torch.testing.assert_close(source.score(rollout, run.texts(rollout)), (expected - 0.3) / 1.7, rtol=1e-4, atol=1e-5)
+
+
+def test_a_critic_from_a_reward_model_with_another_tokenizer_is_refused(one_rank, tiny, foreign, tmp_path):
+    with pytest.raises(ConfigError, match=r"critic: .*another tokenizer"):
+        run_with(tiny, tmp_path / "run", reward_model=(foreign,), critic="reward")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_exports_load_where_they_should(tiny, tmp_path, tied, stage):
+    """Policy in AutoModelForCausalLM with the trained model's log-probs, critic in its own class, tied or not."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.policy)
+    ids = {n: getattr(tokenizer, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    start = tmp_path / "start"
+    save_llama(start, seed=1, vocab=len(tokenizer), ids=ids, tied=tied)
+    tokenizer.save_pretrained(start)
+    settings = small_run(tiny, tmp_path / "run", prompt_key="prompt", policy_lr=1e-2, zero_stage=stage, iterations=1)
+    run = trainer.train(RTOConfig(**(settings | {"policy": str(start), "dpo_model": str(start)})))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    assert exported.config.tie_word_embeddings is tied
+    trained = dict(run.policy.weights())
+    assert trained.keys() == dict(exported.named_parameters()).keys()
+    first = AutoModelForCausalLM.from_pretrained(start)
+    moved = 0
+    for (name, tensor), before in zip(exported.named_parameters(), first.parameters(), strict=True):
+        moved += int(not torch.equal(tensor, before))
+        for key, own in run.policy.weights():
+            if key == name:
+                assert torch.equal(tensor, own), name
+    assert moved > 0
+    critic = load_scalar(str(tmp_path / "run" / "critic"), **LOADING)
+    assert (critic.mean, critic.std) == (0.3, 1.7)

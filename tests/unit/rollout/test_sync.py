@@ -1,0 +1,76 @@
+"""What the proof of a sync rests on: moving weights and back without a copy, and checksums of what arrived."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rto_fast.rollout.weights.fingerprint import Fingerprint
+from rto_fast.rollout.weights.sync import _difference, move
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_weight_moves_and_comes_back_bit_for_bit(dtype):
+    layer = nn.Linear(64, 64).to(dtype)
+    with torch.no_grad():
+        layer.bias[:4] = torch.tensor([0.0, 0.0625, -0.0, 0.078125])
+    before = [p.detach().clone() for p in layer.parameters()]
+    move(layer)
+    share = ((layer.weight - before[0]) / before[0]).abs()
+    assert ((share > 0.1) & (share < 0.35)).float().mean() > 0.98
+    assert layer.bias[0] == 0.0625
+    move(layer)
+    words = torch.int32 if dtype == torch.float32 else torch.int16
+    for p, old in zip(layer.parameters(), before, strict=True):
+        assert torch.equal(p.detach().view(words), old.view(words))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checksum_shows_any_change(dtype):
+    tensor = torch.randn(33, 65, generator=torch.Generator().manual_seed(0)).to(dtype)
+    other = tensor.clone()
+    other.view(-1)[[3, 40]] = other.view(-1)[[40, 3]]
+    last_bit = tensor.clone()
+    last_bit.view(torch.int16)[-1, -1] ^= 1
+    found = set()
+    for one in (tensor, other, last_bit, tensor.T, tensor[:-1]):
+        print_of = Fingerprint()
+        print_of.add("w", one)
+        found.add(print_of.digests()["w"])
+    assert len(found) == 5
+    again = Fingerprint()
+    again.add("w", tensor.clone())
+    assert again.digests()["w"] in found
+    assert again.bytes == tensor.numel() * tensor.element_size()
+    with pytest.raises(ValueError, match="w: added twice"):
+        again.add("w", tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_opposite_changes_do_not_cancel(dtype):
+    """Every pair of neighbours in rounding, one up and one down, and every swap of two words gives another digest."""
+    words = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    tensor = (1 + torch.arange(48) / 64).to(dtype)
+    found, count = set(), 0
+    for i in range(48):
+        for j in range(48):
+            if i == j:
+                continue
+            changed = tensor.clone()
+            changed.view(words)[i] += 1
+            changed.view(words)[j] -= 1
+            swapped = tensor.clone()
+            swapped[[i, j]] = swapped[[j, i]]
+            for one in (changed, swapped) if i < j else (changed,):
+                print_of = Fingerprint()
+                print_of.add("w", one)
+                found.add(print_of.digests()["w"])
+                count += 1
+    assert len(found) == count
+
+
+def test_what_arrived_otherwise_is_named():
+    assert _difference({"a": 1, "b": 2}, {"a": 1, "b": 2}) == ""
+    assert "b: sent but not received (1 of 2)" in _difference({"a": 1, "b": 2}, {"a": 1})
+    assert "b: received with other bytes" in _difference({"a": 1, "b": 2}, {"a": 1, "b": 3})

@@ -1,0 +1,352 @@
+"""Reward sources: functions with every kind of fault, and a real HTTP server that fails, hangs and lies."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from rto_fast.build import load_reward_sources
+from rto_fast.config import RTOConfig
+from rto_fast.contract import Request, ResponseTexts, Rollout
+from rto_fast.errors import ConfigError, RewardError
+from rto_fast.scoring.reward_function import FunctionReward
+from rto_fast.scoring.reward_server import RemoteReward
+from rto_fast.scoring.score import weighted_sum
+
+WORDS = ["a", "bb", "", "dddd", "eeeee", "ff", "g"]
+
+
+def case(responses: list[str] = WORDS) -> tuple[Rollout, ResponseTexts]:
+    requests = [Request((1, 2), i, i, 0, i) for i in range(len(responses))]
+    ids = [[3] * len(r) for r in responses]
+    rollout = Rollout.from_lists(requests, ids, [[0.0] * len(r) for r in ids], [False] * len(ids), 0)
+    prompts = [f"p{i}:" for i in range(len(responses))]
+    return rollout, ResponseTexts(prompts, responses, [[{"role": "user", "content": p}] for p in prompts])
+
+
+# Sum
+
+
+def test_weighted_sum():
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0], dtype=torch.float64)
+    total = weighted_sum({"a": a, "b": b}, (0.5, 2.0))
+    assert total.dtype == torch.float32
+    assert total.tolist() == [20.5, 41.0]
+    assert a.tolist() == [1.0, 2.0]
+    nan = torch.tensor([float("nan"), 1.0])
+    assert weighted_sum({"a": a, "nan": nan}, (1.0, 0.0)).tolist() == [1.0, 2.0]
+    assert torch.isnan(weighted_sum({"a": a, "nan": nan}, (1.0, 0.1))).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("named", "weights"), [({}, ()), ({"a": torch.zeros(2)}, (1.0, 2.0))])
+def test_weighted_sum_refuses_other_counts(named, weights):
+    with pytest.raises(ValueError, match="reward sources"):
+        weighted_sum(named, weights)
+
+
+# Functions
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_function_scores_each_response(kind):
+    source = FunctionReward("f", lambda prompts, responses: kind([len(r) for r in responses]))
+    score = source.score(*case())
+    assert score.dtype == torch.float32
+    assert score.tolist() == [len(w) for w in WORDS]
+
+
+def test_function_sees_prompts_and_cannot_change_the_texts():
+    def greedy(prompts, responses):
+        assert prompts[1] == "p1:"
+        prompts.clear()
+        return [0.0] * len(responses)
+
+    rollout, texts = case()
+    FunctionReward("greedy", greedy).score(rollout, texts)
+    assert len(texts.prompts) == len(WORDS)
+
+
+def test_function_passes_non_finite_scores_on():
+    values = [float("nan"), float("inf"), -math.inf, 1, 2, 3, 4]
+    score = FunctionReward("f", lambda prompts, responses: values).score(*case())
+    assert torch.isfinite(score).tolist() == [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([1.0], "my:fn answered 1 scores for 7 responses"),
+        (3.0, "my:fn answered a float, not 7 numbers"),
+        (None, "my:fn answered a NoneType"),
+        ("1234567", "my:fn answered a str"),
+        ([0, 0, None, 0, 0, 0, 0], r"my:fn, sample 2: None is not a number \(response ''"),
+        ([0, 0, 0, "1.0", 0, 0, 0], r"my:fn, sample 3: '1.0' is not a number \(response 'dddd'"),
+        ([[1, 2]] * 7, r"my:fn, sample 0: \[1, 2\] is not a number"),
+        (torch.zeros(7, 2), "my:fn, sample 0: tensor"),
+    ],
+)
+def test_function_with_a_wrong_answer(answer, message):
+    with pytest.raises(RewardError, match=message):
+        FunctionReward("my:fn", lambda prompts, responses: answer).score(*case())
+
+
+def test_function_that_raises_names_the_sample():
+    def fn(prompts, responses):
+        return [1 / len(r) for r in responses]
+
+    with pytest.raises(RewardError, match="my:fn raised at sample 2: ZeroDivisionError: division by zero"):
+        FunctionReward("my:fn", fn).score(*case())
+
+
+def test_function_that_raises_on_the_batch_alone():
+    def fn(prompts, responses):
+        if len(responses) > 3:
+            raise MemoryError("too many")
+        return [0.0] * len(responses)
+
+    with pytest.raises(RewardError, match="on the whole batch of 7, on no sample alone: MemoryError: too many"):
+        FunctionReward("my:fn", fn).score(*case())
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_scores.py").write_text(
+        "LIMIT = 3\n"
+        "def brevity(prompts, responses):\n    return [-len(r) for r in responses]\n"
+        "def no_prompts(responses):\n    return responses\n"
+    )
+    (tmp_path / "broken_scores.py").write_text("1 / 0\n")
+    (tmp_path / "needy_scores.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", ["my_scores:brevity", "my_scores.py:brevity", "{}/my_scores.py:brevity"])
+def test_function_is_loaded_from_a_module_or_a_file(user_folder, form):
+    spec = form.format(user_folder)
+    (source,) = load_reward_sources(RTOConfig(reward_fn=(spec,)))
+    assert source.name == spec
+    assert source.score(*case()).tolist() == [-len(w) for w in WORDS]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("my_scores", "'my_scores' is not module:function"),
+        (":brevity", "not module:function"),
+        ("my_scores:", "not module:function"),
+        ("my_scores:brevty", r"my_scores has no 'brevty'; did you mean brevity\?"),
+        ("my_scores.py:brevty", r"has no 'brevty'; did you mean brevity\?"),
+        ("my_scores:LIMIT", "my_scores has a non-callable 'LIMIT'"),
+        ("my_score:brevity", r"module 'my_score' of 'my_score:brevity' not found; did you mean my_scores"),
+        ("my_score.py:brevity", r"file my_score.py .* does not exist; did you mean my_scores.py"),
+        ("nowhere/my_scores.py:brevity", "does not exist"),
+        ("my_scores:no_prompts", r"my_scores:no_prompts\(responses\) cannot be called as fn"),
+        ("broken_scores:f", "importing broken_scores raised ZeroDivisionError"),
+        ("broken_scores.py:f", "importing broken_scores.py raised ZeroDivisionError"),
+        ("needy_scores:f", "importing needy_scores raised No module named 'not_installed_anywhere'"),
+    ],
+)
+def test_function_spec_that_cannot_be_loaded(user_folder, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        load_reward_sources(RTOConfig(reward_fn=(spec,)))
+
+
+# Remote
+
+
+class Server:
+    """A reward model on 127.0.0.1 whose score is the response's length; `script` says what comes before that."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+        self.script: list[object] = []
+        """For each request in turn: a status, seconds of silence, bytes or JSON to answer; then all goes well."""
+        self.always: object = None
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/score"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        with self.lock:
+            self.bodies.append(body)
+            step = self.script.pop(0) if self.script else self.always
+            self.busy += 1
+            self.most_busy = max(self.most_busy, self.busy)
+        status, lens = 200, [len(q) - len(p) for q, p in zip(body["query"], body["prompts"], strict=True)]
+        payload = json.dumps({"rewards": lens}).encode()
+        if isinstance(step, int):
+            status, payload = step, b"the model is loading"
+        elif isinstance(step, float):
+            time.sleep(step)
+        elif isinstance(step, bytes):
+            payload = step
+        elif step == "hang up":
+            request.connection.close()
+            return
+        elif step is not None:
+            payload = json.dumps(step).encode()
+        with self.lock:
+            self.busy -= 1
+        try:
+            request.send_response(status)
+            request.send_header("Content-Length", str(len(payload)))
+            request.end_headers()
+            request.wfile.write(payload)
+        except OSError:
+            pass  # the client gave up waiting
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def remote(server: Server, **settings) -> RemoteReward:
+    return RemoteReward(server.url, **({"wait_s": 0.01, "timeout_s": 5.0, "attempts": 3} | settings))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_remote_scores_in_order_and_in_chunks(server, chunk):
+    score = remote(server, chunk=chunk).score(*case())
+    assert score.dtype == torch.float32
+    assert score.tolist() == [len(w) for w in WORDS]
+    assert len(server.bodies) == math.ceil(len(WORDS) / chunk)
+    assert sorted(q for b in server.bodies for q in b["query"]) == [f"p{i}:{w}" for i, w in enumerate(WORDS)]
+    assert sorted(p for b in server.bodies for p in b["prompts"]) == [f"p{i}:" for i in range(len(WORDS))]
+
+
+def test_remote_keeps_several_requests_in_flight(server):
+    server.always = 0.1
+    remote(server, chunk=1, in_flight=3).score(*case())
+    assert server.most_busy == 3
+
+
+def test_remote_with_no_responses(server):
+    assert remote(server).score(*case([])).shape == (0,)
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "hang up", 0.6])
+def test_remote_tries_again(server, fault):
+    server.script = [fault, fault]
+    score = remote(server, timeout_s=0.3).score(*case())
+    assert score.tolist() == [len(w) for w in WORDS]
+    assert len(server.bodies) == 3
+
+
+def test_remote_waits_longer_each_time(server):
+    server.always = 500
+    start = time.perf_counter()
+    with pytest.raises(RewardError):
+        remote(server, attempts=4, wait_s=0.05).score(*case())
+    assert 0.35 <= time.perf_counter() - start < 3  # .05 + .1 + .2
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (503, r"http://127\.0\.0\.1:\d+/score: status 503 after 3 attempt\(s\): 'the model is loading'"),
+        (0.6, r"/score: no answer after 3 attempt\(s\) \(time-out 0\.3 s\): ReadTimeout"),
+        ("hang up", r"/score: no answer after 3 attempt\(s\)"),
+    ],
+)
+def test_remote_gives_up_after_the_last_attempt(server, fault, message):
+    server.always = fault
+    with pytest.raises(RewardError, match=message):
+        remote(server, timeout_s=0.3).score(*case())
+    assert len(server.bodies) == 3
+
+
+def test_remote_where_nobody_listens(server):
+    source = remote(server, attempts=2)
+    server.http.server_close()
+    with pytest.raises(RewardError, match=r"no answer after 2 attempt\(s\).*ConnectError"):
+        source.score(*case())
+
+
+@pytest.mark.parametrize("status", [400, 404, 302])
+def test_remote_refusal_is_not_tried_again(server, status):
+    server.always = status
+    with pytest.raises(RewardError, match=rf"status {status} after 1 attempt\(s\)"):
+        remote(server).score(*case())
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"<html>", r"answer is not \{\"rewards\": \[...\]\}: '<html>'"),
+        (b"\xff\xfe", "answer is not"),
+        ([1.0] * 7, "answer is not"),
+        ({"scores": [1.0] * 7}, "answer is not"),
+        ({"rewards": 1.0}, "no flat list of numbers: 1.0"),
+        ({"rewards": [[1.0]] * 7}, "no flat list of numbers"),
+        ({"rewards": [1.0] * 6 + [None]}, "no flat list of numbers"),
+        ({"rewards": [1.0] * 6 + ["2"]}, "no flat list of numbers"),
+        ({"rewards": [1.0] * 6}, "6 rewards for 7 responses"),
+    ],
+)
+def test_remote_with_a_wrong_answer(server, answer, message):
+    server.always = answer
+    with pytest.raises(RewardError, match=message):
+        remote(server).score(*case())
+    assert len(server.bodies) == 1
+
+
+def test_remote_passes_nan_on(server):
+    server.always = {"rewards": [float("nan")] + [1.0] * 6}
+    assert torch.isnan(remote(server).score(*case())).tolist() == [True] + [False] * 6
+
+
+def test_remote_name_holds_no_password():
+    assert RemoteReward("http://user:secret@host:81/rm?key=k").name == "http://host:81/rm"
+
+
+# Config
+
+
+def test_sources_in_the_order_of_the_weights(user_folder, server):
+    config = RTOConfig(
+        reward_fn=("my_scores:brevity",), reward_url=(server.url,), reward_timeout_s=7.0, reward_retries=2
+    )
+    function, url = load_reward_sources(config)
+    assert (function.name, url.name) == ("my_scores:brevity", server.url)
+    assert (url.timeout_s, url.attempts) == (7.0, 3)
+    assert server.bodies == []
+    named = {s.name: s.score(*case()) for s in (function, url)}
+    assert weighted_sum(named, (1.0, 1.0)).tolist() == [0.0] * len(WORDS)
+
+
+@pytest.mark.parametrize("url", ["", "localhost:5000/x", "ftp://host/x", "http://", "http://h:port/"])
+def test_urls_that_are_none(url):
+    with pytest.raises(ConfigError, match="reward_url"):
+        load_reward_sources(RTOConfig(reward_url=(url,)))
+
+
+def test_a_source_given_twice():
+    with pytest.raises(ConfigError, match="http://h/x is given twice"):
+        load_reward_sources(RTOConfig(reward_url=("http://h/x", "http://h/x")))

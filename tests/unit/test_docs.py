@@ -1,0 +1,66 @@
+"""The pages: links lead somewhere, files that are named exist, and the page of flags is what the configs say."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import sys
+
+import pytest
+from loop_helpers import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"`((?:rto_fast|kernels|tests|bench|recipes|tools|docs)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page):
+    text = page.read_text()
+    for target in LINK.findall(text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, target
+    for name in FILE.findall(text):
+        assert (ROOT / name).exists() or "<" in name, f"{page.name}: {name}"
+
+
+def test_a_module_says_in_one_line_what_it_is():
+    for path in (ROOT / "rto_fast").rglob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert (text and len(text.splitlines()[0]) <= 80) or not path.read_text(), path
+
+
+def test_readme_is_short_and_written_by_hand():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert "<!--" not in text  # the marks of generators
+
+
+def test_the_page_of_flags_is_what_the_configs_say(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flags_page.py", "--check"])
+    runpy.run_path(str(ROOT / "tools" / "flags_page.py"), run_name="__main__")
+
+
+def test_every_page_is_in_the_sites_navigation():
+    named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert named == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+
+
+def test_every_module_has_its_test_or_a_line_that_says_where():
+    lines = (ROOT / "tests" / "README.md").read_text().splitlines()[6:]
+    modules, places = (
+        {name for line in lines for name in re.findall(r"`([\w/.]+)`", line.split("|")[column])} for column in (1, 2)
+    )
+    assert all((ROOT / "tests" / place).exists() for place in places)
+    assert all((ROOT / "rto_fast" / module).exists() for module in modules)
+    tested = {p.stem.removeprefix("test_") for p in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "rto_fast").rglob("*.py"):
+        name = str(path.relative_to(ROOT / "rto_fast"))
+        assert path.stem in (*tested, "__init__") or name in modules, f"{name}: no test of its name, no line"

@@ -1,0 +1,167 @@
+"""Exports of a model's answers: the formats' schemas, resuming, decoding, and input that cannot work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from loop_helpers import write_rows
+
+from rto_fast import generate as module
+from rto_fast.errors import ConfigError
+from rto_fast.generate import GenerateConfig, generate
+
+STORIES = ["Once there was a proud fox.", "One day a sad bear ran to the hill.", "Once there was a calm owl."]
+
+
+@pytest.fixture
+def settings(tiny, tmp_path):
+    rows = [{"instruction": s, "dataset": "helpful_base"} for s in STORIES]
+    return {
+        "model": tiny.policy, "data": write_rows(tmp_path / "data.jsonl", rows), "dtype": "fp32", "max_tokens": 12,
+        "output": str(tmp_path / "out.json"), "format": "alpaca_eval", "chunk": 2,
+    }  # fmt: skip
+
+
+def made(settings, **more):
+    return generate(GenerateConfig(**(settings | more))).read_text()
+
+
+def test_alpaca_eval_format(settings, tmp_path):
+    rows = json.loads(made(settings, generator="rto"))
+    assert [r["instruction"] for r in rows] == STORIES
+    assert all(set(r) == {"instruction", "output", "generator", "dataset"} for r in rows)
+    assert {r["generator"] for r in rows} == {"rto"}
+    assert {r["dataset"] for r in rows} == {"helpful_base"}
+    assert all(r["output"] and "</s>" not in r["output"] for r in rows)
+    assert not (tmp_path / "out.json.partial").exists()
+
+
+def test_alpaca_eval_own_loader_takes_it(settings):
+    utils = pytest.importorskip("alpaca_eval.utils", reason="alpaca_eval is not installed")
+    made(settings)
+    frame = utils.load_or_convert_to_dataframe(settings["output"])
+    assert list(frame["instruction"]) == STORIES
+    assert utils.get_generator_name(None, frame)
+
+
+def test_arena_hard_version_0_1(settings, tmp_path):
+    questions = [{"question_id": f"q{i}", "turns": [{"content": s}], "cluster": "x"} for i, s in enumerate(STORIES)]
+    data = write_rows(tmp_path / "question.jsonl", questions)
+    text = made(settings, format="arena_hard", data=data, output=str(tmp_path / "m.jsonl"), generator="rto")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [r["question_id"] for r in rows] == ["q0", "q1", "q2"]
+    for r in rows:
+        assert set(r) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        assert r["model_id"] == "rto"
+        (choice,) = r["choices"]
+        (turn,) = choice["turns"]
+        assert isinstance(turn["content"], str)
+        assert turn["token_len"] >= 1
+    assert len({r["answer_id"] for r in rows}) == 3
+
+
+def test_arena_hard_version_2(settings, tmp_path):
+    questions = [{"uid": f"u{i}", "prompt": s, "category": "hard_prompt"} for i, s in enumerate(STORIES)]
+    data = write_rows(tmp_path / "question.jsonl", questions)
+    text = made(settings, format="arena_hard", data=data, output=str(tmp_path / "m.jsonl"))
+    for r, s in zip(map(json.loads, text.splitlines()), STORIES, strict=True):
+        assert set(r) == {"uid", "ans_id", "model", "messages", "tstamp", "metadata"}
+        user, assistant = r["messages"]
+        assert (user["role"], user["content"]) == ("user", s)
+        assert assistant["role"] == "assistant"
+        assert isinstance(assistant["content"]["answer"], str)
+
+
+def test_jsonl_has_prompts_of_messages_too(settings, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": s}]} for s in STORIES]
+    data = write_rows(tmp_path / "chats.jsonl", rows)
+    text = made(settings, format="jsonl", data=data, output=str(tmp_path / "x.jsonl"))
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [r["row"] for r in found] == [0, 1, 2]
+    assert [r["prompt"] for r in found] == STORIES
+    assert all(r["tokens"] == 12 or not r["truncated"] for r in found)
+
+
+def test_a_stopped_run_goes_on_to_the_same_file(settings, tmp_path, monkeypatch):
+    whole = made(settings, output=str(tmp_path / "whole.json"))
+    make, calls = module.make_engine, []
+
+    def stopping(*args):
+        engine = make(*args)
+        sample = engine.generate
+
+        def once(requests, sampling, progress):
+            calls.append([r.row for r in requests])
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return sample(requests, sampling, progress)
+
+        engine.generate = once
+        return engine
+
+    monkeypatch.setattr(module, "make_engine", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        made(settings)
+    assert not (tmp_path / "out.json").exists()
+    with pytest.raises(ConfigError, match=r"other settings \(max_tokens\)"):
+        made(settings, max_tokens=11)
+    with (tmp_path / "out.json.partial").open("a") as file:
+        file.write('{"text": "torn')
+    assert made(settings) == whole
+    assert calls == [[0, 1], [2], [2]]
+
+
+def test_answers_do_not_depend_on_the_chunk_and_greedy_not_on_the_seed(settings, tmp_path):
+    def outputs(name, **more):
+        return [r["output"] for r in json.loads(made(settings, output=str(tmp_path / f"{name}.json"), **more))]
+
+    assert outputs("a") == outputs("b", chunk=3)
+    assert outputs("c", seed=1) != outputs("d", seed=2)
+    assert outputs("e", seed=1, greedy=True) == outputs("f", seed=2, greedy=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "no/where/model"}, "model: no model at"),
+        ({"data": "missing.jsonl"}, "data: no file"),
+        ({"prompt_key": "question"}, "has no column 'question'"),
+        ({"format": "arena_hard", "output": "x.jsonl"}, "neither question_id nor uid"),
+        ({"output": "x.txt"}, r"end in .json"),
+        ({"temperature": 0.0}, "temperature: must be positive"),
+        ({"max_tokens": 500}, "lower --max-tokens"),
+        ({"model": ""}, "model: missing"),
+    ],
+)
+def test_input_that_cannot_work(change, message, settings, tmp_path):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=message):
+        made(settings, **change)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_rows_that_cannot_be_answered_are_named(settings, tmp_path):
+    for rows, message in (
+        ([{"prompt": "A fox."}, {"prompt": "  "}], "line 2: 'prompt' is empty"),
+        (
+            [{"turns": [{"content": "a"}, {"content": "b"}], "question_id": "q"}],
+            "line 1: 'turns' must be a list of one",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            made(settings, data=write_rows(tmp_path / "bad.jsonl", rows), format="jsonl")
+
+
+@pytest.mark.slow
+def test_command_line(settings, tmp_path, launch):
+    """As a user starts it: a good run, then the same again, which must not overwrite the first."""
+    flags = [f for k, v in settings.items() for f in (f"--{k.replace('_', '-')}", str(v))]
+    first = launch(["-m", "rto_fast.generate", *flags])
+    assert first.returncode == 0, first.output
+    assert "3 answers" in first.output
+    text = (tmp_path / "out.json").read_text()
+    second = launch(["-m", "rto_fast.generate", *flags])
+    assert second.returncode == 2
+    assert "error: output: " in second.output
+    assert (tmp_path / "out.json").read_text() == text
