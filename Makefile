@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve docs lint bench clean
+.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve mutants docs lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -79,6 +79,10 @@ test-vllm: $(VLLM_VENV)/installed
 # Servers in processes of their own: each start takes half a minute or more on a CPU, so that these tests stand apart.
 test-vllm-serve: $(VLLM_VENV)/installed
 	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_servers.py
+
+# Plants faults in copies of the kernels and sees that the tests notice each.
+mutants: $(VENV)/installed-dev
+	$(BIN)/python tests/kernels/mutants.py
 
 # The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
 docs: $(VENV)/installed-dev

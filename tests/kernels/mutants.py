@@ -98,7 +98,7 @@ def survives(mutant: Mutant) -> str:
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests],
             cwd=copy, capture_output=True, text=True,
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy / "kernels")},
+            env={**os.environ, "TRITON_INTERPRET": "1", "RTO_KERNELS_MUTANT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy / "kernels")},
         )  # fmt: skip
     if run.returncode == 0:
         return f"survives {mutant.tests}"
