@@ -25,8 +25,9 @@ from rto_fast.data.tokenizer import (
     check_vocabulary,
     delimiter_ids,
     load_tokenizer,
-    same_tokenizer,
+    special_tokens_used,
     stop_token_ids,
+    tokenizer_difference,
 )
 from rto_fast.errors import ConfigError, require
 from rto_fast.logs.run_logger import RunLogger
@@ -68,6 +69,8 @@ class Inputs:
     sampling: Sampling
     delimiters: Tensor
     prompts: PromptData
+    special_used: frozenset[str]
+    """The special tokens that the run's prompts and responses are made with."""
     iterations: int
 
 
@@ -78,8 +81,8 @@ class Loaded:
     placement: Placement
     policy: TrainEngine
     critic: TrainEngine | None
-    origin: str
-    """Where the critic came from."""
+    origins: list[str]
+    """Where the critic came from, and how each reward model reads."""
     scorers: Scorers
 
 
@@ -100,7 +103,8 @@ def build(config: RTOConfig) -> Run:
         rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=inputs.found[0] if inputs.found else 0,
     )  # fmt: skip
-    logger.message(f"critic: {loaded.origin}")
+    for origin in loaded.origins:
+        logger.message(origin)
     run = Run(
         config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts,
         iterations=inputs.iterations, placement=loaded.placement, policy=loaded.policy, critic=loaded.critic,
@@ -145,7 +149,10 @@ def check(config: RTOConfig) -> Inputs:
     try_functions(rewards, prompts.texts)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
-    return Inputs(device, checkpoints, found, rewards, tokenizer, template, sampling, delimiters, prompts, iterations)
+    special = special_tokens_used(tokenizer, template, stop_ids, prompts.prompt_ids)
+    return Inputs(
+        device, checkpoints, found, rewards, tokenizer, template, sampling, delimiters, prompts, special, iterations
+    )
 
 
 def load(config: RTOConfig, inputs: Inputs) -> Loaded:
@@ -160,7 +167,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     )  # fmt: skip
     critic, origin = None, "none, the advantages need none"
     if config.uses_critic:
-        critic_model, origin = _critic(config, inputs.tokenizer, loading)
+        critic_model, origin = _critic(config, inputs, loading)
         critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
 
     kept: list[FrozenModel] = []
@@ -176,16 +183,17 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         if config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
             dpo_ref = keep(load_policy(config.dpo_ref, argument="dpo_ref", **loading))
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
-    sources = [
-        _model_reward(path, name, keep, inputs.tokenizer, inputs.prompts, placement, loading)
-        for path, name in zip(config.reward_model, names, strict=True)
-    ]
+    sources, readings = [], []
+    for path, name in zip(config.reward_model, names, strict=True):
+        source, reading = _model_reward(path, name, keep, inputs, placement, loading)
+        sources.append(source)
+        readings.append(f"reward model: {reading}")
     scorers = Scorers(
         policy=policy.evaluate, critic=critic and critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
         rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights,
         frozen=kept,
     )  # fmt: skip
-    return Loaded(placement, policy, critic, origin, scorers)
+    return Loaded(placement, policy, critic, [f"critic: {origin}", *readings], scorers)
 
 
 def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -222,37 +230,51 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
         reward, own = load_config(path, "reward_model"), load_tokenizer(path, "reward_model")
         check_reward_head(path, "reward_model")
         check_vocabulary(own, reward, "reward_model")
-        if same_tokenizer(tokenizer, own):
+        if not _difference(tokenizer, special_tokens_used(tokenizer, template), path):
             check_max_length(length, reward, "max_prompt_length + max_response_length (reward_model)")
             check_template(path, template, "reward_model")
 
 
-def _critic(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, loading: dict[str, Any]) -> tuple[ScalarModel, str]:
+def _difference(tokenizer: PreTrainedTokenizerBase, special_used: frozenset[str], path: str) -> str:
+    """Why the reward model at `path` cannot read the policy's tokens, or ""."""
+    top, size = max(tokenizer.get_vocab().values()), load_config(path, "reward_model").get_text_config().vocab_size
+    if top >= size:
+        return f"the policy's tokens have ids up to {top}, it has {size} of them"
+    return tokenizer_difference(tokenizer, load_tokenizer(path, "reward_model"), special_used)
+
+
+def _critic(config: RTOConfig, inputs: Inputs, loading: dict[str, Any]) -> tuple[ScalarModel, str]:
     """The critic and where it came from."""
+    why = ""
     if config.reward_model and config.critic != "policy":
         path = config.reward_model[0]
-        if same_tokenizer(tokenizer, load_tokenizer(path, "reward_model")):
+        difference = _difference(inputs.tokenizer, inputs.special_used, path)
+        if not difference:
             scalar = load_scalar(path, argument="reward_model", **loading)
             return scalar, f"starts from the reward model {path}"
         require(
             config.critic == "auto",
-            f"critic: the reward model {path!r} has another tokenizer than the policy, so its weights cannot read "
-            "the policy's tokens; use --critic policy",
+            f"critic: the reward model {path!r} has another tokenizer than the policy ({difference}), so its weights "
+            "cannot read the policy's tokens; use --critic policy",
         )
+        why = f", since the reward model {path} has another tokenizer ({difference})"
     scalar = new_scalar(config.policy, argument="policy", **loading)
-    return scalar, f"starts from the policy's backbone {config.policy} with a zero head"
+    return scalar, f"starts from the policy's backbone {config.policy} with a zero head{why}"
 
 
 def _model_reward(
-    path: str, name: str, keep: Callable[[torch.nn.Module], FrozenModel], tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptData, placement: Placement, loading: dict[str, Any],
-) -> ModelReward:  # fmt: skip
+    path: str, name: str, keep: Callable[[torch.nn.Module], FrozenModel], inputs: Inputs, placement: Placement,
+    loading: dict[str, Any],
+) -> tuple[ModelReward, str]:  # fmt: skip
+    """The source, and how it reads a response."""
     model = keep(load_scalar(path, argument="reward_model", **loading))
+    difference = _difference(inputs.tokenizer, inputs.special_used, path)
+    if not difference:
+        return ModelReward(name, model, placement), f"{path} reads the policy's tokens"
     own = load_tokenizer(path, "reward_model")
-    if same_tokenizer(tokenizer, own):
-        return ModelReward(name, model, placement)
     limit = getattr(load_config(path, "reward_model"), "max_position_embeddings", 0)
-    return ModelReward(name, model, placement, OwnText(own, load_template("auto", own), limit, prompts.prompts))
+    text = OwnText(own, load_template("auto", own), limit, inputs.prompts.prompts)
+    return ModelReward(name, model, placement, text), f"{path} tokenises the texts anew, since {difference}"
 
 
 def load_reward_sources(config: RTOConfig) -> list[RewardSource]:

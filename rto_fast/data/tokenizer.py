@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,11 +77,58 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((type(tokenizer).__name__ + rules + special).encode()).hexdigest()
 
 
-def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether both give every text the same ids."""
-    if a.is_fast and b.is_fast:
-        return a.backend_tokenizer.to_str() == b.backend_tokenizer.to_str()
-    return type(a) is type(b) and a.get_vocab() == b.get_vocab()
+def special_tokens_used(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    stop_ids: Iterable[int] = (),
+    prompts: Iterable[Sequence[int]] = (),
+) -> frozenset[str]:
+    """The special tokens that a run meets: its template's, those that end a response, those in its rendered prompts."""
+    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    met = set(chain(*template.encode_pair(tokenizer, "Hello", "Hi there"), stop_ids, *prompts))
+    return frozenset(token for i, token in special.items() if i in met)
+
+
+def tokenizer_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, special_used: Iterable[str]) -> str:
+    """Why some text of the run would get other ids from b than from a; "" where none would.
+
+    Ordinary tokens and the rules that find them must agree, and of the special tokens those that the run uses. What
+    the unused ones are called (Llama-3's and Llama-3.2's differ), padding, truncation and decoding change no id.
+    """
+    if a.is_fast != b.is_fast or (not a.is_fast and type(a) is not type(b)):
+        return f"one is a {type(a).__name__}, the other a {type(b).__name__}"
+    ours, theirs = _ordinary(a), _ordinary(b)
+    for token in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token) != theirs.get(token):
+            return f"the token {token!r} has the ids {ours.get(token, 'none')} and {theirs.get(token, 'none')}"
+    if a.is_fast:
+        rules, others = _rules(a), _rules(b)
+        for part, rule in rules.items():
+            if rule != others[part]:
+                return f"their {part} differ"
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    for token in sorted(special_used):
+        if ours.get(token) != theirs.get(token):
+            return f"the special token {token!r} has the ids {ours.get(token, 'none')} and {theirs.get(token, 'none')}"
+    return ""
+
+
+def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The vocabulary without special tokens."""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return {token: i for token, i in tokenizer.get_vocab().items() if token not in special}
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a fast tokenizer finds ordinary tokens by."""
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = {k: v for k, v in whole["model"].items() if k not in ("vocab", "merges")}
+    return {
+        "normalizers": whole["normalizer"],
+        "pre-tokenizers": whole["pre_tokenizer"],
+        "merges": whole["model"].get("merges"),
+        "models": model,
+    }
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:

@@ -83,9 +83,7 @@ def score_rollout(
     sources = {
         n: torch.cat(distributed.gather_ragged(list(t.float().cpu()[:, None]), owners)) for n, t in named.items()
     }
-    total = torch.zeros(len(rollout))
-    for weight, source in zip(scorers.reward_weights, sources.values(), strict=True):
-        total += weight * source
+    total = weighted_sum(sources, scorers.reward_weights) if sources else torch.zeros(len(rollout))
     if config.truncated_reward is not None:
         total = torch.where(rollout.truncated, torch.tensor(config.truncated_reward), total)
     return Scores(**tensors, score=total.to(placement.device)), sources

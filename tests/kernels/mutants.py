@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant("merge: the largest of the splits, not their sum", "linear_kernels", "total = total * mine + their_total * theirs", "total = tl.maximum(total * mine, their_total * theirs)", LINEAR),
     Mutant("merge: entropy without what the shift moved", "linear_kernels", "weighted += theirs * (their_weighted + their_total * tl.maximum(their_peak - base, FLOOR))", "weighted += theirs * their_weighted", LINEAR),
     # The backward pass.
-    Mutant("backward: 1 − p from the log-sum-exp", "linear_backward", "missing = -g * expm1(tl.load(logp_ptr + at, mask=active, other=0.0))", "missing = -g * (tl.exp(tl.load(logp_ptr + at, mask=active, other=0.0)) - 1.0)", "confident_tokens"),
+    Mutant("backward: 1 − p from the log-sum-exp", "linear_backward", "dz = tl.where(cols[None, :] == target[:, None], missing[:, None], p * -g[:, None])", "dz = p * -g[:, None] + tl.where(cols[None, :] == target[:, None], g[:, None], 0.0)", "confident_tokens"),
     Mutant("backward: the target's own probability forgotten", "linear_backward", "missing = -g * expm1(tl.load(logp_ptr + at, mask=active, other=0.0))", "missing = g", LINEAR),
     Mutant("backward: another row's lse", "linear_backward", "lse = tl.load(lse_ptr + at, mask=active, other=0.0) * LOG2E", "lse = tl.load(lse_ptr + at // 2, mask=active, other=0.0) * LOG2E", LINEAR),
     Mutant("backward: rows as they stood before they were gathered", "linear_backward", "row = tl.load(order_ptr + start + r, mask=active, other=0)", "row = start + r", LINEAR),

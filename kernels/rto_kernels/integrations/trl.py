@@ -14,7 +14,8 @@ from ..logprob import logprobs_from_logits
 from ._swap import Swaps, once, supported
 
 FALLS_THROUGH = (
-    "fused LM head: log_sum_sq_probs, mean_logits or is_top1 among the outputs",
+    "fused LM head: log_sum_sq_probs, mean_logits or is_top1 among the outputs, which TRL's SFT, DPO and KTO trainers ask "
+    "for: their policy's head stays TRL's",
     "fused LM head: a ZeRO-3 partitioned head, which TRL gathers again in its backward pass",
     "fused LM head: a logit scale that is not positive",
     "selective_log_softmax: several targets a position (top-k)",
@@ -24,12 +25,16 @@ FALLS_THROUGH = (
 _swaps = Swaps("trl")
 
 
+# What TRL's own function computes where it is not told.
+ALL_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
 def _fused_head(original: Any) -> Any:
     class FusedHead:
         """Stands in for TRL's ChunkedLogProbFunction, of which only `apply` is called."""
 
         @staticmethod
-        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=()):
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=ALL_OUTPUTS):
             ours = set(outputs) <= {"log_probs", "entropy"} and scale > 0
             if not ours or not supported(hidden, weight, bias):
                 return original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)

@@ -130,7 +130,9 @@ def foreign(tiny, tmp_path_factory):
 def test_a_reward_model_with_another_tokenizer_reads_the_text(one_rank, tiny, foreign, tmp_path, capsys):
     """Its scores are those of its own tokens; and the critic cannot start from it."""
     run = run_with(tiny, tmp_path / "run", reward_model=(foreign,))
-    assert "with a zero head" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "with a zero head, since the reward model" in said
+    assert f"reward model: {foreign} tokenises the texts anew, since the token" in said
     words = run.tokenizer.encode("Then it danced with the happy duck .", add_special_tokens=False)
     prompt = tuple(run.prompts.prompt_ids[0])
     rollout = Rollout.from_lists([Request(prompt, 0, 0, 0, 0)], [words], [[0.0] * len(words)], [False], version=0)
@@ -142,6 +144,51 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(one_rank, tiny, fo
     with torch.no_grad():
         expected = raw.score(raw.model(torch.tensor([ids])).last_hidden_state[:, -1])[0]
     torch.testing.assert_close(source.score(rollout, run.texts(rollout)), (expected - 0.3) / 1.7, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cousin(tiny, tmp_path_factory):
+    """A reward model whose tokenizer has a special token more, which nothing here uses, and pads."""
+    folder = tmp_path_factory.mktemp("cousin") / "reward"
+    shutil.copytree(tiny.reward, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.enable_padding(length=7)
+    tokenizer.backend_tokenizer.add_special_tokens(["<|unused|>"])
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    # A row of the embedding for it.
+    config = json.loads((folder / "config.json").read_text())
+    state = load_file(folder / "model.safetensors")
+    table = state["model.embed_tokens.weight"]
+    state["model.embed_tokens.weight"] = torch.cat([table, torch.zeros(1, table.shape[1], dtype=table.dtype)])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("critic", ["auto", "reward"])
+def test_unused_special_tokens_leave_a_reward_model_its_place(one_rank, tiny, cousin, tmp_path, capsys, critic):
+    """As Llama-3.2's beside Llama-3: it reads the policy's tokens, and the critic starts from it."""
+    run = run_with(tiny, tmp_path / "run", reward_model=(cousin,), critic=critic)
+    said = capsys.readouterr().out
+    assert f"critic: starts from the reward model {cousin}" in said
+    assert f"reward model: {cousin} reads the policy's tokens" in said
+    (source,) = run.scorers.rewards
+    assert source.own_text is None
+
+
+def test_a_reward_model_without_a_row_for_a_token_of_the_policy_reads_the_text(one_rank, tiny, cousin, tmp_path):
+    """The policy may sample any of its tokens, those that nothing uses too."""
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny.policy, policy)
+    tokenizer = AutoTokenizer.from_pretrained(cousin)
+    tokenizer.save_pretrained(policy)
+    config = json.loads((Path(tiny.policy) / "config.json").read_text())
+    ids = {n: getattr(tokenizer, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    save_llama(policy, seed=1, vocab=config["vocab_size"] + 1, ids=ids, tied=True)
+    with pytest.raises(ConfigError, match=r"another tokenizer than the policy \(the policy's tokens have ids up to"):
+        run_with(
+            tiny, tmp_path / "run", policy=str(policy), dpo_model=str(policy), critic="reward", reference=str(policy)
+        )
 
 
 def test_a_critic_from_a_reward_model_with_another_tokenizer_is_refused(one_rank, tiny, foreign, tmp_path):
