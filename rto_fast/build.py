@@ -24,6 +24,7 @@ from rto_fast.data.tokenizer import (
     check_max_length,
     check_vocabulary,
     delimiter_ids,
+    end_of_turn,
     load_tokenizer,
     special_tokens_used,
     stop_token_ids,
@@ -269,12 +270,14 @@ def _model_reward(
     """The source, and how it reads a response."""
     model = keep(load_scalar(path, argument="reward_model", **loading))
     difference = _difference(inputs.tokenizer, inputs.special_used, path)
+    limit = getattr(load_config(path, "reward_model").get_text_config(), "max_position_embeddings", 0)
     if not difference:
-        return ModelReward(name, model, placement), f"{path} reads the policy's tokens"
+        end = end_of_turn(inputs.tokenizer, inputs.template)
+        return ModelReward(name, model, placement, end, limit), f"{path} reads the policy's tokens"
     own = load_tokenizer(path, "reward_model")
-    limit = getattr(load_config(path, "reward_model"), "max_position_embeddings", 0)
     text = OwnText(own, load_template("auto", own), limit, inputs.prompts.prompts)
-    return ModelReward(name, model, placement, text), f"{path} tokenises the texts anew, since {difference}"
+    source = ModelReward(name, model, placement, own_text=text)
+    return source, f"{path} tokenises the texts anew, since {difference}"
 
 
 def load_reward_sources(config: RTOConfig) -> list[RewardSource]:

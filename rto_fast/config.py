@@ -339,7 +339,8 @@ class RTOConfig(RunConfig):
     truncation: Literal["zero", "bootstrap"] = "zero"
     """Value after a truncated response: 0, or the critic's."""
     truncated_reward: float | None = None
-    """Score given to truncated responses instead of their own; None = scored as they stand."""
+    """Score given to truncated responses instead of their own; None = their own, which a reward model gives at an end
+    of turn put behind them."""
     prompt_key: str = "auto"
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
 

@@ -74,6 +74,8 @@ class Run:
     state: State
     ahead: Rollout | None = None
     """The next iteration's rollout where it was sampled already (rollout_lag 1)."""
+    told_of_cuts: bool = False
+    """Whether it was said that most responses are cut short."""
 
     def take_ahead(self) -> Rollout | None:
         """The rollout sampled ahead, once."""

@@ -146,6 +146,7 @@ def score(
     run: Run, iteration: int, rollout: Rollout, observe: Observer | None
 ) -> tuple[ResponseTexts, Scores, dict[str, float]]:
     """The rollout's texts, what the models say of it, and the metrics of both; SyncError as `check_sampler`."""
+    warn_of_cuts(run, rollout)
     with run.logger.phase("score"):
         texts = run.texts(rollout)
         scores, sources = score_rollout(rollout, texts, run.scorers, run.config, run.placement, run.logger.progress)
@@ -154,6 +155,17 @@ def score(
     if run.config.scores_policy and not not_finite(scores):
         check_sampler(run, rollout, scores)
     return texts, scores, metrics
+
+
+def warn_of_cuts(run: Run, rollout: Rollout) -> None:
+    """Says once that most responses of a rollout were cut short."""
+    cut = float(rollout.truncated.float().mean())
+    if cut > 0.5 and not run.told_of_cuts:
+        run.told_of_cuts = True
+        run.logger.warn(
+            f"{100 * cut:.0f} % of the responses were cut at max_response_length {run.config.max_response_length}: "
+            "reward models judge them with an end of turn that the policy did not sample; see also --truncated-reward"
+        )
 
 
 def compute_targets(

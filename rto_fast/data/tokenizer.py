@@ -26,6 +26,13 @@ def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBas
         raise ConfigError(f"{argument}: no tokenizer in {path!r}: {reason}") from e
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> int | None:
+    """The token that a training response ends with: the template's end of turn, or EOS; None where it has neither."""
+    end = template.encode_pair(tokenizer, "Hello", "Hi there")[1][-1]
+    special = getattr(tokenizer.added_tokens_decoder.get(end), "special", False)
+    return end if special or end == tokenizer.eos_token_id else None
+
+
 def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[int, ...]:
     """Ids that end a response: all of generation_config.eos_token_id, else the tokenizer's EOS, and the template's end.
 
@@ -39,8 +46,8 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase, template
     if ids is None:
         ids = tokenizer.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    end = template.encode_pair(tokenizer, "Hello", "Hi there")[1][-1]
-    if end == tokenizer.eos_token_id or getattr(tokenizer.added_tokens_decoder.get(end), "special", False):
+    end = end_of_turn(tokenizer, template)
+    if end is not None:
         ids.append(end)
     require(
         bool(ids),

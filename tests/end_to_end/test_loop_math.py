@@ -13,7 +13,7 @@ import random
 import pytest
 import torch
 from loop_helpers import save_moved, small_run, watched_gradients
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rto_fast import build
 from rto_fast.algo.losses import loss_denominator
@@ -165,14 +165,16 @@ class Case:
     critic: object
 
 
-def make_rollout():
+def make_rollout(end=()):
+    """`end`: tokens behind the responses that were cut short."""
     rng = random.Random(7)
     requests = [
         Request(tuple(rng.randrange(4, 87) for _ in range(n)), row=i, sample_index=i, response_index=0, seed=i)
         for i, n in enumerate(PROMPTS)
     ]
     responses = [[rng.randrange(4, 87) for _ in range(n)] for n in RESPONSES]
-    return Rollout.from_lists(requests, responses, [[-1.0] * n for n in RESPONSES], TRUNCATED, version=0)
+    responses = [[*r, *end] if cut else r for r, cut in zip(responses, TRUNCATED, strict=True)]
+    return Rollout.from_lists(requests, responses, [[-1.0] * len(r) for r in responses], TRUNCATED, version=0)
 
 
 def move(engine, seed, by):
@@ -242,8 +244,10 @@ def expected_scores(c, tiny, reference, rollout):
     last = [row[-1] for row in values]
     bootstraps = c.truncation == "bootstrap"
     out["bootstrap"] = [last[i] if bootstraps and TRUNCATED[i] else 0.0 for i in range(8)]
-    out["model"] = last
-    score = [c.reward_weights[0] * x for x in last]
+    # The reward model judges at the end of turn, which it is given behind a response that was cut short.
+    eos = AutoTokenizer.from_pretrained(tiny.policy).eos_token_id
+    out["model"] = [row[-1] for row in floats(state_values(reward, make_rollout(end=[eos])))]
+    score = [c.reward_weights[0] * x for x in out["model"]]
     if c.reward_fn:
         score = [x + c.reward_weights[1] * (3.0 * n - 5.0) for x, n in zip(score, RESPONSES, strict=True)]
     if c.truncated_reward is not None:

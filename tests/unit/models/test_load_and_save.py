@@ -191,6 +191,32 @@ def test_a_reward_model_without_a_row_for_a_token_of_the_policy_reads_the_text(o
         )
 
 
+@pytest.mark.parametrize("limit", [0, 11])
+def test_a_reward_model_judges_a_cut_response_at_an_end_of_turn(one_rank, tiny, tmp_path, limit):
+    """It gets one, for this model alone; where its positions end, in place of the last token."""
+    run = run_with(tiny, tmp_path / "run")
+    words = run.tokenizer.encode("Then it danced with the happy duck .", add_special_tokens=False)
+    prompt = (1, 9, 12)
+    requests = [Request(prompt, i, i, 0, 0) for i in range(3)]
+    whole = [*words[:5], run.tokenizer.eos_token_id]
+    responses = [whole, words, []]
+    rollout = Rollout.from_lists(
+        requests, responses, [[0.0] * len(r) for r in responses], [False, True, True], version=0
+    )
+    before = [s.tolist() for s in rollout.sequences()]
+    (source,) = run.scorers.rewards
+    source.max_length = limit
+    assert len(prompt) + len(words) == 11
+    got = source.score(rollout, run.texts(rollout))
+    assert [s.tolist() for s in rollout.sequences()] == before  # the policy's tokens stay as sampled
+    read = [[*prompt, *whole], [*prompt, *words[: limit - 4 if limit else None], run.tokenizer.eos_token_id]]
+    read.append([*prompt, run.tokenizer.eos_token_id])
+    raw = AutoModelForSequenceClassification.from_pretrained(tiny.reward, num_labels=1)
+    with torch.no_grad():
+        ends = [raw.score(raw.model(torch.tensor([ids])).last_hidden_state[:, -1])[0, 0] for ids in read]
+    torch.testing.assert_close(got, (torch.stack(ends) - 0.3) / 1.7, rtol=1e-4, atol=1e-5)
+
+
 def test_a_critic_from_a_reward_model_with_another_tokenizer_is_refused(one_rank, tiny, foreign, tmp_path):
     with pytest.raises(ConfigError, match=r"critic: .*another tokenizer"):
         run_with(tiny, tmp_path / "run", reward_model=(foreign,), critic="reward")
