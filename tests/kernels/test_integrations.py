@@ -183,6 +183,17 @@ def test_trl_other_outputs_fall_through(trl):
     assert (got[4] == expected[4]).all()
 
 
+def test_trl_head_that_is_told_no_outputs_gives_all_five(trl):
+    hidden, weight, targets = random(5, 6), random(9, 6, seed=1), torch.arange(5, device=DEVICE)
+    args = (hidden, weight, None, targets, 1.0, 4)
+    expected = trl._ChunkedLogProbFunction.apply(*args)
+    on_trl.patch()
+    got = trl._ChunkedLogProbFunction.apply(*args)
+    assert len(got) == 5
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_trl_selective_log_softmax(trl):
     logits, index = random(2, 5, 9), torch.arange(10, device=DEVICE).reshape(2, 5) % 9
     row_mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]], device=DEVICE)
