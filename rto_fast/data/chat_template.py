@@ -20,6 +20,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class ChatTemplate:
             )
             at = full.rfind(response.strip())
             tail = full[at:] if at >= 0 else response
-        return tail.rstrip() if _ends_turn(tokenizer, tail) else tail
+        return _to_first_end(tokenizer, tail)
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, turns: list[Message], add_generation_prompt: bool) -> str:
         text = tokenizer.apply_chat_template(
@@ -156,11 +157,25 @@ def _continue(tokenizer: PreTrainedTokenizerBase, head: str, head_ids: list[int]
     return _encode(tokenizer, tail)
 
 
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return (special | {tokenizer.eos_token}) - {None, ""}
+
+
 def _ends_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> bool:
     """Whether the text ends in a special token (whitespace aside)."""
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    special |= {tokenizer.eos_token} - {None}
-    return tail.rstrip().endswith(tuple(special))
+    return tail.rstrip().endswith(tuple(_special_texts(tokenizer)))
+
+
+def _to_first_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
+    """`tail` without what the template writes behind the first token of its end, such as an end of text
+    behind the end of turn.
+
+    Sampling stops there, so that training and reward models must too.
+    """
+    special = "|".join(re.escape(t) for t in sorted(_special_texts(tokenizer), key=len, reverse=True))
+    ends = re.search(rf"({special})(?:\s|{special})*$", tail) if special else None
+    return tail[: ends.end(1)] if ends else tail
 
 
 def load_template(config_chat_template: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -131,6 +131,31 @@ def test_chunks_add_up(backend, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["packed", "full"])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_bf16_without_bias_has_no_pass_between_forward_and_products(backend, temperature, kind, chunk, monkeypatch):
+    """The factored backward pass: no kernel of d(logits) runs, results are the truth's; ignored rows are NaN."""
+    problem = Problem(sample(kind), 8, 70, torch.bfloat16, bias=False)
+    ignored = torch.rand(problem.targets.shape, generator=problem.layout.generator).to(DEVICE) < 0.3
+    problem.targets[ignored] = -100
+    problem.hidden[ignored] = torch.nan
+    if chunk:
+        passes = module.linear_passes(backend)
+        monkeypatch.setattr(module, "linear_passes", lambda _: passes._replace(chunk_tokens=lambda vocab: chunk))
+    kw = {"temperature": temperature, "clip": (0.1, 0.3)}
+    with count_launches() as launches:
+        got = problem.run(rk.fused_linear_ppo_loss, backend=backend, **kw)
+    if backend == "triton":
+        assert launches["linear_factor"] > 0
+        assert not any("dlogits" in name for name in launches)
+    check(problem, got, torch.bfloat16, **kw)
+    d_hidden = got[NAMES.index("d(hidden)")]
+    assert not bool((d_hidden[ignored] != 0).any())
+    assert bool((d_hidden[~ignored] != 0).any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_its_parts(backend, kind):
     problem = Problem(sample(kind), 8, 40)

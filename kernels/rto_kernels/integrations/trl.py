@@ -14,8 +14,8 @@ from ..logprob import logprobs_from_logits
 from ._swap import Swaps, once, supported
 
 FALLS_THROUGH = (
-    "fused LM head: log_sum_sq_probs, mean_logits or is_top1 among the outputs. TRL's SFT, DPO and KTO trainers ask for "
-    "one of them: their policy's head stays TRL's",
+    "fused LM head: log_sum_sq_probs, mean_logits or is_top1 among the outputs. TRL's SFT, DPO and KTO trainers ask "
+    "for one of them: their policy's head stays TRL's",
     "fused LM head: a ZeRO-3 partitioned head, which TRL gathers again in its backward pass",
     "fused LM head: a logit scale that is not positive",
     "selective_log_softmax: several targets a position (top-k)",

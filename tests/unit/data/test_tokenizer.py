@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from rto_fast.data.chat_template import load_template
-from rto_fast.data.tokenizer import special_tokens_used, tokenizer_difference
+from rto_fast.data.tokenizer import end_of_turn, special_tokens_used, tokenizer_difference
 
 WORDS = ["a", "b", "c", "ab", "Ġ", "Ġa", "Ġb"]
 MERGES = [("a", "b"), ("Ġ", "a"), ("Ġ", "b")]
@@ -85,3 +85,15 @@ def test_a_special_token_in_a_prompt_counts():
     reserved = ours.convert_tokens_to_ids("<|reserved_0|>")
     assert tokenizer_difference(ours, theirs, used(ours, [[0, 1]])) == ""
     assert "'<|reserved_0|>'" in tokenizer_difference(ours, theirs, used(ours, [[0, reserved]]))
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "\n<|reserved_0|>", "<|reserved_0|>\n<|reserved_1|>\n"])
+def test_a_response_ends_with_the_first_token_that_stops_sampling(behind):
+    """Whatever a template writes behind its end of turn: in all stages, for reward models too."""
+    tokenizer = stand_in()
+    tokenizer.chat_template = TEMPLATE.replace("<|eot|>", "<|eot|>" + behind)
+    template = load_template("auto", tokenizer)
+    _, tail = template.encode_pair(tokenizer, "a b", "ab b")
+    assert tokenizer.decode(tail) == "ab b<|eot|>"
+    assert template.text_of(tokenizer, "a b") == f"<|begin|><|turn|>a b<|eot|>{behind}<|turn|>"
+    assert end_of_turn(tokenizer, template) == tokenizer.convert_tokens_to_ids("<|eot|>")
