@@ -44,6 +44,7 @@ from rto_fast.models.load import (
     new_scalar,
 )
 from rto_fast.models.packing import Placement
+from rto_fast.models.save import rehearse_export
 from rto_fast.rollout.engine import Sampling
 from rto_fast.rollout.make_engine import make_engine
 from rto_fast.rollout.weights.sync import WeightSync
@@ -170,6 +171,9 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     if config.uses_critic:
         critic_model, origin = _critic(config, inputs, loading)
         critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
+
+    trained = [policy, critic] if critic else [policy]
+    rehearse_export([engine.model for engine in trained], inputs.tokenizer, inputs.template)
 
     kept: list[FrozenModel] = []
 

@@ -453,6 +453,10 @@ class RTOConfig(RunConfig):
             "vllm_tensor_parallel",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
+        require(
+            self.kl_target == 0 or self.beta2 > 0,
+            "kl_target: beta2 is multiplied towards it, and 0 stays 0; pass a --beta2 above 0, or --kl-target 0",
+        )
         require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
         for name in (
             "epochs", "temperature", "policy_lr", "critic_lr", "reward_timeout_s", "rollout_timeout_s",

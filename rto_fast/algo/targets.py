@@ -72,4 +72,5 @@ class KLController:
         """kl: mean log(pi / pi_ref) of a token (nats) over a rollout of `responses`."""
         if self.target:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta2 *= 1 + error * responses / self.horizon
+            # A rollout beyond the horizon counts as one of it: five times as large, it would turn beta2's sign.
+            self.beta2 *= 1 + error * min(responses / self.horizon, 1)

@@ -192,7 +192,7 @@ def load_template(config_chat_template: str, tokenizer: PreTrainedTokenizerBase)
         near = "" if path.exists() else near_names(path)
         require(path.is_file(), f"chat_template: no file {str(path)!r}{near}; give auto, plain or a Jinja file")
         try:
-            source = path.read_text(encoding="utf-8")
+            source = path.read_text(encoding="utf-8-sig")  # an editor's byte-order mark is no part of it
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"chat_template: {str(path)!r} is no readable UTF-8 text: {e}") from e
         require(bool(source.strip()), f"chat_template: {str(path)!r} is empty")

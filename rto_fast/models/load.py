@@ -54,7 +54,23 @@ def load_policy(path: str, *, dtype: torch.dtype, attention: str, argument: str)
     lm, info = _load(AutoModelForCausalLM, path, argument, dtype=dtype, attn_implementation=attention)
     if info["missing_keys"]:
         raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}")
+    _drop_unused_sampling(lm)
     return PolicyModel(lm)
+
+
+SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def _drop_unused_sampling(lm: torch.nn.Module) -> None:
+    """Takes the sampling settings out of a generation_config that samples nothing (`do_sample: false`).
+
+    It means the same without them. With them, as common on the Hub, transformers refuses to save the model.
+    """
+    settings = getattr(lm, "generation_config", None)
+    if settings is not None and settings.do_sample is False:
+        for name in SAMPLING_ONLY:
+            if getattr(settings, name, None) is not None:
+                setattr(settings, name, None)
 
 
 def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> ScalarModel:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.chat_template import ChatTemplate, save_template
+from rto_fast.errors import ConfigError
 from rto_fast.models.heads import PolicyModel, ScalarModel
 
 
@@ -57,6 +59,24 @@ def export(model: PolicyModel | ScalarModel, folder: str | Path, *, write: bool)
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
     tokenizer.save_pretrained(folder)
     save_template(folder, template)
+
+
+def rehearse_export(models: Iterable[nn.Module], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Writes what an export holds beside the weights to a folder that is thrown away.
+
+    What cannot be written shall end a run before its first step and not behind its last. Raises ConfigError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for model in models:
+                inner = getattr(model, "lm", None) or getattr(model, "classifier", model)
+                inner.config.save_pretrained(folder)
+                if getattr(inner, "generation_config", None) is not None:
+                    inner.generation_config.save_pretrained(folder)
+            save_tokenizer(Path(folder), tokenizer, template)
+        except Exception as e:  # transformers raises many unrelated types here
+            reason = " ".join(str(e).split())
+            raise ConfigError(f"the model that this run would write at its end cannot be written: {reason}") from e
 
 
 def save_model(

@@ -16,6 +16,7 @@ from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tok
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.load import DTYPES, check_weights, choose_attention, load_config
 from rto_fast.models.packing import Placement
+from rto_fast.models.save import rehearse_export
 from rto_fast.supervised.loop import fit, steps_of
 from rto_fast.supervised.stage import Stage
 
@@ -52,6 +53,7 @@ def prepare(config: SupervisedConfig) -> Common:
 
 def run_stage(config: SupervisedConfig, common: Common, stage: Stage) -> Path:
     """Opens the log, which writes the first files, and trains."""
+    rehearse_export([stage.model], common.tokenizer, common.template)
     logger = RunLogger(
         config.output_dir, stage=stage.name, total_steps=steps_of(config, len(stage.train)), rank=distributed.rank(),
         wandb_project=config.wandb_project, config=dataclasses.asdict(config),

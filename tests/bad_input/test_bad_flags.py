@@ -56,6 +56,9 @@ FLAGS = {
     "no DPO model": ("rto_llama3.py", ["--dpo-model", ""], r"dpo_model: beta1 > 0 needs .*--dpo-model, or --beta1 0"),
     "no reward": ("rto_llama3.py", ["--reward-model"], r"reward_model: no reward source; pass --reward-mod"),
     "too many weights": ("rto_llama3.py", ["--reward-weight", "1", "2"], r"reward_weight: 2 weights for 1 reward"),
+    "a KL target with no coefficient to move": (
+        "rto_llama3.py", ["--kl-target", "0.1", "--beta2", "0"], r"kl_target: beta2 is multiplied .* 0 stays 0",
+    ),
     "a critic from no reward model": (
         "rto_llama3.py", ["--reward-model", "--reward-fn", "json:dumps", "--critic", "reward"],
         r"critic: 'reward' needs a reward model",

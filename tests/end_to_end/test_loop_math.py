@@ -492,3 +492,11 @@ def test_loss_denominator_counts_what_is_not_empty(aggregation):
     expected = 6 if aggregation == "sequence" else sum(RESPONSES)
     assert float(loss_denominator(lens, aggregation)) == expected
     assert float(loss_denominator(torch.zeros(3, dtype=torch.int64), aggregation)) == 1
+
+
+def test_a_rollout_far_beyond_the_horizon_leaves_beta2_its_sign():
+    controller = KLController(0.02, 0.05, 10)
+    controller.update(0.0, 1000)
+    assert controller.beta2 == pytest.approx(0.02 * 0.8)
+    controller.update(1.0, 1000)
+    assert controller.beta2 == pytest.approx(0.02 * 0.8 * 1.2)

@@ -53,7 +53,7 @@ MUTANTS = [
     Mutant("backward: a tile too few a program", "linear_backward", "min((split + 1) * EACH, column_tiles)", "min((split + 1) * EACH - 1, column_tiles)", LINEAR),
     Mutant("backward: the slope of the soft-cap left out", "linear_backward", "tl.where(active[:, None], dz * slope, 0.0)", "tl.where(active[:, None], dz, 0.0)", LINEAR),
     Mutant("product: the sum starts anew at each chunk", "linear_backward", "    return x + there.to(tl.float32)", "    return x", LINEAR),
-    Mutant("product: a step of the inner dimension too few", "linear_backward", "for k0 in range(0, k, BK):\n            left", "for k0 in range(0, k - 1, BK):\n            left", LINEAR),
+    Mutant("product: a step of the inner dimension too few", "linear_backward", "for k0 in range(0, k, BK):\n            left", "for k0 in range(0, k - BK, BK):\n            left", LINEAR),
     Mutant("bias: rows that have no gradient", "linear_backward", "live = min(tl.load(count_ptr) - start, rows)", "live = rows", LINEAR),
     # The fused loss.
     Mutant("factored: the target's number left as it was kept", "linear_factored", "d = expm1(tl.load(logp_ptr + row)) / share", "d = expm1(tl.load(logp_ptr + row)) / share + 1.0 / share", PPO),
@@ -88,6 +88,8 @@ def survives(mutant: Mutant) -> str:
         shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
         (copy / "tests").mkdir()
         shutil.copytree(ROOT / "tests/kernels", copy / "tests/kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        for helper in (ROOT / "tests").glob("*.py"):
+            shutil.copy(helper, copy / "tests")
         shutil.copy(ROOT / "pyproject.toml", copy)
         path = copy / "kernels" / "rto_kernels" / f"{mutant.file}.py"
         source = path.read_text()

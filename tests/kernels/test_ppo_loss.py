@@ -359,3 +359,17 @@ def test_explained_variance():
     stats = rk.ppo_loss(zero, zero, zero, values, values, returns, backend="torch").stats
     expected = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
     torch.testing.assert_close(stats.explained_variance(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_value_held_back_by_its_clip_has_no_gradient(backend):
+    """0.5·max((v − R)², (clipped v − R)²): where the clipped branch is the larger, v does not move it."""
+    zero = torch.zeros(1, 4, device=DEVICE)
+    values = torch.tensor([[0.1, 1.0, 1.0, -1.0]], device=DEVICE, requires_grad=True)
+    returns = torch.tensor([[2.0, 2.0, -2.0, -2.0]], device=DEVICE)  # inside; cut; away from R; cut
+    logp = zero.clone().requires_grad_()
+    out = rk.ppo_loss(logp, zero, zero, values, zero, returns, value_clip=0.3, aggregation="token", backend=backend)
+    out.value_loss.backward()
+    expected = torch.tensor([[0.1 - 2.0, 0.0, 1.0 + 2.0, 0.0]], device=DEVICE) / 4
+    torch.testing.assert_close(values.grad, expected)
+    assert float(out.stats.value_clip) == pytest.approx(0.5)

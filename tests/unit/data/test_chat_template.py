@@ -199,6 +199,10 @@ def test_load_template(tmp_path):
     assert load_template("plain", tokenizer).source == "plain"
     (tmp_path / "chatml.jinja").write_text(CHATML)
     assert load_template(str(tmp_path / "chatml.jinja"), tokenizer).source == CHATML
+    (tmp_path / "marked.jinja").write_text(CHATML, encoding="utf-8-sig")  # a byte-order mark, as some editors write
+    assert load_template(str(tmp_path / "marked.jinja"), tokenizer) == load_template(
+        str(tmp_path / "chatml.jinja"), tokenizer
+    )
 
     with pytest.raises(ConfigError, match=r"chat_template: no file .*chatmll.jinja'; did you mean '.*chatml.jinja'"):
         load_template(str(tmp_path / "chatmll.jinja"), tokenizer)

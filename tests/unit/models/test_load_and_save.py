@@ -10,7 +10,12 @@ import pytest
 import torch
 from loop_helpers import save_llama, small_run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from rto_fast import build, trainer
 from rto_fast.config import RTOConfig
@@ -19,6 +24,7 @@ from rto_fast.errors import ConfigError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy, load_scalar
 from rto_fast.models.packing import PackedBatch
+from rto_fast.models.save import export
 
 LOADING = {"dtype": torch.float32, "attention": PACKED, "argument": "reward_model"}
 TOKENS = [torch.tensor([1, 9, 12, 30, 31]), torch.tensor([1, 40, 41])]
@@ -247,3 +253,38 @@ def test_exports_load_where_they_should(tiny, tmp_path, tied, stage):
     assert moved > 0
     critic = load_scalar(str(tmp_path / "run" / "critic"), **LOADING)
     assert (critic.mean, critic.std) == (0.3, 1.7)
+
+
+def with_generation_config(source: str, target: Path, **settings) -> str:
+    shutil.copytree(source, target)
+    path = target / "generation_config.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | settings))
+    return str(target)
+
+
+def test_sampling_settings_of_a_policy_that_samples_nothing_do_not_stop_its_export(tiny, tmp_path):
+    """`do_sample: false` beside a temperature, as on the Hub: transformers loads it and refuses to save it."""
+    path = with_generation_config(tiny.policy, tmp_path / "policy", do_sample=False, temperature=0.6, top_p=0.9)
+    raw = AutoModelForCausalLM.from_pretrained(path)
+    with pytest.raises(ValueError, match="temperature"):
+        raw.save_pretrained(tmp_path / "raw")
+    policy = load_policy(path, **LOADING)
+    export(policy, tmp_path / "out", write=True)
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept.get("do_sample", False) is False
+    assert not {"temperature", "top_p"} & kept.keys()
+    assert kept["eos_token_id"] == raw.generation_config.eos_token_id
+
+
+def test_what_cannot_be_exported_ends_a_run_before_its_first_step(one_rank, tiny, tmp_path, monkeypatch):
+    """With nothing written: here a tokenizer that cannot be saved."""
+
+    def refuse(*args, **kw):
+        raise OSError("no such codec")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", refuse)
+    with pytest.raises(ConfigError, match="would write at its end cannot be written: no such codec"):
+        run_with(tiny, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert not list(tmp_path.glob("run/*.jsonl"))
