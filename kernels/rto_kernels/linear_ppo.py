@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._chunked import Head, LinearGrads
 from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, describe, launching, resolve_backend
 from ._layout import check_layout, compute_dtype
+from ._vocab_torch import Head, LinearGrads
 from .linear_backward import factors
 from .linear_factored import linear_backward_factored, row_shifts
 from .linear_logprob import check_linear, linear_passes
