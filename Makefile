@@ -60,10 +60,10 @@ else
 	$(MAKE) test-interpreted
 endif
 
-# What is over in minutes: nothing that is slow, compiles kernels ahead of time, or needs vLLM or a browser.
+# What is over in minutes: nothing that is slow, compiles kernels ahead of time, or needs vLLM, a browser or a GPU.
 test-quick: export OMP_NUM_THREADS := 1
 test-quick: $(VENV)/installed-dev
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -m "not slow and not vllm and not browser" --ignore tests/kernels/test_aot.py \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -m "not slow and not vllm and not browser and not gpu" --ignore tests/kernels/test_aot.py \
 	  -n auto --maxprocesses 4 --dist loadfile
 
 test-interpreted: $(VENV)/installed-dev

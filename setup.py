@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = next(
     ast.literal_eval(node.value)
-    for node in ast.parse((HERE / "rto_fast" / "__init__.py").read_text()).body
+    for node in ast.parse((HERE / "kernels" / "rto_kernels" / "__init__.py").read_text()).body
     if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
 )
 
@@ -53,7 +53,7 @@ setup(
         "rto_fast": "rto_fast",
     },
     packages=["rto_kernels", "rto_kernels.integrations", *find_packages(include=["rto_fast", "rto_fast.*"])],
-    package_data={"rto_fast": ["py.typed"]},
+    package_data={"rto_kernels": ["py.typed"], "rto_fast": ["py.typed"]},
     entry_points={"console_scripts": ["rto-fast = rto_fast.__main__:main"]},
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={

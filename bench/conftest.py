@@ -4,7 +4,8 @@ import os
 import time
 
 import pytest
-from harness import ROUNDS
+
+from bench.harness import ROUNDS
 
 
 @pytest.fixture

@@ -94,12 +94,12 @@ def counts(folder: Path, _: list[str]) -> dict:
     return total | {"failed": bad}
 
 
-def script(name: str, *args: str, **env: str) -> Command:
-    return Command([PYTHON, str(BENCH / name), *args], env)
+def script(module: str, *args: str, **env: str) -> Command:
+    return Command([PYTHON, "-m", f"bench.{module}", *args], env)
 
 
 def ceilings(minutes: float, folder: Path, toy: bool) -> list[Command]:
-    return [script("ceilings.py")]
+    return [script("kernels.ceilings")]
 
 
 # Seconds a case first, then what the goals are stated for, the plot of cost against tokens last.
@@ -122,7 +122,8 @@ def kernels(minutes: float, folder: Path, toy: bool) -> list[Command]:
     # The last minute is left to the case in flight.
     deadline = time.time() + 60 * max(0.0, minutes - 1)
     scale = {} if toy else {"RTO_BENCH": "full"}
-    return [Command(argv + [str(BENCH / name) for name in chosen], {"RTO_BENCH_DEADLINE": str(deadline), **scale})]
+    argv += [str(BENCH / "kernels" / name) for name in chosen]
+    return [Command(argv, {"RTO_BENCH_DEADLINE": str(deadline), **scale})]
 
 
 def cases(folder: Path, _: list[str]) -> dict:
@@ -138,16 +139,16 @@ def cases(folder: Path, _: list[str]) -> dict:
 
 
 def iteration(minutes: float, folder: Path, toy: bool) -> list[Command]:
-    return [script("iteration.py", "--shape", "toy" if toy else "llama-1b", "--minutes", str(minutes))]
+    return [script("iteration.measure", "--shape", "toy" if toy else "llama-1b", "--minutes", str(minutes))]
 
 
 def largest(minutes: float, folder: Path, toy: bool) -> list[Command]:
     shape = "toy" if toy else "llama-8b"
-    return [script("largest.py", "--shape", shape, "--minutes", str(minutes))]
+    return [script("iteration.largest", "--shape", shape, "--minutes", str(minutes))]
 
 
 def determinism(minutes: float, folder: Path, toy: bool) -> list[Command]:
-    return [script("determinism.py", *(["--runs", "2", "--small"] if toy else ["--runs", "20"]))]
+    return [script("kernels.determinism", *(["--runs", "2", "--small"] if toy else ["--runs", "20"]))]
 
 
 TOOLS = ("memcheck", "racecheck")
@@ -156,7 +157,7 @@ TOOLS = ("memcheck", "racecheck")
 def sanitizer(minutes: float, folder: Path, toy: bool) -> list[Command]:
     if toy or shutil.which("compute-sanitizer") is None:
         return []
-    plain = script("determinism.py", "--runs", "1", "--small", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    plain = script("kernels.determinism", "--runs", "1", "--small", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     # A first run without the tool compiles the kernels, which would be slow under it.
     tool = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     return [plain, *(Command([*tool, name, *plain.argv], plain.env) for name in TOOLS)]
@@ -277,7 +278,8 @@ def main() -> int:
     if toy:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "RTO_BENCH": "toy", "RTO_BENCH_ROUNDS": "2"}
 
-    import harness  # reads the environment that was just set
+    sys.path.insert(0, str(ROOT))
+    from bench import harness  # reads the environment that was just set
 
     if not toy and not harness.ON_GPU:
         parser.error("no CUDA GPU is here; --device cpu tries the same code at toy sizes")

@@ -6,7 +6,7 @@ from .gae_ppo_loss import gae_ppo_loss
 from .linear_kl import token_kl
 from .linear_logprob import token_logprobs
 from .linear_ppo import LinearPPOLoss, fused_linear_ppo_loss
-from .logprob import logprobs_from_logits
+from .logits_logprob import logprobs_from_logits
 from .ppo_loss import PPOLoss, PPOStats, ppo_loss
 from .token_rewards import TokenRewards, token_rewards
 
@@ -29,3 +29,5 @@ __all__ = [
     "token_rewards",
     "whiten_moments",
 ]
+
+__version__ = "0.1.0"

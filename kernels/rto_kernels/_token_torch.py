@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._layout import compute_dtype
+from ._ppo_arguments import Batch, Settings, Tokens, Whitening
 
 
 class Rows(NamedTuple):
@@ -143,28 +144,11 @@ def gae_torch(
     return [inside.put(adv, rewards), inside.put(returns, rewards), moments]
 
 
-def ppo_loss_torch(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    entropy: Tensor | None,
-    sampler_logp: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    denominator: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    value_clip: float,
-    is_cap: float,
-    entropy_coef: float,
-    aggregation: str,
-) -> list[Tensor]:
-    dtype = compute_dtype(logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp)
+def ppo_loss_torch(tokens: Tokens, whitening: Whitening, batch: Batch, settings: Settings) -> list[Tensor]:
+    logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp = tokens
+    clip_low, clip_high, value_clip, is_cap, entropy_coef, aggregation = settings
+    cu_seqlens, mask, denominator = batch
+    dtype = compute_dtype(*tokens)
     rows = Rows.of(logp, cu_seqlens, mask)
     lp, old, adv = (rows.take(x, dtype) for x in (logp, old_logp, advantages))
     if aggregation == "sequence":
@@ -178,8 +162,8 @@ def ppo_loss_torch(
     def agg(x: Tensor) -> Tensor:
         return (c * x).sum(dtype=torch.float64) * per_unit
 
-    if mean is not None:
-        adv = (adv - mean.to(dtype)) * rstd.to(dtype)
+    if whitening.mean is not None:
+        adv = (adv - whitening.mean.to(dtype)) * whitening.rstd.to(dtype)
     log_ratio = lp - old
     ratio = log_ratio.exp()
     if sampler_logp is None:

@@ -19,7 +19,7 @@ from ._dispatch import INTERPRET, check_tensor, launching, resolve_backend
 from ._layout import check_layout, compute_dtype, kernel_mask
 from ._math import LOG2E
 from .linear_logprob import token_logprobs
-from .logprob import check_logits, dense_rows, logprobs_from_logits, row_logprob
+from .logits_logprob import check_logits, dense_rows, logprobs_from_logits, row_logprob
 from .token_rewards import TokenRewards, check_reward_inputs, reward_terms, token_rewards
 
 

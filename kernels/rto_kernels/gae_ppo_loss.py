@@ -8,6 +8,7 @@ whitening costs no launch of its own. Equations: gae.py and ppo_loss.py.
 import torch.distributed as dist
 from torch import Tensor
 
+from ._ppo_arguments import PPOOptions, Tokens, Whitening
 from .gae import GAE, gae, gather_moments
 from .ppo_loss import PPOLoss, run_ppo_loss
 
@@ -50,10 +51,9 @@ def gae_ppo_loss(
         rewards, old_values, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, mask=mask, gaps=gaps,
         bootstrap=bootstrap, backend=backend,
     )  # fmt: skip
-    moments = gather_moments(estimate.moments, group) if whiten else None
-    loss = run_ppo_loss(
-        logp, old_logp, estimate.advantages, values, old_values, estimate.returns, None, None, moments,
-        correction, clip, value_clip, entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator,
-        cu_seqlens, mask, backend,
-    )  # fmt: skip
-    return loss, estimate
+    whitening = Whitening()
+    if whiten:
+        whitening = Whitening(moments=gather_moments(estimate.moments, group), correction=correction)
+    tokens = Tokens(logp, old_logp, estimate.advantages, values, old_values, estimate.returns, entropy, sampler_logp)
+    options = PPOOptions(clip, value_clip, is_cap, entropy_coef, aggregation)
+    return run_ppo_loss(tokens, whitening, options, denominator, cu_seqlens, mask, backend), estimate

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from ._chunked import Head, LinearGrads, LinearStats
 from ._dispatch import launching
 from ._math import FLOOR, LN2, LOG2E, expm1
-from .linear_kernels import (
+from ._vocab_torch import Head, LinearGrads, LinearStats
+from .linear_forward import (
     GROUP,
     LinearLaunch,
     block_constants,

@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from ._chunked import Head, LinearStats, product
 from ._dispatch import INTERPRET, launching
 from ._math import LOG2E, expm1
-from .linear_kernels import LinearLaunch
+from ._vocab_torch import Head, LinearStats, product
+from .linear_forward import LinearLaunch
 
 BLOCK = 32 if INTERPRET else 1024
 

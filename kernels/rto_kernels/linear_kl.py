@@ -5,7 +5,7 @@
     KL(p_ref ‖ p)_t = Σ_v p_ref · (z_ref − z) − lse_ref + lse
     d KL / dz       = p − p_ref
 
-Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB] as in `_chunked`, the arithmetic is fp32 (fp64 for fp64 inputs), with
+Blocks are at most [BLOCK_TOKENS, BLOCK_VOCAB] as in `_vocab_torch`, the arithmetic is fp32 (fp64 for fp64 inputs), with
 16-bit operands multiplied as such on a GPU. The
 backward pass computes both blocks of logits again; rows without upstream gradient are left out. The function is
 plain PyTorch on every device, on a GPU too, with the vendor's matrix product.
@@ -14,9 +14,9 @@ plain PyTorch on every device, on a GPU too, with the vendor's matrix product.
 import torch
 from torch import Tensor
 
-from ._chunked import Head, _token_blocks, operand_dtype, product
 from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, check_unreleased
 from ._layout import compute_dtype
+from ._vocab_torch import Head, _token_blocks, operand_dtype, product
 
 
 def _logits(head: Head, h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

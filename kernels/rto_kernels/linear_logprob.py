@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._chunked import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
 from ._dispatch import (
     FLOATS,
     FLOATS_TORCH,
@@ -28,8 +27,9 @@ from ._dispatch import (
     values_checked,
 )
 from ._layout import compute_dtype
+from ._vocab_torch import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
 from .linear_backward import linear_backward_triton
-from .linear_kernels import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
+from .linear_forward import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
 
 IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
 

@@ -19,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._chunked import Head, LinearGrads
 from ._dispatch import FLOATS_TORCH, batch_invariant, check_tensor, describe, launching, resolve_backend
 from ._layout import check_layout, compute_dtype
+from ._ppo_arguments import Batch, PPOOptions, Settings, Tokens, Whitening
+from ._vocab_torch import Head, LinearGrads
 from .linear_backward import factors
 from .linear_factored import linear_backward_factored, row_shifts
 from .linear_logprob import check_linear, linear_passes
-from .ppo_loss import INF, UNCAPPED, PPOStats, _bounds, _check_inputs, _ppo_loss_op, _scalar
+from .ppo_loss import PPOStats, _check_inputs, _scalar, loss_and_grads
 
 
 class LinearPPOLoss(NamedTuple):
@@ -54,16 +55,6 @@ def token_weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, den
     return inside.double() / (per_token.clamp(min=1).double() * units)
 
 
-def _policy_loss(logp, old_logp, advantages, entropy, sampler_logp, whiten, layout, clip, is_cap, entropy_coef, how):
-    """(loss, statistics, dlogp without its 1/D) of ppo_loss's policy half."""
-    aggregation, backend = how
-    loss, _, _, stats, dlogp, *_ = _ppo_loss_op(
-        logp, old_logp, advantages, None, None, None, entropy, sampler_logp, *whiten, None, *layout,
-        *clip, INF, is_cap, entropy_coef, aggregation, 0, True, backend,
-    )  # fmt: skip
-    return loss, stats, dlogp
-
-
 @torch.library.custom_op("rto_kernels::linear_ppo", mutates_args=())
 def _linear_ppo(
     hidden: Tensor,
@@ -81,11 +72,13 @@ def _linear_ppo(
     temperature: float,
     softcap: float,
     ignore_index: int,
-    clip: list[float],
+    clip_low: float,
+    clip_high: float,
+    value_clip: float,
     is_cap: float,
     entropy_coef: float,
-    want_entropy: bool,
     aggregation: str,
+    want_entropy: bool,
     needs: list[bool],
     by_row: bool,
     backend: str,
@@ -93,6 +86,9 @@ def _linear_ppo(
     """[loss, statistics, logp, entropy, d(hidden), d(weight), d(bias)]; what is not needed is [0]."""
     shape, dtype = targets.shape, compute_dtype(hidden)
     head = Head(weight, bias, temperature, softcap, by_row)
+    settings = Settings(clip_low, clip_high, value_clip, is_cap, entropy_coef, aggregation)
+    by_token = settings._replace(entropy_coef=0.0, aggregation="token")
+    whitening = Whitening(mean, rstd)
     passes = linear_passes(backend)
     inside = targets != ignore_index
     if mask is not None:
@@ -132,11 +128,13 @@ def _linear_ppo(
             continue
         if c is None:  # not before the first pass: its launches would hold that up
             c = token_weights(inside, cu_seqlens, aggregation, denominator).to(dtype).reshape(-1)
-        _, _, g = _policy_loss(
-            logp[rows][None], old[rows][None], adv[rows][None], None,
-            None if sampler is None else sampler[rows][None],
-            (mean, rstd), (None, None, one), clip, is_cap, 0.0, ("token", backend),
-        )  # fmt: skip
+        tokens = Tokens(
+            logp[rows][None],
+            old[rows][None],
+            adv[rows][None],
+            sampler_logp=None if sampler is None else sampler[rows][None],
+        )
+        g = loss_and_grads(tokens, whitening, Batch(None, None, one), by_token, True, backend)[4]  # without its 1/D
         # `where`: outside the mask old_logp and advantages may be NaN.
         g = torch.where(flat[rows], g[0] * c[rows], 0)
         if factored:
@@ -150,10 +148,15 @@ def _linear_ppo(
                 total.hidden[rows] = grads.hidden
             d_weight, d_bias = grads.weight, grads.bias
             del stats, grads  # else the next chunk's exp(z) stands beside this one's
-    loss, statistics, _ = _policy_loss(
-        logp.view(shape), old_logp, advantages, entropy.view(shape) if want_entropy else None, sampler_logp,
-        (mean, rstd), (cu_seqlens, inside, denominator), clip, is_cap, entropy_coef, (aggregation, backend),
-    )  # fmt: skip
+    tokens = Tokens(
+        logp.view(shape),
+        old_logp,
+        advantages,
+        entropy=entropy.view(shape) if want_entropy else None,
+        sampler_logp=sampler_logp,
+    )
+    batch = Batch(cu_seqlens, inside, denominator)
+    loss, _, _, statistics, *_ = loss_and_grads(tokens, whitening, batch, settings, True, backend)
 
     def out(x: Tensor | None, like: Tensor) -> Tensor:
         return like.new_empty(0) if x is None else x.to(like.dtype).view(like.shape)
@@ -166,7 +169,7 @@ def _linear_ppo(
 
 @_linear_ppo.register_fake
 def _(hidden, weight, bias, targets, *args):
-    want_entropy, _, needs, *_ = args[-5:]
+    want_entropy, needs, *_ = args[-4:]
     new = hidden.new_empty
     dtype = compute_dtype(hidden)
     grads = (hidden, weight, bias)
@@ -305,6 +308,7 @@ def fused_linear_ppo_loss(
     check_tensor("old_logp", like_logp, shape=shape, expect=f"{list(shape)} like targets")
     denominator = _check_inputs(backend, like_logp, given, cu_seqlens, mask, aggregation, denominator)
     mean, rstd = (None, None) if whiten is None else (_scalar(x, hidden) for x in whiten)
+    options = PPOOptions(clip, None, is_cap, entropy_coef, aggregation)
     loss, stats, logp, entropy, *grads = _linear_ppo(
         *(None if x is None else x.detach() for x in inputs),
         targets,
@@ -319,11 +323,8 @@ def fused_linear_ppo_loss(
         float(temperature),
         float(softcap or 0.0),
         ignore_index,
-        list(_bounds("clip", clip)),
-        float(is_cap or UNCAPPED),
-        float(entropy_coef),
+        *options.flat(),
         return_entropy or entropy_coef != 0,
-        aggregation,
         needs,
         batch_invariant(deterministic),
         backend,

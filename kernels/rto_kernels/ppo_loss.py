@@ -27,12 +27,9 @@ from ._layout import (
     load_inside,
     row_bounds,
 )
+from ._ppo_arguments import INF, Batch, PPOOptions, Settings, Tokens, Whitening
 from ._token_torch import ppo_loss_torch
 from .gae import WHITEN_MIN_VAR, combine_moments, whiten_moments
-
-INF = float("inf")
-# The cap of importance weights that have none: a finite weight times a zero advantage is 0.
-UNCAPPED = torch.finfo(torch.float32).max
 
 
 class PPOStats(NamedTuple):
@@ -248,31 +245,11 @@ def _scale_kernel(
 
 
 def _ppo_loss_triton(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    entropy: Tensor | None,
-    sampler_logp: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    moments: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    denominator: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    value_clip: float,
-    is_cap: float,
-    entropy_coef: float,
-    aggregation: str,
-    correction: int,
-    with_grads: bool,
+    tokens: Tokens, whitening: Whitening, batch: Batch, settings: Settings, with_grads: bool
 ) -> list[Tensor]:
+    logp, moments, cu_seqlens = tokens.logp, whitening.moments, batch.cu_seqlens
     device = logp.device
-    batch = logp.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = logp.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     stand_in = logp.contiguous()
 
     def given(x: Tensor | None) -> Tensor:
@@ -282,42 +259,44 @@ def _ppo_loss_triton(
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     scalars = [new(), new(), new(), new(N_STATS)]
-    grads = [new(*logp.shape) if with_grads and x is not None else new(0) for x in (logp, values, entropy)]
-    if not batch:
+    grads = [
+        new(*logp.shape) if with_grads and x is not None else new(0) for x in (logp, tokens.values, tokens.entropy)
+    ]
+    if not sequences:
         for x in scalars:
             x.zero_()
         return [*scalars, *grads]
-    whiten = "moments" if moments is not None else "none" if mean is None else "given"
+    whiten = "moments" if moments is not None else "none" if whitening.mean is None else "given"
     with launching("ppo_loss", device):
-        _ppo_loss_kernel[(batch,)](
+        _ppo_loss_kernel[(sequences,)](
             stand_in,
-            *(given(x) for x in (old_logp, advantages, values, old_values, returns, entropy, sampler_logp)),
-            *(given(x) for x in (mean, rstd, moments, cu_seqlens)),
-            kernel_mask(mask, stand_in),
-            given(denominator),
+            *(given(x) for x in tokens[1:]),
+            *(given(x) for x in (whitening.mean, whitening.rstd, moments, cu_seqlens)),
+            kernel_mask(batch.mask, stand_in),
+            given(batch.denominator),
             *scalars,
             *grads,
-            torch.empty(batch, COLUMNS, dtype=torch.float64, device=device),
+            torch.empty(sequences, COLUMNS, dtype=torch.float64, device=device),
             arrival_counter(device),
             logp.shape[-1],
             0 if moments is None else moments.shape[0],
-            correction,
+            whitening.correction,
             WHITEN_MIN_VAR,
-            clip_low,
-            clip_high,
-            value_clip,
-            is_cap,
-            entropy_coef,
-            VALUES=values is not None,
-            VALUE_CLIP=value_clip < INF,
-            ENTROPY=entropy is not None,
-            SAMPLER=sampler_logp is not None,
+            settings.clip_low,
+            settings.clip_high,
+            settings.value_clip,
+            settings.is_cap,
+            settings.entropy_coef,
+            VALUES=tokens.values is not None,
+            VALUE_CLIP=settings.value_clip < INF,
+            ENTROPY=tokens.entropy is not None,
+            SAMPLER=tokens.sampler_logp is not None,
             WHITEN=whiten,
-            BY_SEQUENCE=aggregation == "sequence",
-            DENOMINATOR=denominator is not None,
+            BY_SEQUENCE=settings.aggregation == "sequence",
+            DENOMINATOR=batch.denominator is not None,
             GRADS=with_grads,
             PACKED=cu_seqlens is not None,
-            MASKED=mask is not None,
+            MASKED=batch.mask is not None,
             BLOCK=_layout.BLOCK,
             MERGE_ROWS=_layout.MERGE_ROWS,
             COLUMNS=COLUMNS,
@@ -341,6 +320,7 @@ def _ppo_loss_op(
     mean: Tensor | None,
     rstd: Tensor | None,
     moments: Tensor | None,
+    correction: int,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     denominator: Tensor | None,
@@ -350,38 +330,43 @@ def _ppo_loss_op(
     is_cap: float,
     entropy_coef: float,
     aggregation: str,
-    correction: int,
     with_grads: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[policy_loss, value_loss, 1/D, statistics, dlogp, dvalues, dentropy]; the gradients lack the 1/D.
-
-    The whitening comes as (mean, rstd), or as moments [R, 3] to be merged. What is not asked for is empty.
-    """
-    tensors = (logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp)
-    layout = (cu_seqlens, mask, denominator)
-    options = (clip_low, clip_high, value_clip, is_cap, entropy_coef, aggregation)
+    """See `loss_and_grads`, which alone calls it."""
+    tokens = Tokens(logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp)
+    whitening, batch = Whitening(mean, rstd, moments, correction), Batch(cu_seqlens, mask, denominator)
+    settings = Settings(clip_low, clip_high, value_clip, is_cap, entropy_coef, aggregation)
     if backend == "triton":
-        return _ppo_loss_triton(*tensors, mean, rstd, moments, *layout, *options, correction, with_grads)
+        return _ppo_loss_triton(tokens, whitening, batch, settings, with_grads)
     if moments is not None:
-        mean, rstd = whiten_moments(moments, correction=correction)
-    out = ppo_loss_torch(*tensors, mean, rstd, *layout, *options)
+        whitening = Whitening(*whiten_moments(moments, correction=correction))
+    out = ppo_loss_torch(tokens, whitening, batch, settings)
     return out if with_grads else [*out[:4], *(x.new_empty(0) for x in out[4:])]
 
 
 @_ppo_loss_op.register_fake
-def _(
-    logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp,
-    mean, rstd, moments, cu_seqlens, mask, denominator,
-    clip_low, clip_high, value_clip, is_cap, entropy_coef, aggregation, correction, with_grads, backend,
-):  # fmt: skip
-    dtype = compute_dtype(logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp)
+def _(*args):
+    tokens, with_grads = Tokens(*args[: len(Tokens._fields)]), args[-2]
+    logp, dtype = tokens.logp, compute_dtype(*tokens)
 
     def new(*shape):
         return logp.new_empty(shape, dtype=dtype)
 
-    grads = [new(*logp.shape) if with_grads and x is not None else new(0) for x in (logp, values, entropy)]
+    grads = [
+        new(*logp.shape) if with_grads and x is not None else new(0) for x in (logp, tokens.values, tokens.entropy)
+    ]
     return [new(), new(), new(), new(N_STATS), *grads]
+
+
+def loss_and_grads(
+    tokens: Tokens, whitening: Whitening, batch: Batch, settings: Settings, with_grads: bool, backend: str
+) -> list[Tensor]:
+    """[policy_loss, value_loss, 1/D, statistics, dlogp, dvalues, dentropy]; the gradients lack the 1/D.
+
+    What is not asked for is empty.
+    """
+    return _ppo_loss_op(*tokens, *whitening, *batch, *settings, with_grads, backend)
 
 
 @torch.library.custom_op("rto_kernels::ppo_loss_backward", mutates_args=())
@@ -428,13 +413,6 @@ class _Attach(torch.autograd.Function):
         return None, None, None, None, None, gx if need_x else None, gy if need_y else None
 
 
-def _bounds(name: str, clip: float | tuple[float | None, float | None] | None) -> tuple[float, float]:
-    low, high = clip if isinstance(clip, tuple | list) else (clip, clip)
-    if any(bound is not None and bound < 0 for bound in (low, high)):
-        raise ValueError(f"{name} must not be negative, got {clip!r}")
-    return float(low or INF), float(high or INF)
-
-
 def _check_inputs(backend, logp, batch_args, cu_seqlens, mask, aggregation, denominator) -> Tensor | None:
     """Raise ValueError for what does not fit; return the denominator as a tensor on the device, or None."""
     floats = FLOATS if backend == "triton" else FLOATS_TORCH
@@ -469,46 +447,43 @@ def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
 
 
 def run_ppo_loss(
-    logp, old_logp, advantages, values, old_values, returns, mean, rstd, moments, correction, clip,
-    value_clip, entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator, cu_seqlens, mask,
-    backend,
-) -> PPOLoss:  # fmt: skip
+    tokens: Tokens,
+    whitening: Whitening,
+    options: PPOOptions,
+    denominator: Tensor | float | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    backend: str | None,
+) -> PPOLoss:
+    """`ppo_loss`, whichever way the advantages are whitened."""
+    logp, values, entropy = tokens.logp, tokens.values, tokens.entropy
     backend = resolve_backend(backend, logp)
-    bound = _bounds("value_clip", value_clip)[0]
+    settings = options.flat()
+    clip_values = values is not None and settings.value_clip < INF
     per_token = (
-        ("old_logp", old_logp, True),
-        ("advantages", advantages, True),
+        ("old_logp", tokens.old_logp, True),
+        ("advantages", tokens.advantages, True),
         ("values", values, False),
-        ("returns", returns, values is not None),
-        ("old_values", old_values, values is not None and bound < INF),
-        ("entropy", entropy, entropy_coef != 0),
-        ("sampler_logp", sampler_logp, is_cap is not None),
+        ("returns", tokens.returns, values is not None),
+        ("old_values", tokens.old_values, clip_values),
+        ("entropy", entropy, options.entropy_coef != 0),
+        ("sampler_logp", tokens.sampler_logp, options.is_cap is not None),
     )
-    denominator = _check_inputs(backend, logp, per_token, cu_seqlens, mask, aggregation, denominator)
+    denominator = _check_inputs(backend, logp, per_token, cu_seqlens, mask, options.aggregation, denominator)
     with_grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logp, values, entropy))
-    policy_loss, value_loss, unit, stats, dlogp, dvalues, dentropy = _ppo_loss_op(
+    used = Tokens(
         logp.detach(),
-        old_logp.detach(),
-        advantages.detach(),
+        tokens.old_logp.detach(),
+        tokens.advantages.detach(),
         detached(values),
-        None if values is None or bound == INF else old_values.detach(),
-        None if values is None else returns.detach(),
+        tokens.old_values.detach() if clip_values else None,
+        None if values is None else tokens.returns.detach(),
         detached(entropy),
-        detached(sampler_logp),
-        mean,
-        rstd,
-        moments,
-        cu_seqlens,
-        mask,
-        denominator,
-        *_bounds("clip", clip),
-        bound,
-        float(is_cap or UNCAPPED),
-        float(entropy_coef),
-        aggregation,
-        correction,
-        with_grads,
-        backend,
+        detached(tokens.sampler_logp),
+    )
+    batch = Batch(cu_seqlens, mask, denominator)
+    policy_loss, value_loss, unit, stats, dlogp, dvalues, dentropy = loss_and_grads(
+        used, whitening, batch, settings, with_grads, backend
     )
     if with_grads:
         policy_loss = _Attach.apply(policy_loss, unit, dlogp, dentropy, backend, logp, entropy)
@@ -556,7 +531,6 @@ def ppo_loss(
     bounds as in arXiv 2503.14476. Raises ValueError for a shape, dtype, device or option that does not fit.
     """
     mean, rstd = (None, None) if whiten is None else (_scalar(x, logp) for x in whiten)
-    return run_ppo_loss(
-        logp, old_logp, advantages, values, old_values, returns, mean, rstd, None, 0, clip, value_clip,
-        entropy, entropy_coef, sampler_logp, is_cap, aggregation, denominator, cu_seqlens, mask, backend,
-    )  # fmt: skip
+    tokens = Tokens(logp, old_logp, advantages, values, old_values, returns, entropy, sampler_logp)
+    options = PPOOptions(clip, value_clip, is_cap, entropy_coef, aggregation)
+    return run_ppo_loss(tokens, Whitening(mean, rstd), options, denominator, cu_seqlens, mask, backend)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from ._chunked import Head
 from ._dispatch import INTERPRET
+from ._vocab_torch import Head
 from .linear_backward import linear_backward_triton
-from .linear_kernels import linear_forward_triton, tiles_of
+from .linear_forward import linear_forward_triton, tiles_of
 from .tiles import Tile, Tiles
 
 STEPS = {

@@ -120,7 +120,7 @@ def rl_config(config: DemoConfig, root: Path, arm: str) -> RTOConfig:
         rollout_batch=config.rollout_batch, train_batch=config.train_batch, max_prompt_length=32,
         max_response_length=config.max_response_length, policy_lr=config.policy_lr, critic_lr=config.critic_lr,
         dpo_clip=config.dpo_clip, beta2=config.beta2, save_every=max(1, config.iterations // 4), keep_last=1,
-        log_every=5, rollout_engine="transformers",  # the faster one on models this small: bench/bench_rollout.py
+        log_every=5, rollout_engine="transformers",  # faster for tiny models: bench/iteration/bench_rollout.py
         **token_reward, **_common(config, root, arm.lower()),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,17 @@ from rto_fast.errors import ConfigError
 from rto_fast.models.heads import PolicyModel, ScalarModel
 
 
+def _inner(model: nn.Module) -> Any:
+    """transformers' own model, which ours wraps."""
+    return getattr(model, "lm", None) or getattr(model, "classifier", model)
+
+
 def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, full tensor) one at a time; collective under ZeRO-3, which gathers one parameter a step.
 
     A tensor is valid until the next one is asked for. Tied parameters come once.
     """
-    inner = getattr(model, "lm", None) or getattr(model, "classifier", model)
-    for name, parameter in inner.named_parameters():
+    for name, parameter in _inner(model).named_parameters():
         if hasattr(parameter, "ds_id"):
             import deepspeed
 
@@ -69,7 +74,7 @@ def rehearse_export(models: Iterable[nn.Module], tokenizer: PreTrainedTokenizerB
     with tempfile.TemporaryDirectory() as folder:
         try:
             for model in models:
-                inner = getattr(model, "lm", None) or getattr(model, "classifier", model)
+                inner = _inner(model)
                 inner.config.save_pretrained(folder)
                 if getattr(inner, "generation_config", None) is not None:
                     inner.generation_config.save_pretrained(folder)

@@ -15,16 +15,10 @@ from launches import Launch
 from loop_helpers import ROOT
 from recipe_helpers import flags_of
 
-sys.path.insert(0, str(ROOT / "bench"))
-
-import claim
-import claim_cells
-import claim_report
-import claim_stories
-from claim import ClaimConfig, Grid
-from claim_cells import PAYS_TOKENS, RL, Cell, TinyWorld, rl_settings
-from claim_report import Results, interval, shown
-
+from bench.claim import report, stories
+from bench.claim.cells import PAYS_TOKENS, RL, Cell, TinyWorld, correlation, rl_settings, run_cell
+from bench.claim.grid import QUICK, ClaimConfig, Grid, quickened
+from bench.claim.report import Results, interval, shown
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import ConfigError
 
@@ -42,10 +36,10 @@ def test_interval_is_students_t():
 
 def test_quantiles_agree_with_their_closed_forms():
     p = 0.975
-    assert claim_report.T975[0] == pytest.approx(math.tan(math.pi * (p - 0.5)), abs=1e-3)
-    assert claim_report.T975[1] == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), abs=1e-3)
-    assert list(claim_report.T975) == sorted(claim_report.T975, reverse=True)
-    assert claim_report.T975[-1] > 1.96
+    assert report.T975[0] == pytest.approx(math.tan(math.pi * (p - 0.5)), abs=1e-3)
+    assert report.T975[1] == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), abs=1e-3)
+    assert list(report.T975) == sorted(report.T975, reverse=True)
+    assert report.T975[-1] > 1.96
 
 
 def cell(method: str, seed: int, reward: float, lr: float = 1e-3, part: int = 1, change: tuple = (), **more) -> dict:
@@ -74,7 +68,7 @@ def record() -> dict:
                 "fractions": [4]}  # fmt: skip
     rates = {"medium": dict.fromkeys(("DPO", "PPO", "RTO", "DDPO"), 1e-3)}
     return {
-        "command": "python bench/claim.py",
+        "command": "python -m bench.claim.grid",
         "settings": settings,
         "learning_rates": rates,
         "cells": [*cells, failed],
@@ -83,7 +77,7 @@ def record() -> dict:
 
 
 def test_main_table(record):
-    lines = claim_report.main_table(Results(record)).splitlines()
+    lines = report.main_table(Results(record)).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| SFT", "| DPO", "| PPO", "| **RTO**"], (
         "diverged runs are no row"
     )
@@ -93,9 +87,9 @@ def test_main_table(record):
 
 def test_the_other_tables(record):
     results = Results(record)
-    assert claim_report.fraction_table(results).splitlines()[2] == "| 1/4 | 32 | 0.50 | 0.25 | -0.25 |"
-    assert claim_report.task_table(results).splitlines()[2].startswith("| medium | 0.50, 0.25 | 0.00 ± 0.00 | 1.50 ±")
-    assert claim_report.ablation_table(results).splitlines()[2:] == [
+    assert report.fraction_table(results).splitlines()[2] == "| 1/4 | 32 | 0.50 | 0.25 | -0.25 |"
+    assert report.task_table(results).splitlines()[2].startswith("| medium | 0.50, 0.25 | 0.00 ± 0.00 | 1.50 ±")
+    assert report.ablation_table(results).splitlines()[2:] == [
         "| PPO | as above | 1.00 | 2.0 | 75 % | 1 |",
         "| RTO | as above | 4.00 | 8.0 | 75 % | 1 |",
         "| RTO | beta2 0.1 | 3.00 | 6.0 | 75 % | 1 |",
@@ -109,10 +103,10 @@ def test_the_section_stands_between_its_marks(record, tmp_path):
     page.parent.mkdir()
     page.write_text("before\n<!-- claim -->\nold\n<!-- /claim -->\nafter\n")
     for _ in range(2):
-        claim_report.write(record, tmp_path / "out", page, Console(quiet=True))
+        report.write(record, tmp_path / "out", page, Console(quiet=True))
     text = page.read_text()
     assert "](../out/curves.svg)" in text
-    assert text.startswith("before\n<!-- claim -->\n`python bench/claim.py`, seeds 0, 1")
+    assert text.startswith("before\n<!-- claim -->\n`python -m bench.claim.grid`, seeds 0, 1")
     assert text.endswith("<!-- /claim -->\nafter\n")
     assert "old" not in text
     assert json.loads((tmp_path / "out" / "claim.json").read_text()) == record
@@ -139,9 +133,9 @@ def test_settings_that_cannot_work(setting, message):
 
 
 def test_quick_keeps_what_is_given():
-    config = claim.quickened(ClaimConfig(iterations=8, quick=True))
+    config = quickened(ClaimConfig(iterations=8, quick=True))
     assert config.iterations == 8
-    assert config.seeds == claim.QUICK["seeds"]
+    assert config.seeds == QUICK["seeds"]
     config.validate()
 
 
@@ -196,8 +190,8 @@ def test_correlation():
     import torch
 
     a = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert claim_cells.correlation(a, 3 - 2 * a) == pytest.approx(-1)
-    assert claim_cells.correlation(a, torch.tensor([1.0, -1.0, -1.0, 1.0])) == pytest.approx(0, abs=1e-12)
+    assert correlation(a, 3 - 2 * a) == pytest.approx(-1)
+    assert correlation(a, torch.tensor([1.0, -1.0, -1.0, 1.0])) == pytest.approx(0, abs=1e-12)
 
 
 TINY = {
@@ -207,14 +201,14 @@ TINY = {
 
 
 def command_of(folder: Path, **settings) -> list[str]:
-    return ["bench/claim.py", "--quick", *flags_of(TINY | {"runs": folder, "out": folder / "out"} | settings)]
+    return ["-m", "bench.claim.grid", "--quick", *flags_of(TINY | {"runs": folder, "out": folder / "out"} | settings)]
 
 
 def run_claim_here(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings) -> int:
     """The command in this process, where no cell is left to be trained; its exit code."""
-    monkeypatch.setattr(sys, "argv", command_of(folder, **settings))
+    monkeypatch.setattr(sys, "argv", command_of(folder, **settings)[1:])
     try:
-        runpy.run_path(str(ROOT / "bench" / "claim.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "bench" / "claim" / "grid.py"), run_name="__main__")
     except SystemExit as stop:
         return stop.code
     return 0
@@ -230,7 +224,7 @@ def grid(tmp_path_factory):
 
 def test_quick_grid_end_to_end(grid):
     record = json.loads((grid / "out" / "claim.json").read_text())
-    assert record["command"].startswith("python bench/claim.py --quick")
+    assert record["command"].startswith("python -m bench.claim.grid --quick")
     judged = {(c["method"], c["seed"], c["part"]): c for c in record["cells"] if "judgement" in c}
     assert {k[0] for k in judged if k[1] == 0} == {"SFT", "DPO", "PPO", "RTO"}
     assert judged["SFT", 0, 1]["judgement"]["win_rate"] == 0.5
@@ -273,7 +267,7 @@ def test_a_cell_knows_nothing_of_the_cells_before_it(grid, tmp_path, one_rank):
         **{k: TINY[k] for k in ("corpus_rows", "pairs", "eval_prompts", "iterations")},
     )  # fmt: skip
     world = TinyWorld(Path(settings.output_dir), settings)
-    alone = claim_cells.run_cell(Cell("medium", 0, "RTO", there["lr"], part=2), lambda task, seed: world, tmp_path, "")
+    alone = run_cell(Cell("medium", 0, "RTO", there["lr"], part=2), lambda task, seed: world, tmp_path, "")
     assert alone["judgement"] == there["judgement"]
     assert alone["curve"] == there["curve"]
 
@@ -284,30 +278,30 @@ def test_other_sizes_are_refused(grid, monkeypatch, capsys):
 
 
 def test_story_rule():
-    assert claim_stories.story_reward("The bird saw a tree. The Bird, and a tree!") == 2
-    assert claim_stories.story_reward("Mom and the girl had a dog. Cathy sang.") == -1
-    assert claim_stories.story_reward("") == 0
+    assert stories.story_reward("The bird saw a tree. The Bird, and a tree!") == 2
+    assert stories.story_reward("Mom and the girl had a dog. Cathy sang.") == -1
+    assert stories.story_reward("") == 0
 
 
 def test_story_is_cut_behind_a_sentence():
-    assert claim_stories.whole_sentences('He sat. "Go!" she said') == 'He sat. "Go!"'
-    assert claim_stories.whole_sentences("no end") == ""
-    assert claim_stories.whole_sentences("One. " + "b" * 200 + ".") == "One."
+    assert stories.whole_sentences('He sat. "Go!" she said') == 'He sat. "Go!"'
+    assert stories.whole_sentences("no end") == ""
+    assert stories.whole_sentences("One. " + "b" * 200 + ".") == "One."
 
 
-@pytest.mark.skipif(not claim_stories.available(), reason=f"no {claim_stories.MODEL}")
-@pytest.mark.parametrize("task", claim_stories.TASKS)
+@pytest.mark.skipif(not stories.available(), reason=f"no {stories.MODEL}")
+@pytest.mark.parametrize("task", stories.TASKS)
 def test_story_world(task, tmp_path, monkeypatch, one_rank):
     """Trained on a few rows: halves are disjoint, all parts are there, RTO runs and is judged."""
-    ours, theirs = claim_stories.halves(0)
+    ours, theirs = stories.halves(0)
     assert not {r["prompt"] for r in ours} & {r["prompt"] for r in theirs}
-    monkeypatch.setattr(claim_stories, "halves", lambda seed: (ours[:48], theirs[:48]))
-    world = claim_stories.StoryWorld(tmp_path / "world", task, 0, 1, 16)
-    found = claim_cells.run_cell(Cell(task, 0), lambda *_: world, tmp_path, "")
+    monkeypatch.setattr(stories, "halves", lambda seed: (ours[:48], theirs[:48]))
+    world = stories.StoryWorld(tmp_path / "world", task, 0, 1, 16)
+    found = run_cell(Cell(task, 0), lambda *_: world, tmp_path, "")
     assert found["judgement"]["win_rate"] == 0.5
-    assert 0 < found["judgement"]["length"] <= claim_stories.MAX_RESPONSE
+    assert 0 < found["judgement"]["length"] <= stories.MAX_RESPONSE
     assert -1 <= found["quality"]["rm"] <= 1
     assert ("judge_accuracy" in found["quality"]) == (task == "stories-taste")
-    rto = claim_cells.run_cell(Cell(task, 0, "RTO", 1e-4), lambda *_: world, tmp_path, "")
+    rto = run_cell(Cell(task, 0, "RTO", 1e-4), lambda *_: world, tmp_path, "")
     assert rto["judgement"]["kl"] != 0
     assert rto["curve"]["samples"] == [64]

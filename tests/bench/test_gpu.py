@@ -24,15 +24,13 @@ BENCH = ROOT / "bench"
 @pytest.fixture(scope="module")
 def bench():
     """The bench folder's modules, by name."""
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module
-    sys.path.remove(str(BENCH))
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.fixture(scope="module")
 def paths(bench, one_rank, tmp_path_factory):
     """(iteration module, parts, rollout): the toy shape, sampled by the transformers engine."""
-    iteration = bench("iteration")
+    iteration = bench("iteration.measure")
     shape = iteration.SHAPES["toy"]
     parts = iteration.build(shape, tmp_path_factory.mktemp("policy"))
     requests, lengths = iteration.draw(shape)
@@ -206,7 +204,7 @@ def test_a_path_that_computes_something_else_has_no_figure(paths, monkeypatch):
 
 def wrong(hidden, weight, targets, **kw):
     """Log-probs of a soft distribution: not what is asked for."""
-    return sys.modules["ablation"]._eager_token_logprobs(hidden / 2, weight, targets, **kw)
+    return sys.modules["bench.iteration.ablation"]._eager_token_logprobs(hidden / 2, weight, targets, **kw)
 
 
 def test_the_ablation_switches_off_what_it_says(paths, monkeypatch):
@@ -255,7 +253,7 @@ def test_lengths_are_those_drawn_whatever_the_engine(paths):
 
 
 def test_vllm_is_given_each_requests_own_length(bench, one_rank, monkeypatch):
-    iteration = bench("iteration")
+    iteration = bench("iteration.measure")
     fake = types.ModuleType("vllm")
     fake.SamplingParams = lambda **settings: settings
     monkeypatch.setitem(sys.modules, "vllm", fake)
@@ -269,7 +267,7 @@ def test_vllm_is_given_each_requests_own_length(bench, one_rank, monkeypatch):
 
 def test_padded_micro_batches_stay_in_order_and_within_the_budget(bench, one_rank):
     lens = [5, 9, 3, 7, 20, 2]
-    batches = bench("ablation")._padded_micro_batches(range(6), lens, 20)
+    batches = bench("iteration.ablation")._padded_micro_batches(range(6), lens, 20)
     assert batches == [[0, 1], [2, 3], [4], [5]]
     assert [i for b in batches for i in b] == list(range(6))
 
@@ -290,7 +288,7 @@ def test_the_ratio_scales_phases_by_tokens_and_the_step_once(bench, one_rank):
             "released": {"phases": {k: v for k, v in phases(100, 6.0, 2.0, 50).items() if k != "sync"}},
         },
     }
-    rates = bench("iteration").comparison(record)
+    rates = bench("iteration.measure").comparison(record)
     assert rates["ours"] == pytest.approx(800 / (4 * 4 + 1))
     # 8 times the phases, less 7 of the 8 optimiser steps in them, and ours' sync.
     assert rates["released"] == pytest.approx(800 / (8 * 4 * 6 - 7 * 2 + 1))

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
-from rto_kernels import _chunked, _layout, logprob
+from rto_kernels import _layout, _vocab_torch, logits_logprob
 from rto_kernels._dispatch import INTERPRET
 
 settings.register_profile(
@@ -47,9 +47,9 @@ def small_blocks(monkeypatch):
     if INTERPRET:
         monkeypatch.setattr(_layout, "BLOCK", 16)
         monkeypatch.setattr(_layout, "MERGE_ROWS", 2)
-    monkeypatch.setattr(_chunked, "BLOCK_TOKENS", 16)
-    monkeypatch.setattr(_chunked, "BLOCK_VOCAB", 32)
-    monkeypatch.setattr(logprob, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(_vocab_torch, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(_vocab_torch, "BLOCK_VOCAB", 32)
+    monkeypatch.setattr(logits_logprob, "BLOCK_ELEMENTS", 256)
 
 
 @pytest.fixture(autouse=True)

@@ -34,15 +34,15 @@ PPO = "confident_tokens linear_ppo"
 # fmt: off
 MUTANTS = [
     # The forward pass over the vocabulary.
-    Mutant("forward: the tail of the vocabulary counts", "linear_kernels", "tl.where((cols < vocab)[None, :], acc, NEG_INF)", "acc", LINEAR),
-    Mutant("forward: the last tile of a split dropped", "linear_kernels", "range(split * PER_SPLIT, tiles_end)", "range(split * PER_SPLIT, tiles_end - 1)", LINEAR),
-    Mutant("forward: the temperature left out of the exponent", "linear_kernels", "z = (z - base[:, None]) * scale", "z = (z - base[:, None]) * LOG2E", LINEAR),
-    Mutant("forward: what came before is not rescaled", "linear_kernels", "total = total * decay + tl.sum(e, 1)", "total = total + tl.sum(e, 1)", LINEAR),
-    Mutant("forward: kept probabilities a tenth too small", "linear_kernels", "store_block(saved, e, row0, col0, rows, kept_columns, stride_saved, TMA)\n        r =", "store_block(saved, e * 0.9, row0, col0, rows, kept_columns, stride_saved, TMA)\n        r =", LINEAR),
-    Mutant("forward: the shift of the part before", "linear_kernels", "base *= scale", "base = peak * scale", LINEAR),
-    Mutant("merge: a split too few", "linear_kernels", "for split in range(SPLITS):", "for split in range(SPLITS - 1):", LINEAR),
-    Mutant("merge: the largest of the splits, not their sum", "linear_kernels", "total = total * mine + their_total * theirs", "total = tl.maximum(total * mine, their_total * theirs)", LINEAR),
-    Mutant("merge: entropy without what the shift moved", "linear_kernels", "weighted += theirs * (their_weighted + their_total * tl.maximum(their_peak - base, FLOOR))", "weighted += theirs * their_weighted", LINEAR),
+    Mutant("forward: the tail of the vocabulary counts", "linear_forward", "tl.where((cols < vocab)[None, :], acc, NEG_INF)", "acc", LINEAR),
+    Mutant("forward: the last tile of a split dropped", "linear_forward", "range(split * PER_SPLIT, tiles_end)", "range(split * PER_SPLIT, tiles_end - 1)", LINEAR),
+    Mutant("forward: the temperature left out of the exponent", "linear_forward", "z = (z - base[:, None]) * scale", "z = (z - base[:, None]) * LOG2E", LINEAR),
+    Mutant("forward: what came before is not rescaled", "linear_forward", "total = total * decay + tl.sum(e, 1)", "total = total + tl.sum(e, 1)", LINEAR),
+    Mutant("forward: kept probabilities a tenth too small", "linear_forward", "store_block(saved, e, row0, col0, rows, kept_columns, stride_saved, TMA)\n        r =", "store_block(saved, e * 0.9, row0, col0, rows, kept_columns, stride_saved, TMA)\n        r =", LINEAR),
+    Mutant("forward: the shift of the part before", "linear_forward", "base *= scale", "base = peak * scale", LINEAR),
+    Mutant("merge: a split too few", "linear_forward", "for split in range(SPLITS):", "for split in range(SPLITS - 1):", LINEAR),
+    Mutant("merge: the largest of the splits, not their sum", "linear_forward", "total = total * mine + their_total * theirs", "total = tl.maximum(total * mine, their_total * theirs)", LINEAR),
+    Mutant("merge: entropy without what the shift moved", "linear_forward", "weighted += theirs * (their_weighted + their_total * tl.maximum(their_peak - base, FLOOR))", "weighted += theirs * their_weighted", LINEAR),
     # The backward pass.
     Mutant("backward: 1 − p from the log-sum-exp", "linear_backward", "dz = tl.where(cols[None, :] == target[:, None], missing[:, None], p * -g[:, None])", "dz = p * -g[:, None] + tl.where(cols[None, :] == target[:, None], g[:, None], 0.0)", "confident_tokens"),
     Mutant("backward: the target's own probability forgotten", "linear_backward", "missing = -g * expm1(tl.load(logp_ptr + at, mask=active, other=0.0))", "missing = g", LINEAR),
@@ -63,9 +63,9 @@ MUTANTS = [
     Mutant("fused loss: every chunk has the first one's weights", "linear_ppo", "g = torch.where(flat[rows], g[0] * c[rows], 0)", "g = torch.where(flat[rows], g[0] * c[: g.shape[1]], 0)", "linear_ppo"),
     Mutant("fused loss: the upstream gradient left out", "linear_ppo", "(x * by).to(x_ptr", "x.to(x_ptr", "linear_ppo"),
     # Logits that the caller holds.
-    Mutant("logits: a block too few", "logprob", "for start in range(0, vocab, BLOCK):\n        inside = start + offs < vocab\n        z = tl.load(row_ptr", "for start in range(0, vocab - BLOCK, BLOCK):\n        inside = start + offs < vocab\n        z = tl.load(row_ptr", "logprob confident_tokens"),
-    Mutant("logits: the gradient not divided by the temperature", "logprob", "(d / temperature).to(out_ptr", "d.to(out_ptr", "logprob"),
-    Mutant("logits: the entropy's gradient without the entropy", "logprob", "d -= p * ge * (tl.maximum(log_p, FLOOR) * LN2 + entropy)", "d -= p * ge * (tl.maximum(log_p, FLOOR) * LN2)", "logprob"),
+    Mutant("logits: a block too few", "logits_logprob", "for start in range(0, vocab, BLOCK):\n        inside = start + offs < vocab\n        z = tl.load(row_ptr", "for start in range(0, vocab - BLOCK, BLOCK):\n        inside = start + offs < vocab\n        z = tl.load(row_ptr", "logits_logprob confident_tokens"),
+    Mutant("logits: the gradient not divided by the temperature", "logits_logprob", "(d / temperature).to(out_ptr", "d.to(out_ptr", "logits_logprob"),
+    Mutant("logits: the entropy's gradient without the entropy", "logits_logprob", "d -= p * ge * (tl.maximum(log_p, FLOOR) * LN2 + entropy)", "d -= p * ge * (tl.maximum(log_p, FLOOR) * LN2)", "logits_logprob"),
     # Token-sized kernels.
     Mutant("GAE: nothing comes over from the block to the right", "gae", "adv = adv + factor * carried", "adv = adv + factor * 0.0", "gae"),
     Mutant("GAE: the last value is followed by another sequence's", "gae", "next_v = tl.where(is_last, after, next_v)", "next_v = next_v + 0.0", "gae"),

@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from launches import forks
-from rto_kernels import aot, linear_kernels, tiles
+from rto_kernels import aot, linear_forward, tiles
 from rto_kernels._dispatch import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels cannot be compiled")
@@ -71,7 +71,7 @@ def test_launches_follow_the_shapes():
         assert {("linear_stats", d, dtype) for d in (True, False)} <= found
     assert not any(x.descriptors for x in aot.launches("sm80"))
     whole, odd = (torch.empty(2, h, dtype=torch.bfloat16) for h in (64, 257))
-    assert linear_kernels.tiles_of(whole, 100)[0]
-    assert not linear_kernels.tiles_of(odd, 100)[0]
+    assert linear_forward.tiles_of(whole, 100)[0]
+    assert not linear_forward.tiles_of(odd, 100)[0]
     precisions = {dict(x.constants)["PRECISION"] for x in aot.launches("sm90") if x.is_product and x.dtype == "fp32"}
     assert precisions == {"tf32x3"}

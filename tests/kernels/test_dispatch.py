@@ -75,6 +75,7 @@ def test_backend_follows_the_device():
             rk.gae(torch.zeros(1, 1), torch.zeros(1, 1), backend="triton")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_tensor_always_takes_triton():
     assert resolve_backend(None, torch.zeros(1, device="cuda")) == "triton"
@@ -246,6 +247,7 @@ def test_a_reference_kl_with_a_released_weight_is_refused():
         kl.sum().backward()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
 def test_cuda_graphs_of_torch_compile_leave_the_arrival_counter_whole():
     """mode="reduce-overhead" warms up in a pool that ends with its graph; the counter outlives it."""

@@ -6,6 +6,7 @@ import torch
 from kernel_checks import DEVICE
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU"),
     pytest.mark.xdist_group("large"),  # on one worker, so that they take the GPU's memory in turn
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from rto_kernels import linear_kl, token_kl
-from rto_kernels._chunked import BLOCK_TOKENS, BLOCK_VOCAB
+from rto_kernels._vocab_torch import BLOCK_TOKENS, BLOCK_VOCAB
 
 
 def inputs(n, vocab, width, ref_width, dtype, seed=0, scale=1.0):

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, bits, check_error
-from rto_kernels import _chunked as chunked
-from rto_kernels import _dispatch, linear_backward, linear_kernels, reference, tiles
+from rto_kernels import _dispatch, _vocab_torch, linear_backward, linear_forward, reference, tiles
 from rto_kernels import linear_logprob as module
 from rto_kernels._dispatch import INTERPRET, count_launches
 
@@ -111,8 +110,8 @@ def test_probabilities_kept_in_bf16_are_close(backend, softcap):
 def block_of(backend, hidden, vocab, role):
     """Columns that are kept together."""
     if backend == "torch":
-        return chunked.BLOCK_VOCAB
-    return getattr(linear_kernels.tiles_of(hidden, vocab)[1], role).columns
+        return _vocab_torch.BLOCK_VOCAB
+    return getattr(linear_forward.tiles_of(hidden, vocab)[1], role).columns
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -243,7 +242,7 @@ def test_batch_determinism_changes_no_gradient_beyond_rounding(backend):
 def test_many_launches_give_the_bits_of_one(backend, monkeypatch):
     problem = Problem(40, 8, 97)
     whole = problem.run(rk.token_logprobs, backend=backend)
-    monkeypatch.setattr(linear_kernels, "FORWARD_TOKENS", 16)
+    monkeypatch.setattr(linear_forward, "FORWARD_TOKENS", 16)
     monkeypatch.setattr(linear_backward, "DLOGITS_BYTES", 32 * 40 * 4)
     assert bits(*problem.run(rk.token_logprobs, backend=backend)[:2]) == bits(*whole[:2])
     monkeypatch.setattr(linear_backward, "BACKWARD_TOKENS", 16)
@@ -378,7 +377,7 @@ def test_bad_input_is_named(backend, change, message):
 def test_fp32_products_keep_fp32():
     # The interpreter multiplies in full fp32 and cannot reveal TF32: the choice itself is what can be
     # asserted.
-    assert linear_kernels.precision_of(torch.float32) == "tf32x3"
+    assert linear_forward.precision_of(torch.float32) == "tf32x3"
 
 
 def test_measured_tiles_outlive_the_process(tmp_path, monkeypatch):
@@ -400,7 +399,7 @@ def test_measured_tiles_outlive_the_process(tmp_path, monkeypatch):
 
 def test_tiles_do_not_depend_on_the_tokens():
     def shapes(n):
-        return linear_kernels.tiles_of(torch.empty(n, 64, dtype=torch.bfloat16), 1000)
+        return linear_forward.tiles_of(torch.empty(n, 64, dtype=torch.bfloat16), 1000)
 
     assert shapes(1) == shapes(5000)
     assert _dispatch.resolve_backend("torch", torch.empty(1)) == "torch"

@@ -1,5 +1,7 @@
 """fused_linear_ppo_loss against fp64 truth: loss, statistics and every gradient, whole and in chunks."""
 
+import math
+
 import pytest
 import rto_kernels as rk
 import torch
@@ -296,7 +298,7 @@ def test_opcheck_and_one_graph(backend):
     torch.library.opcheck(
         module._linear_ppo,
         (hidden, weight, bias, problem.targets, problem.old_logp, problem.advantages, None, None, None,
-         problem.layout.cu_seqlens, None, None, 1.0, 0.0, -100, [0.2, 0.2], 2.0, 0.0, False, "sequence",
+         problem.layout.cu_seqlens, None, None, 1.0, 0.0, -100, 0.2, 0.2, math.inf, 2.0, 0.0, "sequence", False,
          [True, True, True], False, backend),
     )  # fmt: skip
 

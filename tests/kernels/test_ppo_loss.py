@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, KINDS, bits, build, check_error, largest, layouts, sample
 from rto_kernels import reference
 from rto_kernels._dispatch import count_launches
+from rto_kernels._ppo_arguments import Batch, Settings, Whitening
 
 INF = float("inf")
 
@@ -318,12 +319,10 @@ def test_gradcheck_in_fp64():
 def test_operators(backend, kind):
     layout = sample(kind)
     x = [layout.tokens().nan_to_num() for _ in range(8)]
-    options = (0.2, 0.2, 0.2, INF, 0.1, "sequence", 0)
+    batch = Batch(layout.cu_seqlens, layout.mask, None)
+    options = Settings(0.2, 0.2, 0.2, INF, 0.1, "sequence")
     for with_grads in (True, False):
-        torch.library.opcheck(
-            torch.ops.rto_kernels.ppo_loss,
-            (*x, None, None, None, layout.cu_seqlens, layout.mask, None, *options, with_grads, backend),
-        )
+        torch.library.opcheck(torch.ops.rto_kernels.ppo_loss, (*x, *Whitening(), *batch, *options, with_grads, backend))
     scalars = torch.rand((), device=DEVICE), torch.rand((), device=DEVICE)
     torch.library.opcheck(
         torch.ops.rto_kernels.ppo_loss_backward,

@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import rto_kernels
 from loop_helpers import ROOT
 from packaging.requirements import Requirement
 
@@ -110,14 +111,16 @@ def test_the_kernels_need_torch_and_triton_alone(wheel, tmp_path):
             if top not in ("..", "__pycache__") and not (site / top).exists():
                 (site / top).symlink_to(SITE / top)
     code = (
-        "import torch, rto_kernels; from rto_kernels import gae; print(rto_kernels.__file__);"
+        "import torch, rto_kernels; from rto_kernels import gae; print(rto_kernels.__file__, rto_kernels.__version__);"
         "print(gae(torch.tensor([0.0, 1.0]), torch.zeros(2), gamma=1.0, lam=1.0, cu_seqlens=torch.tensor([0, 2]))"
         ".advantages.tolist())"
     )
     out = run(binaries / "python", "-c", code, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
-    path, advantages = out.stdout.splitlines()
+    imported, advantages = out.stdout.splitlines()
+    path, version = imported.split()
     assert Path(path).is_relative_to(site)
+    assert version == rto_kernels.__version__
     assert advantages == "[1.0, 1.0]"
     refused = run(binaries / "rto-fast", "rto", cwd=tmp_path)
     assert refused.returncode == 2
@@ -128,10 +131,10 @@ def test_the_kernels_need_torch_and_triton_alone(wheel, tmp_path):
 
 def test_the_wheel_says_what_it_is(wheel):
     (metadata,) = importlib.metadata.distributions(path=[str(unpacked(wheel))])
-    assert metadata.version == rto_fast.__version__
+    assert metadata.version == rto_fast.__version__ == rto_kernels.__version__
     assert metadata.metadata["License"] == "Apache-2.0" or metadata.metadata["License-Expression"] == "Apache-2.0"
     names = {str(f) for f in metadata.files or ()}
-    assert "rto_fast/py.typed" in names
+    assert {"rto_fast/py.typed", "rto_kernels/py.typed"} <= names
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert not {n.split("/")[0] for n in names} & {"kernels", "tests", "bench", "recipes"}
 

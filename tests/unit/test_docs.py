@@ -54,7 +54,8 @@ def test_every_page_is_in_the_sites_navigation():
 
 
 def test_every_module_has_its_test_or_a_line_that_says_where():
-    lines = (ROOT / "tests" / "README.md").read_text().splitlines()[6:]
+    text = (ROOT / "tests" / "README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     modules, places = (
         {name for line in lines for name in re.findall(r"`([\w/.]+)`", line.split("|")[column])} for column in (1, 2)
     )

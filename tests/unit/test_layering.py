@@ -26,7 +26,7 @@ ORDER = (
     ("run",),
     ("supervised", "rollout", "scoring"),
     ("backend",),
-    ("models", "report", "tabular"),
+    ("models", "report"),
     ("data", "logs", "algo", "cli"),
     ("config",),
     ("errors", "distributed", "contract"),
@@ -143,8 +143,8 @@ def test_only_the_demo_runs_the_loop():
 
 
 SOFTMAX = {"softmax", "log_softmax", "logsumexp", "cross_entropy", "nll_loss", "logaddexp"}
-DISTRIBUTIONS = {"decoding", "tabular"}
-"""Sampling and tables of small token MDPs look at whole distributions."""
+DISTRIBUTIONS = {"decoding"}
+"""Sampling looks at whole distributions."""
 
 
 def test_log_probs_come_from_the_kernels_alone():
@@ -153,15 +153,18 @@ def test_log_probs_come_from_the_kernels_alone():
         assert not called & SOFTMAX, path
 
 
-def test_kernels_is_a_plain_folder():
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "bench"], ids=lambda p: p.name)
+def test_kernels_is_a_plain_folder(folder):
     """Hugging Face owns the package name `kernels`."""
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (folder / "kernels" / "__init__.py").exists()
 
 
 @pytest.mark.slow
-def test_transformers_imports_from_the_repository_root():
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "bench"], ids=lambda p: p.name)
+def test_transformers_imports_beside_a_folder_of_kernels(folder):
+    """From the root, and as in `python bench/gpu.py`, whose own folder comes first on the path."""
     code = "import transformers.modeling_utils, rto_kernels; print(rto_kernels.__name__)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=180)
     assert out.returncode == 0, out.stderr
     assert out.stdout.split() == ["rto_kernels"]
 

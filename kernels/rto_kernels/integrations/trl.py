@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..linear_logprob import token_logprobs
-from ..logprob import logprobs_from_logits
+from ..logits_logprob import logprobs_from_logits
 from ._swap import Swaps, once, supported
 
 FALLS_THROUGH = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..gae import gae, whiten_moments
-from ..logprob import logprobs_from_logits
+from ..logits_logprob import logprobs_from_logits
 from ..ppo_loss import ppo_loss
 from ._swap import Swaps, bounded_logp, once, supported
 

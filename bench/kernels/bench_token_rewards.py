@@ -6,8 +6,9 @@ results written (25 bytes for GAE's own share; the token rewards come with their
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, compare, source
-from peers import loop_gae
+
+from bench.harness import DEVICE, FULL, compare, source
+from bench.kernels.peers import loop_gae
 
 BATCH, WIDTH = (128, 1024) if FULL else (64, 512)
 BETAS = {"beta1": 0.05, "beta2": 0.01, "dpo_clip": 0.05}

@@ -1,7 +1,7 @@
 """Every public kernel, run again on the same inputs: do the bits of its results and gradients stay the same?
 
-    python bench/determinism.py --runs 20            writes run/determinism of bench/results/<device>.json
-    compute-sanitizer python bench/determinism.py --runs 1 --small
+    python -m bench.kernels.determinism --runs 20            writes run/determinism of bench/results/<device>.json
+    compute-sanitizer python -m bench.kernels.determinism --runs 1 --small
 
 Memory is dirtied between runs, so that a result which depends on what an output held before shows too.
 """
@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, RUN, save, source
 from torch import Tensor
+
+from bench.harness import DEVICE, RUN, save, source
 
 BETAS = {"beta1": 0.05, "beta2": 0.01, "dpo_clip": 0.05}
 Case = tuple[str, Callable[[], list[Tensor]]]

@@ -11,8 +11,9 @@ from functools import partial
 import pytest
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, ON_GPU, ROUNDS, compare, gradients, source
-from peers import (
+
+from bench.harness import DEVICE, FULL, ON_GPU, ROUNDS, compare, gradients, source
+from bench.kernels.peers import (
     chunked_products,
     compiled,
     cut_cross_entropy_logp,

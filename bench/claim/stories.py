@@ -17,9 +17,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from claim_cells import NO_TEXTS, learnt_rewards, reward_model
 from transformers import AutoTokenizer
 
+from bench.claim.cells import NO_TEXTS, learnt_rewards, reward_model
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo.judge import Judge, Judgement, draw
@@ -31,7 +31,7 @@ from rto_fast.supervised.reward_model import train_rm
 from rto_fast.supervised.sft import train_sft
 
 TASKS = ("stories-rule", "stories-taste")
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 MODEL, PAIRS = SHARED / "models" / "stories260k", SHARED / "data" / "story_preferences.jsonl"
 CHARACTERS = 160
 """Of a story; its sentences behind them are left out, so that a run takes half a minute."""

@@ -5,8 +5,9 @@ Fewest bytes a token: six inputs and a mask byte read, two gradients written: 33
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, compare, gradients, source
-from peers import compiled, eager_ppo
+
+from bench.harness import DEVICE, FULL, compare, gradients, source
+from bench.kernels.peers import compiled, eager_ppo
 
 BATCH, WIDTH = (128, 1024) if FULL else (64, 512)
 

@@ -11,9 +11,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
-from claim_cells import METHODS, PAYS_TOKENS, PREFERENCE, RL
 from rich.console import Console
 
+from bench.claim.cells import METHODS, PAYS_TOKENS, PREFERENCE, RL
 from rto_fast.logs.files import finite_or_none, write_atomic
 
 matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""What iteration.py and largest.py measure with: models of random weights, engines of fixed lengths, a clock."""
+"""What measure.py and largest.py measure with: models of random weights, engines of fixed lengths, a clock."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness import ON_GPU
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from bench.harness import ON_GPU
 
 LENGTHS = "prompts uniform; responses log-normal, median 0.4 of the limit, sigma 0.6, clipped to [16, limit]"
 PAD, STOP = 0, 1

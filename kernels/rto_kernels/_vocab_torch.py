@@ -204,6 +204,113 @@ class LinearGrads(NamedTuple):
     bias: Tensor | None  # [V]
 
 
+class _Active(NamedTuple):
+    """The rows that have an upstream gradient, [n ≤ N], in the compute dtype."""
+
+    index: Tensor | None  # None: all rows
+    hidden: Tensor  # scaled
+    targets: Tensor
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None  # None without grad_entropy
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+
+
+def _active_rows(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    stats: LinearStats,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> _Active:
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(grad_entropy)
+    active = grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
+    index = None if bool(active.all()) else active.nonzero()[:, 0]
+    entropy = None if grad_entropy is None else stats.entropy
+    rows = (hidden, targets, stats.logp, stats.lse, entropy, grad_logp, grad_entropy)
+    h, *rest = rows if index is None else (None if x is None else x[index] for x in rows)
+    return _Active(index, head.scaled(h), *rest)
+
+
+class _Block(NamedTuple):
+    """A block of z, or of exp(z − shift) where the forward pass kept that: log p = z − centre."""
+
+    x: Tensor  # [rows, columns], used up by p or log_p
+    centre: Tensor  # [rows, 1]: lse, or lse − shift
+    kept: bool
+
+    def p(self) -> Tensor:
+        return self.x.mul_(torch.exp(-self.centre)) if self.kept else self.x.sub_(self.centre).exp_()
+
+    def log_p(self) -> Tensor:
+        return (self.x.log_().clamp_(min=FLOOR) if self.kept else self.x).sub_(self.centre)
+
+
+class _Logits:
+    """Blocks of z for the active rows: kept in the compute dtype, kept in 16 bits, or computed again."""
+
+    def __init__(self, head: Head, stats: LinearStats, active: _Active):
+        self.head, self.stats, self.active = head, stats, active
+        self.columns = stats.saved.shape[1] if stats.saved.numel() else 0
+        self.in_place = active.index is None and stats.saved.dtype == active.hidden.dtype
+        self.scratch = _Scratch(active.hidden, active.hidden.shape[0], head.weight.shape[0])
+
+    def block(self, index: int, rows: slice, columns: slice, weight: Tensor, bias: Tensor | None) -> _Block:
+        lse = self.active.lse[rows, None]
+        if columns.stop <= self.columns:
+            return self._kept(index, rows, columns, lse)
+        z = self.scratch.matrix(rows.stop - rows.start, columns.stop - columns.start)
+        return _Block(self.head.logits(self.active.hidden[rows], weight, bias, z), lse, False)
+
+    def _kept(self, index: int, rows: slice, columns: slice, lse: Tensor) -> _Block:
+        saved, shift = self.stats.saved, self.stats.shift[index]
+        if self.in_place:
+            return _Block(saved[rows, columns], lse - shift[rows, None], True)
+        there = rows if self.active.index is None else self.active.index[rows]
+        e = self.scratch.matrix(rows.stop - rows.start, columns.stop - columns.start)
+        return _Block(e.copy_(saved[there, columns]), lse - shift[there][:, None], True)
+
+
+def _dz_over_g(block: _Block, at_target: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+    """−dz/grad_logp = p − onehot: the row factor stays out of the block."""
+    dz = block.p()
+    dz[target] = at_target
+    return dz
+
+
+def _dz(
+    block: _Block, at_target: Tensor, target: tuple[Tensor, Tensor], head: Head, active: _Active, rows: slice
+) -> Tensor:
+    """dz with all factors, the soft-cap's slope included."""
+    log_p = block.log_p()
+    p, g = log_p.exp(), active.grad_logp[rows, None]
+    slope = head.slope(log_p + active.lse[rows, None]) if head.softcap else None
+    if active.grad_entropy is None:
+        dz = p.mul_(-g)
+    else:
+        dz = log_p.clamp_(min=FLOOR).add_(active.entropy[rows, None])
+        dz.mul_(-active.grad_entropy[rows, None]).sub_(g).mul_(p)
+    dz[target] = at_target
+    return dz if slope is None else dz.mul_(slope)
+
+
+def _dz_at_targets(active: _Active, factored: bool) -> Tensor:
+    """dz, or −dz/grad_logp, in the targets' columns, [n], before the slope.
+
+    There p − 1 is expm1(logp), which is exact near 0; z − lse is as far off as the rounding of two large numbers.
+    """
+    missing, logp = torch.expm1(active.logp), active.logp
+    if factored:
+        return missing
+    at_target = -active.grad_logp * missing
+    if active.grad_entropy is not None:
+        at_target -= active.grad_entropy * logp.exp() * (logp.clamp(min=FLOOR) + active.entropy)
+    return at_target
+
+
 def linear_backward(
     hidden: Tensor,
     targets: Tensor,
@@ -224,86 +331,44 @@ def linear_backward(
     is used up where it is in the compute dtype.
     """
     need_hidden, need_weight, need_bias = needs
-    vocab, dtype = head.weight.shape[0], compute_dtype(hidden)
-    if grad_logp is None:
-        grad_logp = torch.zeros_like(grad_entropy)
-    active = grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
-    keep = None if bool(active.all()) else active.nonzero()[:, 0]
-
-    def pick(x: Tensor | None) -> Tensor | None:
-        return x if x is None or keep is None else x[keep]
-
-    h = head.scaled(pick(hidden))
+    active = _active_rows(hidden, targets, head, stats, grad_logp, grad_entropy)
+    h, g, dtype = active.hidden, active.grad_logp, active.hidden.dtype
     n = h.shape[0]
-    t, lse, g, ge = pick(targets), pick(stats.lse), pick(grad_logp), pick(grad_entropy)
-    # p − 1 of the targets. logp is exact near 0; z − lse is as far off as the rounding of two large numbers.
-    logp = pick(stats.logp)
-    missing = torch.expm1(logp)
-    entropy = None if ge is None else pick(stats.entropy)
-    factored = ge is None and not head.softcap
+    factored = grad_entropy is None and not head.softcap
     scale = 1.0 if head.softcap else 1.0 / head.temperature  # dz/da, where it is a constant
-    # What multiplies the block (p − onehot) from the token side: d(weight) = blockᵀ · left.
-    left = h * -g[:, None] if factored else h
+    at_target = _dz_at_targets(active, factored)
+    # What multiplies a block from the token side: d(weight) = blockᵀ · left, d(bias) = blockᵀ · factor.
+    factor = -g if factored else h.new_ones(n)
+    left = h * factor[:, None] if factored else h
     d_hidden = h.new_zeros(h.shape) if need_hidden else None
     if into is not None:
         d_weight, d_bias = into.weight, into.bias
     else:
         d_weight = head.weight.new_empty(head.weight.shape) if need_weight else None
-        d_bias = h.new_zeros(vocab) if need_bias else None
-    kept = stats.saved.shape[1] if stats.saved.numel() else 0
-    in_place = keep is None and stats.saved.dtype == dtype
-    scratch = _Scratch(h, n, vocab)
+        d_bias = h.new_zeros(head.weight.shape[0]) if need_bias else None
+    narrow = need_weight and into is None and head.weight.dtype != dtype  # a block is summed wide, then narrowed
+    logits = _Logits(head, stats, active)
     for index, columns, w, b in head.blocks(dtype):
-        if not need_weight:
-            dw = None
-        elif into is None and head.weight.dtype != dtype:
-            dw = h.new_empty(w.shape)
-        else:
-            dw = d_weight[columns]
-        if need_weight and into is None and n == 0:
-            dw.zero_()
+        if need_weight:
+            dw = h.new_empty(w.shape) if narrow else d_weight[columns]
+            if into is None and n == 0:
+                dw.zero_()
         for rows in _token_blocks(n):
-            size = (rows.stop - rows.start, columns.stop - columns.start)
-            use_saved = columns.stop <= kept
-            z = stats.saved[rows, columns] if use_saved and in_place else scratch.matrix(*size)
-            centre = lse[rows, None]
-            if use_saved:
-                if not in_place:
-                    z.copy_(stats.saved[rows if keep is None else keep[rows], columns])
-                centre = centre - pick(stats.shift[index])[rows, None]
-            else:
-                head.logits(h[rows], w, b, z)
-            local, here = _columns_of(t[rows], columns)
+            local, here = _columns_of(active.targets[rows], columns)
             here = here.nonzero()[:, 0]
-            chosen = (here, local[here])
-            if factored:
-                dz = z.mul_(torch.exp(-centre)) if use_saved else z.sub_(centre).exp_()
-                dz[chosen] = missing[rows][here]
-            else:
-                log_p = (z.log_().clamp_(min=FLOOR) if use_saved else z).sub_(centre)
-                p = log_p.exp()
-                slope = head.slope(log_p + lse[rows, None]) if head.softcap else None
-                if ge is None:
-                    dz = p.mul_(-g[rows, None])
-                else:
-                    dz = log_p.clamp_(min=FLOOR).add_(entropy[rows, None])
-                    dz.mul_(-ge[rows, None]).sub_(g[rows, None]).mul_(p)
-                at_target = -g * missing
-                if ge is not None:
-                    at_target -= ge * logp.exp() * (logp.clamp(min=FLOOR) + entropy)
-                dz[chosen] = at_target[rows][here]
-                if slope is not None:
-                    dz.mul_(slope)
+            target, values = (here, local[here]), at_target[rows][here]
+            block = logits.block(index, rows, columns, w, b)
+            dz = _dz_over_g(block, values, target) if factored else _dz(block, values, target, head, active, rows)
             if need_hidden:
                 d_hidden[rows].addmm_(dz, w)
             if need_weight:
                 dw.addmm_(dz.t(), left[rows], beta=0 if into is None and rows.start == 0 else 1)
             if need_bias:
-                d_bias[columns].addmv_(dz.t(), -g[rows] if factored else h.new_ones(size[0]), alpha=scale)
-        if need_weight and into is None and head.weight.dtype != dtype:
+                d_bias[columns].addmv_(dz.t(), factor[rows], alpha=scale)
+        if narrow:
             d_weight[columns] = dw
     if need_hidden:
         d_hidden.mul_(-scale * g[:, None] if factored else scale)
-        if keep is not None:
-            d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, keep, d_hidden)
+        if active.index is not None:
+            d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, active.index, d_hidden)
     return LinearGrads(d_hidden, d_weight, d_bias)

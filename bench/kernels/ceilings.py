@@ -1,12 +1,13 @@
 """The two ceilings that every floor is counted from: copy bandwidth and the bf16 matrix product, on random data.
 
-python bench/ceilings.py      writes run/ceilings of bench/results/<device>.json
+python -m bench.kernels.ceilings      writes run/ceilings of bench/results/<device>.json
 """
 
 import statistics
 
 import torch
-from harness import DEVICE, ON_GPU, RUN, clocks, save, seconds, source
+
+from bench.harness import DEVICE, ON_GPU, RUN, clocks, save, seconds, source
 
 ROUNDS = 20 if ON_GPU else 3
 COPY_BYTES = 1 << (32 if ON_GPU else 22)

@@ -1,6 +1,6 @@
 """The largest batch of a policy that fits the device, and a step with the optimiser on the host.
 
-python bench/largest.py --minutes 5     writes run/largest_batch of bench/results/<device>.json
+python -m bench.iteration.largest --minutes 5     writes run/largest_batch of bench/results/<device>.json
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ON_GPU, RUN, clocks, commit, save, versions
 from transformers import AutoModelForCausalLM
-from workload import MISSING, SHAPES, Clock, Minutes, Shape, attempt, config_of, freed, random_model
+
+from bench.harness import ON_GPU, RUN, clocks, commit, save, versions
+from bench.iteration.workload import MISSING, SHAPES, Clock, Minutes, Shape, attempt, config_of, freed, random_model
 
 if not MISSING:
     from rto_fast import distributed

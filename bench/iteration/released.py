@@ -19,10 +19,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from peers import loop_gae
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from bench.kernels.peers import loop_gae
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.models.heads import PolicyModel, ScalarModel

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, bits, check_error
-from rto_kernels import logprob as module
+from rto_kernels import logits_logprob as module
 from rto_kernels import reference
 from rto_kernels._dispatch import INTERPRET, count_launches
 

@@ -1,7 +1,7 @@
 """The paper's claim at small scale: its table's methods on the same reward model, learning rates, samples and seeds.
 
-    python bench/claim.py             # the default grid; run again, it goes on where it stopped
-    python bench/claim.py --quick     # the same path in minutes, results under runs/
+    python -m bench.claim.grid             # the default grid; run again, it goes on where it stopped
+    python -m bench.claim.grid --quick     # the same path in minutes, results under runs/
 
 Each method's learning rate is chosen on tuning seeds, by the true reward and from one grid for all; the report's
 seeds then run at that rate. Writes OUT/claim.json, OUT/*.svg and, with --page, the section of docs/results/claim.md.
@@ -27,19 +27,18 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a cell is too small for a second thread
 
-import claim_report
-import claim_stories
 import tyro
-from claim_cells import METHODS, Cell, TinyWorld, World, run_cell, start_worker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.claim import report, stories
+from bench.claim.cells import METHODS, Cell, TinyWorld, World, run_cell, start_worker
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import ConfigError, require
 from rto_fast.logs.files import write_atomic
 
-ROOT = Path(__file__).parents[1]
-PARTS = ("fractions", "difficulty", *claim_stories.TASKS, "ablations")
+ROOT = Path(__file__).parents[2]
+PARTS = ("fractions", "difficulty", *stories.TASKS, "ablations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +119,8 @@ def quickened(config: ClaimConfig) -> ClaimConfig:
 def make_world(runs: Path, config: ClaimConfig, task: str, seed: int) -> World:
     """The world of a task: easy, medium, hard, medium-N with N pairs, or one of the stories'."""
     root = runs / task / f"seed{seed}" / "world"
-    if task in claim_stories.TASKS:
-        return claim_stories.StoryWorld(root, task, seed, config.iterations, config.eval_prompts)
+    if task in stories.TASKS:
+        return stories.StoryWorld(root, task, seed, config.iterations, config.eval_prompts)
     difficulty, _, pairs = task.partition("-")
     return TinyWorld(root, DemoConfig(
         output_dir=str(root), seed=seed, difficulty=difficulty, corpus_rows=config.corpus_rows,
@@ -228,8 +227,8 @@ def experiment(config: ClaimConfig, grid: Grid) -> dict[str, dict[str, float]]:
         grid.run("fractions", [c for n in config.fractions for c in cells("medium", both, config.seeds, part=n)])
     if "difficulty" in config.parts:
         grid.run("difficulty", [c for task in ("easy", "hard") for c in cells(task, few, config.ablation_seeds)])
-    for task in claim_stories.TASKS:
-        if task in config.parts and claim_stories.available():
+    for task in stories.TASKS:
+        if task in config.parts and stories.available():
             chosen[task] = grid.tune(task, few, config.tuning_seeds[:1], config.story_learning_rates)
             grid.run(task, cells(task, few, config.ablation_seeds))
     if "ablations" in config.parts:
@@ -265,8 +264,8 @@ def main(config: ClaimConfig) -> None:
     config.validate()
     runs, out, console = ROOT / config.runs, ROOT / config.out, Console()
     open_runs(config, runs)
-    if set(claim_stories.TASKS) & set(config.parts) and not claim_stories.available():
-        console.print(f"stories: no model at {claim_stories.MODEL}; they are left out")
+    if set(stories.TASKS) & set(config.parts) and not stories.available():
+        console.print(f"stories: no model at {stories.MODEL}; they are left out")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -284,13 +283,13 @@ def main(config: ClaimConfig) -> None:
         grid = Grid(config, runs, pool, progress)
         chosen = experiment(config, grid)
     flags = [a for a in sys.argv[1:] if a != "--report-only"]
-    command = f"python bench/claim.py {shlex.join(flags)}"
+    command = f"python -m bench.claim.grid {shlex.join(flags)}"
     record = {
         "command": command.strip(), "commits": sorted({c["commit"] for c in grid.found.values()}),
         "settings": dataclasses.asdict(config),
         "learning_rates": chosen, "cells": list(grid.found.values()), "missing": sorted(c.name for c in grid.missing),
     }  # fmt: skip
-    claim_report.write(record, out, ROOT / "docs" / "results" / "claim.md" if config.page else None, console)
+    report.write(record, out, ROOT / "docs" / "results" / "claim.md" if config.page else None, console)
 
 
 if __name__ == "__main__":

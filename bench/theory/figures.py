@@ -1,6 +1,6 @@
 """Figure of the paper's claims on token MDPs that can be enumerated; writes results/theory/theory.svg and theory.json.
 
-python bench/theory.py
+python -m bench.theory.figures
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from rto_fast import tabular
+from bench.theory import token_mdp
+from bench.theory.token_mdp import Coefficients, TokenMDP
 from rto_fast.logs.files import write_atomic
-from rto_fast.tabular import Coefficients, TokenMDP
 
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-RESULTS = Path(__file__).parent / "results" / "theory"
+RESULTS = Path(__file__).parents[1] / "results" / "theory"
 SIZES = (500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
 
 
@@ -35,7 +35,7 @@ def convergence(steps: int = 40) -> dict[str, list[float]]:
     names = {"token": "RTO", "sentence": "Semi-RTO", "response": "DDPO", "shaped": "RS-PPO"}
     out = {}
     for credit, name in names.items():
-        policies = (tabular.optimise(mdp, ref, dpo, score, c, credit, steps=n) for n in range(steps + 1))
+        policies = (token_mdp.optimise(mdp, ref, dpo, score, c, credit, steps=n) for n in range(steps + 1))
         out[name] = [float((mdp.along(p).sum(1) - goal).abs().max()) for p in policies]
     return out
 
@@ -44,13 +44,13 @@ def recovery(seeds: int) -> dict[str, list[float]]:
     """Error of DPO's token reward against preferences: {"pairs", "error"}; reward units."""
     mdp, beta = TokenMDP(actions=3, horizon=2), 0.5
     ref, reward = mdp.policy(mdp.random_tables(0, scale=0.5)), mdp.random_tables(1, scale=0.7)
-    truth, errors = tabular.shaped_reward(mdp, ref, reward, beta), []
+    truth, errors = token_mdp.shaped_reward(mdp, ref, reward, beta), []
     for pairs in SIZES:
         squares = []
         for seed in range(seeds):
-            dpo = tabular.fit_dpo(mdp, ref, tabular.sample_preferences(mdp, ref, reward, pairs, seed), beta)
+            dpo = token_mdp.fit_dpo(mdp, ref, token_mdp.sample_preferences(mdp, ref, reward, pairs, seed), beta)
             found = [beta * (d - r) for d, r in zip(dpo, ref, strict=True)]
-            squares.append(tabular.reward_error(mdp, ref, found, truth) ** 2)
+            squares.append(token_mdp.reward_error(mdp, ref, found, truth) ** 2)
         errors.append(math.sqrt(sum(squares) / seeds))
     return {"pairs": [float(n) for n in SIZES], "error": errors}
 
@@ -67,8 +67,8 @@ def queries(trials: int) -> dict[str, list[float]]:
     horizons = (2, 4, 6, 8, 10)
     out: dict[str, list[float]] = {"horizon": [float(h) for h in horizons]}
     for delay in (0, 1, 3):
-        out[f"token rewards, delay {delay}"] = [tabular.mean_queries(3, h, delay, trials, 0)[0] for h in horizons]
-    out["whole responses"] = [tabular.mean_queries(3, h, 0, trials, 0)[1] for h in horizons]
+        out[f"token rewards, delay {delay}"] = [token_mdp.mean_queries(3, h, delay, trials, 0)[0] for h in horizons]
+    out["whole responses"] = [token_mdp.mean_queries(3, h, 0, trials, 0)[1] for h in horizons]
     return out
 
 

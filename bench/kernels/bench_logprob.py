@@ -5,8 +5,9 @@ Fewest bytes: every logit read once forward; read and its gradient written backw
 
 import rto_kernels as rk
 import torch
-from harness import FULL, ON_GPU, compare, gradients, source
-from peers import compiled, eager_logp, log_softmax_logp, openrlhf_logp, trl_selective
+
+from bench.harness import FULL, ON_GPU, compare, gradients, source
+from bench.kernels.peers import compiled, eager_logp, log_softmax_logp, openrlhf_logp, trl_selective
 
 TOKENS, VOCAB = ((8192, 128256) if ON_GPU else (1024, 64000)) if FULL else (256, 8192)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

@@ -1,11 +1,11 @@
 """Rollouts of the transformers engine beside vLLM's and `model.generate` on the same prompts, one full batch.
 
-    pytest bench/bench_rollout.py --benchmark-only
-    .venv-vllm/bin/pytest bench/bench_rollout.py --benchmark-only      # after `make install-vllm`: vLLM's rows too
+    pytest bench/iteration/bench_rollout.py --benchmark-only
+    .venv-vllm/bin/pytest bench/iteration/bench_rollout.py --benchmark-only    # after `make install-vllm`: vLLM too
 
 On a busy machine, CPU seconds of one thread instead of the wall clock:
 
-    OMP_NUM_THREADS=1 pytest bench/bench_rollout.py --benchmark-only --benchmark-timer=time.process_time
+    OMP_NUM_THREADS=1 pytest bench/iteration/bench_rollout.py --benchmark-only --benchmark-timer=time.process_time
 
 Every response runs to its length (no stop id), so that both sample the same number of tokens; `tokens_per_s` is
 in each row's extra info. The `stops` rows end responses at sampled stop ids, where `generate` computes ended
@@ -30,7 +30,7 @@ from rto_fast.rollout.transformers_engine import TransformersEngine
 from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
 from rto_fast.rollout.vllm_engines.support import unusable
 
-MODELS = Path(__file__).parents[1].parent / "shared" / "models"
+MODELS = Path(__file__).parents[2].parent / "shared" / "models"
 DEMO = {
     "vocab_size": 100, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
     "max_position_embeddings": 256,

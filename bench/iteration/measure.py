@@ -1,6 +1,6 @@
 """One RTO iteration on one device, phase by phase: ours, ours with one thing switched off, the released data path.
 
-    python bench/iteration.py --minutes 10      writes run/iteration of bench/results/<device>.json
+    python -m bench.iteration.measure --minutes 10      writes run/iteration of bench/results/<device>.json
 
 Weights are random: time and memory do not depend on them, what is sampled means nothing. Response lengths are
 drawn beforehand (`LENGTHS`) and forced on every engine, so that all of them sample the same number of tokens.
@@ -23,9 +23,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness import ON_GPU, RUN, clocks, commit, save, versions
 from torch import Tensor
-from workload import (
+
+from bench.harness import ON_GPU, RUN, clocks, commit, save, versions
+from bench.iteration.workload import (
     LENGTHS,
     MISSING,
     PAD,
@@ -46,9 +47,8 @@ from workload import (
 )  # fmt: skip
 
 if not MISSING:
-    import released
-    from ablation import ABLATION
-
+    from bench.iteration import released
+    from bench.iteration.ablation import ABLATION
     from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
     from rto_fast.rollout.engine import Sampling
     from rto_fast.scoring.score import score_rollout

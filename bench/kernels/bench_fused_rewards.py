@@ -6,8 +6,9 @@ gradient.
 
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, ON_GPU, compare, source
-from peers import eager_logp
+
+from bench.harness import DEVICE, FULL, ON_GPU, compare, source
+from bench.kernels.peers import eager_logp
 
 BETAS = {"beta1": 0.05, "beta2": 0.01, "dpo_clip": 0.05}
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

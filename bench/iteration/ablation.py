@@ -13,8 +13,8 @@ from unittest import mock
 
 import rto_kernels
 import torch
-from peers import eager_logp
 
+from bench.kernels.peers import eager_logp
 from rto_fast.contract import offsets, ragged_arange
 from rto_fast.models import heads, packing
 from rto_fast.models.heads import PolicyModel

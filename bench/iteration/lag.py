@@ -1,7 +1,7 @@
 """RTO on the embedded task with rollouts of one iteration before (`--rollout-lag 1`) against none, over seeds.
 
-.venv-vllm/bin/python bench/lag.py --seeds 0 1 2 3 4  # runs what is not there yet, writes bench/results/lag/lag.json
-python bench/lag.py --engine thread --demos runs/demo_seeds      # without vLLM, on models that the demo has left
+.venv-vllm/bin/python -m bench.iteration.lag --seeds 0 1 2 3 4    # what is not there yet, into bench/results/lag/
+python -m bench.iteration.lag --engine thread --demos runs/demo_seeds    # without vLLM, on models the demo has left
 
 Both arms sample with the same engine; they differ in the lag alone (and in that a lagging run takes the sampler's
 log-probs for the behaviour's). SFT, reward model and DPO model are the demo's, of the same seed. `--engine thread` is
@@ -30,7 +30,7 @@ from rto_fast.logs.files import METRICS, read_metrics, write_atomic
 from rto_fast.rollout.transformers_engine import TransformersEngine
 from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAGS = (0, 1)
 
 

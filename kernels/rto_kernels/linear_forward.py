@@ -14,9 +14,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
-from ._chunked import Head, LinearStats, kept_columns
 from ._dispatch import INTERPRET, launching
 from ._math import FLOOR, LN2, LOG2E, NEG_INF, log2, tanh
+from ._vocab_torch import Head, LinearStats, kept_columns
 
 # The interpreter keeps bf16 as its bits and would multiply those; there the operands are widened first.
 WIDEN = tl.constexpr(INTERPRET)

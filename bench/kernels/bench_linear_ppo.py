@@ -8,8 +8,9 @@ and leave early.
 import pytest
 import rto_kernels as rk
 import torch
-from harness import DEVICE, FULL, ON_GPU, ROUNDS, compare, gradients, source
-from peers import (
+
+from bench.harness import DEVICE, FULL, ON_GPU, ROUNDS, compare, gradients, source
+from bench.kernels.peers import (
     chunked_products,
     compiled,
     eager_logp,
