@@ -35,7 +35,7 @@ import rto_kernels as rk
 
 # All kernel files by name: each reads INTERPRET as it is imported, which must not happen while launches are
 # recorded.
-from . import _dispatch, fused_rewards, linear_logprob, linear_ppo, logprob, tiles  # noqa: F401
+from . import _dispatch, fused_rewards, linear_logprob, linear_ppo, logits_logprob, tiles  # noqa: F401
 
 CHIPS = {"sm80": 80, "sm90": 90, "sm100": 100}
 # Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
