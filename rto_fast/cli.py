@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, NoReturn, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -60,7 +61,7 @@ def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = 
 def _check_choices(defaults: Settings, args: Sequence[str]) -> None:
     """Raises ConfigError on a value that is none of its flag's choices."""
     kinds = get_type_hints(type(defaults))
-    for arg, after in zip(args, [*args[1:], ""], strict=True):
+    for arg, after in pairwise([*args, ""]):
         flag, equals, value = arg.partition("=")
         kind = kinds.get(flag.removeprefix("--").replace("-", "_")) if flag.startswith("--") else None
         choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []

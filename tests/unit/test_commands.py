@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import runpy
 import sys
 
 import pytest
 from loop_helpers import ROOT
 
-from rto_fast import __main__, commands
+from rto_fast import __main__, cli, commands
 from rto_fast.errors import REFUSED
 
 
@@ -60,3 +61,11 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
         __main__.main()
     assert stopped.value.code == REFUSED
     assert capsys.readouterr().err == "error: not installed: no_such_package; pip install 'rto-fast[train]'\n"
+
+
+@pytest.mark.parametrize("defaults", [commands.RTO, commands.DPO, commands.RM, commands.SFT, commands.DEMO])
+@pytest.mark.parametrize("args", [[], ["--local_rank=0"], ["--seed", "3"]], ids=["none", "launcher", "one"])
+def test_a_command_without_flags_has_the_defaults(defaults, args):
+    """As `make demo` starts it, the launcher's own flag in front."""
+    parsed = cli.parse(defaults, args)
+    assert parsed == (dataclasses.replace(defaults, seed=3) if "3" in args else defaults)
