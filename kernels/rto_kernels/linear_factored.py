@@ -65,7 +65,8 @@ def linear_factor_kernel(
     share = tl.exp2(tl.load(shift_ptr + row) - tl.load(lse_ptr + row) * LOG2E)
     factor = tl.where(g == 0, 0.0, -g * share / temperature)
     tl.store(factor_ptr + row, factor)
-    if (target >= 0) & (target < vocab) & (g != 0):
+    # With r = 0 the row counts for nothing, and D might be infinite: 0 · inf would reach the other rows' d(weight).
+    if (target >= 0) & (target < vocab) & (factor != 0):
         d = expm1(tl.load(logp_ptr + row)) / share
         tl.store(saved_ptr + row * stride_saved + target, d.to(saved_ptr.dtype.element_ty))
     for start in range(0, width, BLOCK):

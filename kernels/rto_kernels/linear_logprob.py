@@ -176,6 +176,18 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _merged_logp(ranks: list[Tensor]) -> Tensor:
+    """log p over all shards, from each rank's (lse, log p within its shard, entropy, whether the target is there).
+
+    The owner's log p less log(1 + what the other shards hold beside its own): of a sure token both are near 0 and
+    exact, where the difference of two log-sum-exps would leave their rounding.
+    """
+    owner = sum(torch.where(r[3] == 1, r[0], 0) for r in ranks)  # no product: another shard's may be −inf
+    beside = torch.stack([torch.where(r[3] == 1, -torch.inf, r[0] - owner) for r in ranks])
+    much = torch.logsumexp(beside, 0)  # where exp() would overflow, log(1 + x) is log x
+    return sum(r[1] for r in ranks) - torch.where(much > 20, much, torch.log1p(beside.exp().sum(0)))
+
+
 class _ShardedLogprob(torch.autograd.Function):
     """The same over a vocabulary split across `group`: every rank gets every row's result, the same bits."""
 
@@ -186,17 +198,15 @@ class _ShardedLogprob(torch.autograd.Function):
         keep = kept_dtype(hidden) if save_share else None
         stats = linear_passes(backend).forward(hidden, targets, head, IGNORED, True, keep, save_share)
         here = targets >= 0
-        target_logit = torch.where(here, stats.logp + stats.lse, -torch.inf)
-        mine = torch.stack([stats.lse, target_logit, stats.entropy, here.to(stats.lse.dtype)])
+        mine = torch.stack([stats.lse, torch.where(here, stats.logp, 0), stats.entropy, here.to(stats.lse.dtype)])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, mine, group=group)
         # Merged in rank order, on every rank alike.
         peak = torch.stack([r[0] for r in ranks]).amax(0)
         lse = peak + sum(torch.exp(r[0] - peak) for r in ranks).log()
-        target_logit = torch.stack([r[1] for r in ranks]).amax(0)
         found = sum(r[3] for r in ranks) == 1
         ignored = targets == IGNORED
-        logp = torch.where(found, target_logit - lse, torch.nan).masked_fill_(ignored, 0)
+        logp = torch.where(found, _merged_logp(ranks), torch.nan).masked_fill_(ignored, 0)
         entropy = torch.zeros_like(lse)
         for lse_r, _, entropy_r, _ in ranks:
             share = torch.exp(lse_r - lse)

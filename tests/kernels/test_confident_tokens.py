@@ -118,6 +118,29 @@ def test_fused_linear_ppo_loss(backend, dtype, drift):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("distance", [60.0, 90.0, 95.0, 100.0])
+def test_a_token_that_became_unthinkable_spoils_no_other(backend, distance):
+    """Its ratio is e^−distance, at the end of what fp32 and bf16 hold; its gradient is next to nothing."""
+    hidden, weight, targets, upstream = sure_problem(torch.bfloat16)
+    old_logp = exact(targets)(hidden.double(), weight.double()).float()
+    old_logp[::3] += distance
+    ends = torch.tensor([0, N], dtype=torch.int32, device=DEVICE)
+
+    def grads(rows):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        out = rk.fused_linear_ppo_loss(
+            *leaves, targets, old_logp, upstream * rows, clip=None, cu_seqlens=ends, aggregation="token",
+            denominator=1.0, backend=backend,
+        )  # fmt: skip
+        return torch.autograd.grad(out.policy_loss, leaves)
+
+    others = torch.ones(N, device=DEVICE)
+    others[::3] = 0
+    for got, without in zip(grads(torch.ones(N, device=DEVICE)), grads(others), strict=True):
+        torch.testing.assert_close(got, without, rtol=1e-2, atol=1e-20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_logprobs_from_logits(backend, dtype, inplace):

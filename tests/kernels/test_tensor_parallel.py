@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from kernel_checks import BACKENDS, bits
 from launches import forks
 from rto_kernels._dispatch import INTERPRET
+from test_confident_tokens import check_rows, eager, exact, gradients, sure_problem
 
 N, WIDTH, VOCAB = 13, 8, 50
 
@@ -84,6 +85,27 @@ def test_shards_equal_one_rank(backend, world):
     if backend == "triton" and not INTERPRET:
         pytest.skip("gloo ranks hold CPU tensors")
     spawn(world, equals_one_rank, backend)
+
+
+def sure_tokens(rank, world, backend, dtype):
+    """Gradients of targets with p up to 1 − 1e-6, whose 1 − p the merge of shards must not lose."""
+    hidden, weight, targets, upstream = sure_problem(dtype)
+    first, last = [(0, 7), (7, len(weight))][rank]
+    truth = gradients(exact(targets), hidden.double(), weight.double(), upstream)
+    plain = gradients(eager(targets), hidden, weight, upstream)
+    kw = {"process_group": dist.group.WORLD, "vocab_start": first, "backend": backend}
+    got = gradients(
+        lambda h, w: rk.token_logprobs(h, w, targets, **kw), hidden, weight[first:last].contiguous(), upstream
+    )
+    check_rows("d(hidden)", got[0], truth[0], plain[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shards_keep_the_gradients_of_sure_tokens(backend, dtype):
+    if backend == "triton" and not INTERPRET:
+        pytest.skip("gloo ranks hold CPU tensors")
+    spawn(2, sure_tokens, backend, dtype)
 
 
 def gathers_a_dtensor(rank, world):
