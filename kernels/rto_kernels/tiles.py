@@ -68,8 +68,9 @@ class Tiles(NamedTuple):
         return self.full if bias or softcap else self.saving if save else self.plain
 
 
-def _tiles(plain: Tile, full: Tile, product: Tile, saving: Tile | None = None) -> Tiles:
-    return Tiles(plain, saving or full, full, product)
+def _tiles(plain: Tile, full: Tile, product: Tile) -> Tiles:
+    """Where probabilities are written with the tile of everything else that is not plain."""
+    return Tiles(plain, full, full, product)
 
 
 # (chip, 2-byte or 4-byte items, tensor descriptors usable) → tiles. Each was compiled for its chip: no loop

@@ -23,6 +23,7 @@ from ._dispatch import INTERPRET
 from ._vocab_torch import Head
 from .linear_backward import linear_backward_triton
 from .linear_forward import linear_forward_triton, tiles_of
+from .linear_logprob import kept_dtype
 from .tiles import Tile, Tiles
 
 STEPS = {
@@ -60,7 +61,6 @@ def jobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Job]:
     # A soft-cap far above the logits changes nothing but the kernel.
     full = head._replace(softcap=1e4)
     stats = linear_forward_triton(hidden, targets, head, -100)
-    keep = torch.float16 if hidden.dtype == torch.float16 else torch.bfloat16
     g = torch.randn(targets.shape, generator=torch.Generator(hidden.device).manual_seed(1), device=hidden.device)
 
     def forward() -> list[Tensor]:
@@ -68,7 +68,7 @@ def jobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Job]:
 
     def saving() -> list[Tensor]:
         # What is kept goes by the tile's own shifts: only the log-probs can be compared.
-        return [linear_forward_triton(hidden, targets, head, -100, False, keep).logp]
+        return [linear_forward_triton(hidden, targets, head, -100, False, kept_dtype(hidden)).logp]
 
     def backward(head: Head) -> list[Tensor]:
         grads = linear_backward_triton(hidden, targets, head, stats, g, None, (True, True, False))
