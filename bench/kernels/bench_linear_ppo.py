@@ -1,8 +1,7 @@
 """The policy loss from hidden states with its gradients, beside logits → log-probs → loss, and peers'.
 
 Three matrix products, 6·N·H·V operations: ours computes no logits twice. Memory is counted above the inputs
-and the weight's gradient. `clipped`: a third of the rows have a ratio beyond the bounds and no gradient,
-and leave early.
+and the weight's gradient. `clipped`: a third of the rows have a ratio beyond the bounds and no gradient.
 """
 
 import pytest

@@ -6,9 +6,11 @@ tokens.
     dz_iv = g_i·(onehot_iv − p_iv) + entropy_coef·c_i·p_iv·(log p_iv + H_i)
 
 So a chunk of tokens goes hidden → exp(z) → logp → g → d(hidden), d(weight) before the next one starts, and
-three matrix products are the whole cost: nothing is computed twice and no logits outlive their chunk. Rows
-whose g is exactly 0 (outside the mask, clipped, zero advantage) leave before the two products of the backward
-pass.
+three matrix products are the whole cost: nothing is computed twice and no logits outlive their chunk.
+
+With bf16 and neither mask, bias, soft-cap nor entropy bonus the backward pass is linear_factored.py's, two vendor
+products over all rows. Else it is linear_backward.py's, and rows whose g is exactly 0 (outside the mask, clipped, zero
+advantage) leave before its products.
 """
 
 from typing import NamedTuple
