@@ -281,10 +281,23 @@ def test_every_token_agrees_after_each_of_three_steps(tied, untied, tmp_path, la
         assert all(row["sync/bytes"] > 0 for row in log), settings
 
 
-def test_ranks_that_share_an_engine_agree_with_the_trainer(tied, untied, tmp_path, launch, whole):
+@pytest.fixture
+def killed_before():
+    """The shared memory of a split engine that was killed, under the name that vLLM gives to all of them."""
+    files = [Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}") for rank in range(2)]
+    ours = [file for file in files if not file.exists()]
+    for file in ours:
+        file.touch()
+    yield files
+    for file in ours:
+        file.unlink()
+
+
+def test_ranks_that_share_an_engine_agree_with_the_trainer(tied, untied, tmp_path, launch, whole, killed_before):
     """As above, with half of every matrix on each of two ranks; the vocabulary of 87 fills 64 rows and 23.
 
     What is sampled is what one rank alone samples; dropping the longest and a push that lacks a tensor act the same.
+    What a killed run left in shared memory stops nothing, and these runs leave nothing there.
     """
     cases = {(2, "tied"): {}, (3, "untied"): {"rollout_oversample": 0.5}}
     runs = [
@@ -306,6 +319,8 @@ def test_ranks_that_share_an_engine_agree_with_the_trainer(tied, untied, tmp_pat
     assert first["response/length"] == alone["response/length"]
     assert first["reward/score"] == pytest.approx(alone["reward/score"], abs=1e-4)
     assert re.search(r"version 2: .*(up_proj|gate_up)", (tmp_path / "broken" / "error").read_text())
+    assert all(file.exists() for file in killed_before)
+    assert not list(Path("/dev/shm").glob("rto-*"))
 
 
 def skipped(monkeypatch, engine_class=VLLMEngine):

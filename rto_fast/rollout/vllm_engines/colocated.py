@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,7 @@ class VLLMEngine:
         from vllm.v1.engine import core
 
         core.cleanup_dist_env_and_memory = lambda: None  # it would end the trainer's own process group
-        with _trainers_own():
+        with _trainers_own(), _shared_memory_of_its_own(self.device):
             try:
                 self.llm = LLM(
                     model=str(model_path), dtype=str(dtype).removeprefix("torch."), seed=seed,
@@ -192,9 +193,6 @@ class VLLMEngine:
             yield from (o for o in outputs if o.finished)
 
 
-# In the worker
-
-
 # Settings
 
 
@@ -212,6 +210,30 @@ def _trainers_own() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         numpy.random.set_state(states[2])
+
+
+@contextmanager
+def _shared_memory_of_its_own(device: torch.device) -> Iterator[None]:
+    """Ranks that start an engine together inside meet in memory that no other run on this machine can name.
+
+    On a CPU vLLM names it after the address where ranks meet, which is the same for all engines of outside launchers:
+    two runs would share it, and one that was killed would leave a file of which all later ones die. Here the
+    name is drawn for each engine, and the file unlinked as soon as all ranks have it open.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Memory
+
+    drawn = distributed.broadcast_object(uuid.uuid4().hex)
+    named = Memory.make_group_name
+    Memory.make_group_name = staticmethod(lambda communicator: f"rto-{drawn}-{named(communicator).lstrip('/-')}")
+    try:
+        yield
+    finally:
+        Memory.make_group_name = staticmethod(named)
+        for file in Path("/dev/shm").glob(f"rto-{drawn}-*"):
+            file.unlink(missing_ok=True)
 
 
 def _check_split(text: Any, ranks: int) -> None:
