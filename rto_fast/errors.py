@@ -34,6 +34,14 @@ class EngineFailure(RolloutError):
     """The engine itself broke or hung; a new one may do better."""
 
 
+class OutOfMemory(EngineFailure):
+    """The engine found too little memory; a new one would do no better."""
+
+
+class DeviceLost(RolloutError):
+    """The device's context is broken: this process can compute no more, and must end."""
+
+
 class SyncError(RuntimeError):
     """The engine does not hold the weights it was pushed; the message names the parameter or the evidence."""
 

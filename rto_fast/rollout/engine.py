@@ -55,7 +55,11 @@ class SyncStats:
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with weights that are pushed to it."""
+    """Samples responses with weights that are pushed to it.
+
+    One whose weights do not outlast `sleep` has an attribute `blank`: whether they are gone and only a push brings
+    them back.
+    """
 
     version: int
     """Version of the weights it holds; 0 = the model it was made from."""
@@ -91,7 +95,10 @@ class RolloutEngine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Makes the engine ready to sample; the weights are those from before `sleep` or pushed since."""
+        """Makes the engine ready to sample; the weights are those from before `sleep` or pushed since.
+
+        Raises RolloutError where sleep has dropped them and nothing was pushed since.
+        """
         ...
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,29 @@ def test_error_of_one_rank_stops_both(settings, rewards, tmp_path):
     assert result.output.count("error: ") == 1, result.output
     assert "KeyError: 'only here'" in result.output
     assert "Traceback" not in result.output
+
+
+LOST = """
+import os
+from types import SimpleNamespace
+from rto_fast import cli
+from rto_fast.errors import DeviceLost
+
+class Holder:
+    def __del__(self):
+        os.abort()  # as a library that calls the broken device at the end
+
+held = Holder()
+
+def train(config):
+    raise DeviceLost("waking vLLM's cache broke the CUDA context")
+
+cli._run(SimpleNamespace(), "__main__:train")
+"""
+
+
+def test_a_lost_device_ends_the_process_at_once(tmp_path):
+    """Nothing else of the process runs: on a broken device it would end with a signal."""
+    result = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == STOPPED, result
+    assert result.stderr.endswith("error: waking vLLM's cache broke the CUDA context\n")

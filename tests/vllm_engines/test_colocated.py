@@ -17,12 +17,13 @@ from loop_helpers import ROOT, make_tiny_models, small_run, write_rows
 from recipe_helpers import flags_of
 from rollout_helpers import quiet, reference_logp, requests_of
 from safetensors.torch import load_file
+from sleep_helpers import PARTS, RULES, SleepingMemory
 from transformers import AutoModelForCausalLM
 
 from rto_fast import trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
-from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
+from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, RolloutError, SyncError
 from rto_fast.generate import GenerateConfig, generate
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
@@ -259,6 +260,109 @@ def test_weights_that_diverged(tied, make):
         engine.generate(requests_of(2, 80), Sampling(4, 1.0, ()), quiet)
 
 
+# Memory
+
+
+@pytest.fixture
+def memory_of(monkeypatch):
+    """memory_of(version) -> the stand-in that all engines of the test sleep and wake in."""
+    from vllm import LLM
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def stand_in(version: str) -> SleepingMemory:
+        memory, workers = SleepingMemory(version, lambda: [spoil(w) for w in workers]), []
+
+        def touching(name, *parts):
+            plain = getattr(Worker, name)
+
+            def method(worker, *args, **kwargs):
+                workers[:] = [worker]
+                memory.touch(*parts)
+                return plain(worker, *args, **kwargs)
+
+            monkeypatch.setattr(Worker, name, method)
+
+        touching("reload_weights", "weights")
+        touching("execute_model", *PARTS)
+        monkeypatch.setattr(LLM, "sleep", lambda llm, level=1: memory.sleep(level))
+        monkeypatch.setattr(LLM, "wake_up", lambda llm, tags=None: memory.wake_up(tags))
+        return memory
+
+    return stand_in
+
+
+@torch.no_grad()
+def spoil(worker) -> None:
+    for parameter in worker.model_runner.get_model().parameters():
+        parameter.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("version", RULES)
+def test_a_run_leaves_the_device_to_the_trainer(tied, tmp_path, one_rank, monkeypatch, memory_of, whole, version):
+    """Whatever the version's rules: nothing is mapped while the trainer trains, and the results are the same."""
+    memory, plain, trained = memory_of(version), trainer.updates, []
+
+    def updates(*args):
+        trained.append(any(memory.mapped.values()))
+        return plain(*args)
+
+    monkeypatch.setattr(trainer, "updates", updates)
+    trainer.train(run_of(tied, tmp_path / "run", **RESUMABLE))
+    assert trained == [False] * 3
+    assert memory.copies == 0
+    assert figures(tmp_path / "run") == figures(whole)
+    assert_same_weights(tmp_path / "run" / "policy", whole / "policy")
+    assert all(memory.mapped.values())  # it was closed awake
+
+
+def test_vllm_itself_accepts_the_order(tied, make):
+    """The installed version's own sleep and wake, which on a CPU move no memory: requests run once both parts wake."""
+    engine, requests, sampling = make(tied.policy), requests_of(4, 80), Sampling(8, 1.0, ())
+    before = engine.generate(requests, sampling, quiet)
+    for version in (1, 2):
+        engine.sleep()
+        engine.sleep()
+        assert (engine.asleep, engine.blank) == (True, True)
+        with pytest.raises(RolloutError, match="dropped the engine's weights"):
+            engine.wake()
+        with pytest.raises(RolloutError, match="asleep"):
+            engine.generate(requests, sampling, quiet)
+        engine.push(moved(tied.policy, 0.0).items(), version)
+        with pytest.raises(RolloutError, match="asleep"):
+            engine.generate(requests, sampling, quiet)
+        engine.wake()
+        assert not engine.llm.llm_engine.engine_core.is_sleeping()
+        again = engine.generate(requests, sampling, quiet)
+        assert torch.equal(again.tokens, before.tokens)
+    engine.sleep()
+
+
+def test_a_wake_without_room_ends_the_run(tied, tmp_path, one_rank, memory_of, monkeypatch):
+    """Another engine would find no more of it, so none is started."""
+    memory, made, init = memory_of("0.31"), [], VLLMEngine.__init__
+    plain = memory.wake_up
+
+    def wake_up(tags=None):
+        if memory.log.count("sleep 2") == 5:
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:119")
+        plain(tags)
+
+    memory.wake_up = wake_up
+    monkeypatch.setattr(VLLMEngine, "__init__", lambda engine, *a, **k: (made.append(engine), init(engine, *a, **k))[1])
+    with pytest.raises(RolloutError, match=r"waking vLLM's weights ran out of memory.*last checkpoint is whole"):
+        trainer.train(run_of(tied, tmp_path / "run", **RESUMABLE))
+    assert len(made) == 1
+
+
+def test_a_broken_context_is_not_renewed(tied, tmp_path, one_rank, monkeypatch):
+    breaks(monkeypatch, 1, "CUDA error: an illegal memory access was encountered")
+    made, init = [], VLLMEngine.__init__
+    monkeypatch.setattr(VLLMEngine, "__init__", lambda engine, *a, **k: (made.append(engine), init(engine, *a, **k))[1])
+    with pytest.raises(DeviceLost, match=r"sampling with vLLM broke the CUDA context.*illegal memory access"):
+        trainer.train(run_of(tied, tmp_path / "run", **RESUMABLE))
+    assert len(made) == 1
+
+
 # Whole runs
 
 
@@ -379,7 +483,7 @@ def test_a_head_that_keeps_its_packed_copy_is_found_at_the_start(tied, tmp_path,
         trainer.train(run_of(tied, tmp_path / "run"))
 
 
-def breaks(monkeypatch, times: int) -> None:
+def breaks(monkeypatch, times: int, message: str = "the worker is gone") -> None:
     """vLLM's worker dies at its fifth step of the second rollout, `times` times."""
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -394,7 +498,7 @@ def breaks(monkeypatch, times: int) -> None:
             state["steps"] += 1
             if state["steps"] == 5:
                 state["left"] -= 1
-                raise RuntimeError("the worker is gone")
+                raise RuntimeError(message)
         return execute(worker, *args, **kwargs)
 
     monkeypatch.setattr(VLLMEngine, "generate", counted)

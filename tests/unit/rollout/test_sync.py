@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from rto_fast import distributed
+from rto_fast.errors import DeviceLost, EngineFailure, OutOfMemory, RolloutError
+from rto_fast.rollout.engine import Sampling, SyncStats
 from rto_fast.rollout.weights.fingerprint import Fingerprint
-from rto_fast.rollout.weights.sync import _difference, move
+from rto_fast.rollout.weights.sync import WeightSync, _difference, move
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,3 +79,79 @@ def test_what_arrived_otherwise_is_named():
     assert _difference({"a": 1, "b": 2}, {"a": 1, "b": 2}) == ""
     assert "b: sent but not received (1 of 2)" in _difference({"a": 1, "b": 2}, {"a": 1})
     assert "b: received with other bytes" in _difference({"a": 1, "b": 2}, {"a": 1, "b": 3})
+
+
+# An engine that forgets its weights, or fails
+
+
+class Forgetful:
+    """An engine that loses its weights when it sleeps, as vLLM's does; `fails` gives the errors of its next wakes."""
+
+    def __init__(self, fails=()):
+        self.blank, self.version, self.log, self.fails = False, 0, [], list(fails)
+
+    def push(self, weights, version):
+        received = Fingerprint()
+        for name, tensor in weights:
+            received.add(name, tensor)
+        self.blank, self.version = False, version
+        self.log.append(f"push {version}")
+        return SyncStats(received.bytes, 0.0, len(received), received.digests())
+
+    def sleep(self):
+        self.blank = True
+        self.log.append("sleep")
+
+    def wake(self):
+        assert not self.blank
+        if self.fails:
+            raise self.fails.pop(0)
+
+    def generate(self, requests, sampling, progress, keep=None):
+        self.log.append("generate")
+        return SimpleNamespace(version=self.version)
+
+
+def sync_of(*engines) -> WeightSync:
+    """A run's sync that is given these engines one after the other."""
+    policy = SimpleNamespace(weights=lambda: [("w", torch.ones(3))])
+    left = iter(engines)
+    return WeightSync(SimpleNamespace(), lambda: next(left), policy, None)
+
+
+SAMPLING = Sampling(1, 1.0, ())
+
+
+def test_an_engine_sleeps_from_its_start_and_is_pushed_before_it_samples():
+    engine = Forgetful()
+    sync = sync_of(engine)
+    sync.push(1)
+    sync.sample([], SAMPLING)
+    sync.sample([], SAMPLING)  # an iteration without a push of its own: the last version comes back
+    assert engine.log == ["sleep", "push 1", "generate", "sleep", "push 1", "generate", "sleep"]
+
+
+def test_an_engine_that_fails_is_replaced_and_pushed_once():
+    engines = Forgetful([EngineFailure("gone")]), Forgetful()
+    sync = sync_of(*engines)
+    sync.push(4)
+    assert sync.sample([], SAMPLING).version == 4
+    assert engines[1].log == ["sleep", "push 4", "generate", "sleep"]
+
+
+def test_memory_that_is_short_on_another_rank_ends_every_rank(monkeypatch):
+    """This rank's engine is well; no rank starts another one."""
+    engine = Forgetful()
+    sync = sync_of(engine)
+    sync.push(1)
+    there = [EngineFailure("gone"), OutOfMemory("waking vLLM's cache ran out of memory")]
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, *there] if mine is None else [mine])
+    with pytest.raises(RolloutError, match=r"waking vLLM's cache ran out of memory\. The last checkpoint is whole"):
+        sync.sample([], SAMPLING)
+
+
+def test_a_lost_device_is_not_caught():
+    sync = sync_of(Forgetful([DeviceLost("broke the CUDA context")]))
+    sync.push(1)
+    with pytest.raises(DeviceLost):
+        sync.sample([], SAMPLING)
