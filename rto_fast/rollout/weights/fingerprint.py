@@ -21,6 +21,16 @@ _CHUNK = 1 << 20
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _add_checksum(words: Tensor, total: Tensor) -> None:
+    """Adds the checksum of words [n] to `total`; on GPUs fingerprint_kernel.py does the same."""
+    for start in range(0, words.numel(), _CHUNK):
+        part = words[start : start + _CHUNK]
+        x = torch.arange(start, start + part.numel(), device=part.device).mul_(_GAMMA).add_(part)
+        for shift, factor in _ROUNDS:
+            x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)  # >> repeats the sign
+        total += x.sum()
+
+
 class Fingerprint:
     """Digests of named tensors, kept on their device until `digests` is asked for."""
 
@@ -42,12 +52,13 @@ class Fingerprint:
             raise ValueError(f"{name}: added twice")
         words = tensor.detach().contiguous().reshape(-1).view(_WORDS[tensor.element_size()])
         total = torch.zeros((), dtype=torch.int64, device=words.device)
-        for start in range(0, words.numel(), _CHUNK):
-            part = words[start : start + _CHUNK]
-            x = torch.arange(start, start + part.numel(), device=part.device).mul_(_GAMMA).add_(part)
-            for shift, factor in _ROUNDS:
-                x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)  # >> repeats the sign
-            total += x.sum()
+        if words.device.type == "cuda":
+            from rto_fast.rollout.weights.fingerprint_kernel import add_checksum
+
+            with torch.cuda.device(words.device):
+                add_checksum(words, total)
+        else:
+            _add_checksum(words, total)
         self._sums[name] = total
         self.bytes += tensor.numel() * tensor.element_size()
 
