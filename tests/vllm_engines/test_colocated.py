@@ -178,6 +178,19 @@ def test_sampling_stops_when_enough_prompts_are_whole(tied, make):
     assert len(engine.generate(requests, sampling, quiet, keep=0)) == 0
 
 
+def test_log_probs_must_be_those_of_the_tokens(tied, make, monkeypatch):
+    from vllm.logprobs import FlatLogprobs
+
+    engine, plain = make(tied.policy), FlatLogprobs.append_fast
+
+    def shifted(flat, token_ids, *args):
+        plain(flat, [token + 1 for token in token_ids], *args)
+
+    monkeypatch.setattr(FlatLogprobs, "append_fast", shifted)
+    with pytest.raises(EngineFailure, match="not those of the tokens"):
+        engine.generate(requests_of(2, 80), Sampling(2, 1.0, ()), quiet)
+
+
 # Pushes
 
 

@@ -38,6 +38,10 @@ HUNG = 2
 """Time-outs after which a step that has not returned ends the process; one that returns late gets a new engine."""
 
 
+STEP_TOKENS = 4096
+"""Tokens of one step of vLLM: each takes memory for activations from the cache, and longer prompts come in pieces."""
+
+
 class VLLMEngine:
     """A RolloutEngine (see rollout/engine.py for the contract)."""
 
@@ -81,6 +85,7 @@ class VLLMEngine:
                     skip_tokenizer_init=True, distributed_executor_backend="external_launcher",
                     tensor_parallel_size=tensor_parallel,
                     max_model_len=max_length, max_num_seqs=max_sequences, enable_prefix_caching=prefix_caching,
+                    max_num_batched_tokens=max(STEP_TOKENS, max_sequences),
                     generation_config="vllm", enforce_eager=not cuda_graphs or self.device.type == "cpu",
                     logprobs_mode="processed_logprobs", disable_log_stats=True, **settings,
                 )  # fmt: skip
@@ -163,7 +168,7 @@ class VLLMEngine:
         ids: dict[str, int] = {}
         for i, request in enumerate(requests):
             params = SamplingParams(
-                n=1, temperature=temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0,
+                n=1, temperature=temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0, flat_logprobs=True,
                 max_tokens=sampling.max_tokens, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
                 detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
@@ -173,11 +178,14 @@ class VLLMEngine:
         logps: list[list[float]] = [[] for _ in requests]
         truncated = [False] * len(requests)
         tally = Tally(requests, keep)
-        with _trainers_own(), watched(HUNG * self.timeout_s, "a step of vLLM has not returned") as beat:
+        with (
+            _trainers_own(one_thread=self.device.type != "cpu"),
+            watched(HUNG * self.timeout_s, "a step of vLLM has not returned") as beat,
+        ):
             for output in self._steps(core, tally, beat):
                 i, answer = ids[output.request_id], output.outputs[0]
                 tokens = list(answer.token_ids)
-                values = [at[token].logprob for at, token in zip(answer.logprobs or (), tokens, strict=True)]
+                values = _logps(answer.logprobs, tokens)
                 if not torch.isfinite(torch.tensor(values)).all():
                     raise RolloutError(
                         f"the policy's logits are not finite at prompt row {requests[i].row}; its weights (version "
@@ -226,12 +234,27 @@ def _does_not_start(error: Exception, memory_share: float, max_length: int) -> E
     return own
 
 
+def _logps(flat: Any, tokens: list[int]) -> list[float]:
+    """Log-prob of each sampled token; flat: vLLM's FlatLogprobs, or None of an answer without tokens."""
+    if not tokens:
+        return []
+    places = flat.start_indices  # of each token's first entry, which is its own
+    if [flat.token_ids[i] for i in places] != tokens:
+        raise EngineFailure("vLLM's log-probs are not those of the tokens that it sampled")
+    return [flat.logprobs[i] for i in places]
+
+
 @contextmanager
-def _trainers_own() -> Iterator[None]:
-    """Inside, vLLM may seed and bind as it likes: random state and thread count are the trainer's again afterwards."""
+def _trainers_own(one_thread: bool = False) -> Iterator[None]:
+    """Inside, vLLM may seed and bind as it likes: random state and thread count are the trainer's again afterwards.
+
+    one_thread: vLLM's small tensors on the host are served by one thread, for more would wait for each other.
+    """
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     try:
+        if one_thread:
+            torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads = set_threads  # vLLM on a CPU replaces it by one that does nothing
