@@ -138,6 +138,7 @@ def check(config: RTOConfig) -> Inputs:
         f"vllm_tensor_parallel: {config.vllm_tensor_parallel} does not divide the {distributed.world_size()} ranks of "
         "this launch",
     )
+    _check_reach(config)
     checkpoints = open_output(config)
     found = checkpoints.read()
     rewards = load_reward_sources(config)
@@ -155,6 +156,17 @@ def check(config: RTOConfig) -> Inputs:
     return Inputs(
         device, checkpoints, found, rewards, tokenizer, template, sampling, delimiters, prompts, special, iterations
     )
+
+
+def _check_reach(config: RTOConfig) -> None:
+    """ConfigError where a rank could not reach the servers that the recipe starts: they listen on 127.0.0.1."""
+    if config.rollout_engine == "vllm-serve" and not config.vllm_url:
+        first, *others = distributed.hosts()
+        require(
+            not (elsewhere := sorted({host for host in others if host != first})),
+            f"vllm_url: the recipe's own servers listen on 127.0.0.1 of {first} alone, and ranks run on "
+            f"{', '.join(elsewhere)} too; start servers in a private network (docs/rollouts.md) and give their URLs",
+        )
 
 
 def load(config: RTOConfig, inputs: Inputs) -> Loaded:

@@ -70,6 +70,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def hosts() -> list[str]:
+    """[rank] -> name of the machine that it runs on, on every rank."""
+    return gather_objects(socket.gethostname())
+
+
 def gather_objects(item: Any) -> list[Any]:
     """[rank] -> item, on every rank."""
     if world_size() == 1:

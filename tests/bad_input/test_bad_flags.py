@@ -15,6 +15,8 @@ from loop_helpers import ROOT
 from recipe_helpers import RECIPES, run_recipe
 from refusal_helpers import REFUSED
 
+from rto_fast import distributed
+
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 FLAGS = {
@@ -158,3 +160,11 @@ def fields_of(recipe: str, monkeypatch) -> list[tuple[str, object, str]]:
             if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
                 meanings[field.target.id] = after.value.value
     return [(f.name, getattr(defaults, f.name), meanings.get(f.name, "")) for f in dataclasses.fields(defaults)]
+
+
+def test_servers_that_ranks_elsewhere_could_not_reach(refused, monkeypatch):
+    """Rank 0 is on one machine, two others on another; nothing is loaded on any."""
+    monkeypatch.setattr(distributed, "hosts", lambda: ["node-a", "node-a", "node-b", "node-b"])
+    message = r"vllm_url: the recipe's own servers listen on 127\.0\.0\.1 of node-a alone, and ranks run on node-b too"
+    refused("rto_llama3.py", message, rollout_engine="vllm-serve")
+    refused("rto_llama3.py", "no/such/model", rollout_engine="vllm-serve", vllm_url="http://x", policy="no/such/model")
