@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from rto_fast.errors import ConfigError, require
+from rto_fast.redact import redacted, without_credentials
 
 FREE = "a resumed run may change it"
 T = TypeVar("T")
@@ -117,10 +118,13 @@ class RunConfig:
                 require(not isinstance(number, float) or math.isfinite(number), f"{name}: must be finite, got {number}")
 
     def fingerprint(self) -> dict[str, object]:
-        """The settings a checkpoint must share with the run that resumes it: all but those made by `free`."""
+        """The settings a checkpoint must share with the run that resumes it: all but those made by `free`.
+
+        URLs stand there without credentials, which may change and are nobody's to read.
+        """
         fixed = [f.name for f in dataclasses.fields(self) if not f.metadata.get(FREE)]
         values = dataclasses.asdict(self)
-        return {name: values[name] for name in fixed}
+        return redacted({name: values[name] for name in fixed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,7 +486,7 @@ class RTOConfig(RunConfig):
                 not given or self.rollout_engine == "vllm-serve",
                 f"{name}: is for --rollout-engine vllm-serve, not {self.rollout_engine!r}",
             )
-            require(len(set(given)) == len(given), f"{name}: one of {', '.join(given)} comes twice")
+            require(len(set(given)) == len(given), f"{name}: one of {', '.join(redacted(given))} comes twice")
         require(
             not (self.vllm_url and self.vllm_devices), "vllm_devices: for servers that the recipe starts, not vllm_url"
         )
@@ -505,7 +509,8 @@ class RTOConfig(RunConfig):
             f"behaviour_logp: {self.policy_update} has no correction for the sampler; use trainer and --rollout-lag 0",
         )
         for url in self.vllm_url:
-            require(url.startswith(("http://", "https://")), f"vllm_url: {url!r} must start with http:// or https://")
+            shown = without_credentials(url)
+            require(url.startswith(("http://", "https://")), f"vllm_url: {shown!r} must start with http:// or https://")
 
     def _check_variants(self) -> None:
         grouped, pairs = self.advantage in ("grpo", "rloo"), self.policy_update in ("p3o", "rebel")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import rto_kernels
@@ -61,18 +62,23 @@ class PairStats(NamedTuple):
 
 
 def p3o_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, clip: float) -> tuple[Tensor, PairStats]:
-    """Pairwise PPO with the pair's *joint* ratio clipped (arXiv 2310.00212): one ratio a pair, not one a token.
+    """Pairwise PPO with the pair's *joint* ratio clipped (arXiv 2310.00212): one clip a pair, not one a token.
 
-        ratio = exp(log(pi / pi_old)(y1) - log(pi / pi_old)(y2)),   w = (r1 - r2) / 2
-        loss  = -min(w * ratio, w * clip(ratio, 1 - clip, 1 + clip))
+        d    = log rho(y1) - log rho(y2),   rho = pi / pi_old,   w = (r1 - r2) / 2
+        loss = -sg(rho(y1) rho(y2)) * min(w * d, w * clip(d, log(1 - clip), log(1 + clip)))
 
-    At pi = pi_old its gradient is P3O's, -w * grad(log pi(y1) - log pi(y2)). log_ratios [P, 2]; reward_gap [P].
+    Since E_pi[grad log pi] = 0, the gradient of E_pi[r] over independent y1, y2 of pi is
+    E_pi[w * (grad log pi(y1) - grad log pi(y2))]. With y1, y2 of pi_old each pair counts pi(y1) pi(y2) /
+    (pi_old(y1) pi_old(y2)) = rho(y1) rho(y2) times, and grad d is what stands in the brackets. The clip stops a pair
+    whose d has moved beyond it in the reward's direction. log_ratios [P, 2]: log rho; reward_gap [P]: r1 - r2.
     """
-    ratio = (log_ratios[:, 0] - log_ratios[:, 1]).exp()
+    change = log_ratios[:, 0] - log_ratios[:, 1]
+    importance = log_ratios.detach().sum(1).exp()
     weight = reward_gap / 2
-    plain, clipped = weight * ratio, weight * ratio.clamp(1 - clip, 1 + clip)
-    loss = -torch.minimum(plain, clipped).sum() / denominator
-    return loss, _pair_stats(ratio, clipped < plain, reward_gap, denominator)
+    lowest = math.log1p(-clip) if clip < 1 else -math.inf
+    plain, clipped = weight * change, weight * change.clamp(lowest, math.log1p(clip))
+    loss = -(importance * torch.minimum(plain, clipped)).sum() / denominator
+    return loss, _pair_stats(change.exp(), clipped < plain, reward_gap, denominator)
 
 
 def rebel_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, eta: float) -> tuple[Tensor, PairStats]:

@@ -14,6 +14,7 @@ from rto_fast import distributed
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RunConfig, check_wandb
 from rto_fast.errors import ConfigError, require
+from rto_fast.redact import redacted
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 
@@ -94,7 +95,7 @@ class Checkpoints:
         return torch.load(self._folder(step) / "tensors.pt", weights_only=False, mmap=True)
 
     def _check(self, record: dict[str, Any], path: Path) -> None:
-        theirs = record["config"]
+        theirs = redacted(record["config"])  # earlier versions kept passwords
         changed = [k for k in self.fingerprint if theirs.get(k) != self.fingerprint[k]]
         if changed:
             was = ", ".join(f"{k}={theirs.get(k)!r} (now {self.fingerprint[k]!r})" for k in changed[:4])

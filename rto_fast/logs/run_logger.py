@@ -2,7 +2,7 @@
 
     metrics.jsonl   one JSON object a step, flushed; NaN and infinities are null
     tensorboard/    the same scalars
-    run.json        stage, steps and settings, for the report
+    run.json        stage, steps and settings, for the report; URLs without credentials
 
 A row holds the metrics given to `log`, and for each phase since the last row `time/<phase>_s`, `time/<phase>_share`
 (of all seconds since then) and `rate/<phase>_tokens_s`, with `rate/tokens_s` (sampled tokens, or else trained ones, a
@@ -29,6 +29,7 @@ from rich.markup import escape
 from rto_fast.config import check_wandb
 from rto_fast.logs.console import COLUMNS, HEADER_EVERY, LiveDisplay, PlainDisplay
 from rto_fast.logs.files import METRICS, RUN, SAMPLES, drop_after, duration, json_line, write_atomic
+from rto_fast.redact import redacted
 
 RATE_WINDOW = 20
 """Logged steps over which the time left is estimated."""
@@ -103,6 +104,7 @@ class RunLogger:
         self.active = rank == 0
         if not self.active:
             return
+        config = redacted(config)
         from torch.utils.tensorboard import SummaryWriter
 
         self._dir = Path(output_dir)
@@ -143,10 +145,14 @@ class RunLogger:
         id_file = self._dir / "wandb_id.txt"  # so that a resumed run goes on in the same W&B run
         if not id_file.exists():
             write_atomic(id_file, uuid.uuid4().hex)
-        return wandb.init(
-            project=project, name=f"{stage}-{self._dir.name}", config=config, dir=str(self._dir),
-            id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
-        )  # fmt: skip
+        command, sys.argv = sys.argv, redacted(sys.argv)  # which W&B keeps too
+        try:
+            return wandb.init(
+                project=project, name=f"{stage}-{self._dir.name}", config=config, dir=str(self._dir),
+                id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
+            )  # fmt: skip
+        finally:
+            sys.argv = command
 
     def _start_clock(self) -> None:
         if self._start_time is None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_fast.logs.files import METRICS, REPORT, RUN, SAMPLES, duration, read_metrics, write_atomic
+from rto_fast.redact import redacted
 from rto_fast.report.assets import CSP, CSS, JS
 from rto_fast.report.charts import WIDE_IN, Chart, colours_by_name, draw, figure_text
 from rto_fast.report.samples import TOKEN_FIELDS, ReportSample, read_samples
@@ -301,7 +302,7 @@ def report_run(run_dir: Path | str, *, title: str = "", limit: int = 16) -> Path
         folder / REPORT,
         title=title or f"{run['stage']}: {folder.resolve().name}",
         subtitle=str(folder.resolve()),
-        settings=run["config"],
+        settings=redacted(run["config"]),
         metrics=read_metrics(folder / METRICS),
         samples=pick_samples(read_samples(folder / SAMPLES), limit),
     )

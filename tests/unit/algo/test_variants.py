@@ -183,16 +183,42 @@ def test_p3o_loss_and_gradient_in_fp64():
     loss.backward()
     expected, slopes = 0.0, []
     for (a, b), g in zip(logs.tolist(), gap.tolist(), strict=True):
-        ratio = math.exp(a - b)
-        bounded = min(max(ratio, 0.8), 1.2)
-        expected -= min(g / 2 * ratio, g / 2 * bounded) / 4
-        slopes.append(-g / 2 * ratio / 4 if g / 2 * ratio <= g / 2 * bounded else 0.0)
+        change, importance = a - b, math.exp(a + b)
+        bounded = min(max(change, math.log(0.8)), math.log(1.2))
+        expected -= importance * min(g / 2 * change, g / 2 * bounded) / 4
+        slopes.append(-g / 2 * importance / 4 if g / 2 * change <= g / 2 * bounded else 0.0)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(logs.grad[:, 0], torch.tensor(slopes, dtype=torch.float64))
     torch.testing.assert_close(logs.grad[:, 1], -torch.tensor(slopes, dtype=torch.float64))
     assert slopes[1] == 0  # pushed beyond the clip already
     assert slopes[2] != 0  # moved the wrong way: the clip must not hold it there
     assert float(stats.clip_fraction) == 0.25
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.1, 0.3, 1.0, 2.0])
+def test_p3o_gradient_is_that_of_the_expected_reward_off_policy(distance):
+    """Over every pair of the 27 responses of three tokens, against the gradient of E_pi[r] by autograd."""
+    draw = torch.Generator().manual_seed(0)
+    responses = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    old = torch.randn(3, 3, generator=draw, dtype=torch.float64)  # logits of each place
+    logits = (old + distance * torch.randn(3, 3, generator=draw, dtype=torch.float64)).requires_grad_()
+    reward = torch.randn(27, generator=draw, dtype=torch.float64)
+
+    def logp(of):
+        return of.log_softmax(1)[torch.arange(3), responses].sum(1)
+
+    (truth,) = torch.autograd.grad(-(logp(logits).exp() @ reward), logits)
+    change = logp(logits) - logp(old)
+    pairs = torch.cartesian_prod(torch.arange(27), torch.arange(27))
+    total = torch.zeros((), dtype=torch.float64)
+    for (i, j), chance in zip(pairs.tolist(), logp(old)[pairs].sum(1).exp(), strict=True):
+        gap = (reward[i] - reward[j])[None]
+        total = total + losses.p3o_loss(torch.stack([change[i], change[j]])[None], gap, 1 / chance, clip=math.inf)[0]
+    (found,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
+    kl = float(logp(old).exp() @ -change.detach())
+    assert (kl > 0.3) == (distance >= 1)
+    assert (kl > 0) == (distance > 0)
 
 
 def test_rebel_loss_and_gradient_in_fp64():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +169,26 @@ def test_run_json_holds_stage_and_settings(tmp_path):
     logger(tmp_path, config={"beta1": 0.05, "adam_betas": (0.9, 0.95)}).close()
     run = json.loads((tmp_path / "run.json").read_text())
     assert run == {"stage": "RTO", "total_steps": 4, "config": {"beta1": 0.05, "adam_betas": [0.9, 0.95]}}
+
+
+def test_no_file_and_no_wandb_run_gets_a_urls_credentials(tmp_path, monkeypatch):
+    seen = []
+
+    class Wandb:
+        @staticmethod
+        def init(**settings):
+            seen.append((settings["config"], list(sys.argv)))
+            return SimpleNamespace(finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(sys, "argv", ["rto.py", "--reward-url=http://u:secret@h/rm?secret"])
+    config = {"reward_url": ("http://u:secret@h/rm?secret",), "vllm_url": ("http://secret@h:1",)}
+    RunLogger(tmp_path, stage="RTO", total_steps=1, rank=0, wandb_project="p", config=config).close()
+    shown = {"reward_url": ("http://h/rm",), "vllm_url": ("http://h:1",)}
+    assert seen == [(shown, ["rto.py", "--reward-url=http://h/rm"])]
+    assert sys.argv[1] == "--reward-url=http://u:secret@h/rm?secret"
+    assert "secret" not in (tmp_path / "run.json").read_text()
 
 
 def test_wandb_that_is_not_installed_is_refused_on_every_rank(tmp_path, monkeypatch):

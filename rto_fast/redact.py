@@ -1,0 +1,33 @@
+"""Addresses without their credentials, for everything that is written, printed or logged."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_TAIL = re.compile(r"[?#]")
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the URL in it, if there is one, cut down to scheme, host, port and path.
+
+    User, password, query and fragment go: any of them may hold a key. What stands before the URL stays, as in
+    "--reward-url=http://..."; all that stands behind it counts as a part of it.
+    """
+    found = _SCHEME.search(text)
+    if not found:
+        return text
+    authority, slash, path = _TAIL.split(text[found.end() :], maxsplit=1)[0].partition("/")
+    return text[: found.end()] + authority.rpartition("@")[2] + slash + path
+
+
+def redacted(settings: Any) -> Any:
+    """JSON-like settings with every string `without_credentials`; tuples, lists and dicts are copied."""
+    if isinstance(settings, str):
+        return without_credentials(settings)
+    if isinstance(settings, dict):
+        return {name: redacted(value) for name, value in settings.items()}
+    if isinstance(settings, tuple | list):
+        return type(settings)(redacted(value) for value in settings)
+    return settings

@@ -1,0 +1,62 @@
+"""A reward server for tests, which fails, hangs and lies as it is told."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Server:
+    """A reward model on 127.0.0.1 whose score is the response's length; `script` says what comes before that."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+        self.script: list[object] = []
+        """For each request in turn: a status, seconds of silence, bytes or JSON to answer; then all goes well."""
+        self.always: object = None
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/score"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        with self.lock:
+            self.bodies.append(body)
+            step = self.script.pop(0) if self.script else self.always
+            self.busy += 1
+            self.most_busy = max(self.most_busy, self.busy)
+        status, lens = 200, [len(q) - len(p) for q, p in zip(body["query"], body["prompts"], strict=True)]
+        payload = json.dumps({"rewards": lens}).encode()
+        if isinstance(step, int):
+            status, payload = step, b"the model is loading"
+        elif isinstance(step, float):
+            time.sleep(step)
+        elif isinstance(step, bytes):
+            payload = step
+        elif step == "hang up":
+            request.connection.close()
+            return
+        elif step is not None:
+            payload = json.dumps(step).encode()
+        with self.lock:
+            self.busy -= 1
+        try:
+            request.send_response(status)
+            request.send_header("Content-Length", str(len(payload)))
+            request.end_headers()
+            request.wfile.write(payload)
+        except OSError:
+            pass  # the client gave up waiting
