@@ -106,7 +106,7 @@ def _run(config: Settings, run: str) -> None:
     import transformers
 
     from rto_fast import distributed
-    from rto_fast.errors import Diverged, RewardError, RolloutError, SyncError
+    from rto_fast.errors import Diverged, Preempted, RewardError, RolloutError, SyncError
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
@@ -119,7 +119,7 @@ def _run(config: Settings, run: str) -> None:
         pkgutil.resolve_name(run)(config)
     except ConfigError as error:
         stop(error, REFUSED, distributed.speaks())
-    except (Diverged, RewardError, RolloutError, SyncError) as error:
+    except (Diverged, Preempted, RewardError, RolloutError, SyncError) as error:
         stop(error, STOPPED, distributed.speaks())
     except SystemExit as end:
         if end.code and not distributed.speaks():
