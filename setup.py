@@ -15,10 +15,12 @@ VERSION = next(
 TRAIN = [
     "datasets>=3",
     "deepspeed>=0.19.8,<0.20",
+    "filelock>=3.16",
     "httpx>=0.27",
     "matplotlib>=3.9",
     "ninja",
     "packaging",
+    "psutil",
     "rich>=13",
     "safetensors>=0.5",
     "tenacity>=9",

@@ -7,7 +7,18 @@ import sys
 
 from rto_fast.errors import REFUSED
 
-NEEDED = ("datasets", "deepspeed", "httpx", "matplotlib", "rich", "tenacity", "transformers", "tyro")
+NEEDED = (
+    "datasets",
+    "deepspeed",
+    "filelock",
+    "httpx",
+    "matplotlib",
+    "psutil",
+    "rich",
+    "tenacity",
+    "transformers",
+    "tyro",
+)
 """Packages of the `train` extra without which nothing here starts."""
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
 from rto_fast.algo.targets import NO_DELIMITERS, KLController
-from rto_fast.backend.checkpoints import Checkpoints, open_output
+from rto_fast.backend.checkpoints import Checkpoints, check_space, open_output
 from rto_fast.backend.frozen import FrozenModel, frozen
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.backend.weight_average import WeightAverage
@@ -85,6 +85,8 @@ class Loaded:
     critic: TrainEngine | None
     origins: list[str]
     """Where the critic came from, and how each reward model reads."""
+    tight: str
+    """A warning of a disk that may fill up, or ""."""
     scorers: Scorers
 
 
@@ -107,6 +109,8 @@ def build(config: RTOConfig) -> Run:
     )  # fmt: skip
     for origin in loaded.origins:
         logger.message(origin)
+    if loaded.tight:
+        logger.warn(loaded.tight)
     run = Run(
         config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts,
         iterations=inputs.iterations, placement=loaded.placement, policy=loaded.policy, critic=loaded.critic,
@@ -150,6 +154,7 @@ def check(config: RTOConfig) -> Inputs:
     delimiters = _delimiters(config, tokenizer)
     prompts = load_prompts(config, tokenizer, template)
     try_functions(rewards, prompts.texts)
+    checkpoints.check_inputs(config)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
     special = special_tokens_used(tokenizer, template, stop_ids, prompts.prompt_ids)
@@ -185,7 +190,10 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
 
     trained = [policy, critic] if critic else [policy]
-    rehearse_export([engine.model for engine in trained], inputs.tokenizer, inputs.template)
+    models = [engine.model for engine in trained]
+    rehearse_export(models, inputs.tokenizer, inputs.template)
+    exports = 1 + ((iterations - 1) // config.export_every if config.export_every else 0)
+    tight = check_space(config, models, exports, averaged=config.ema_decay > 0)
 
     kept: list[FrozenModel] = []
 
@@ -210,7 +218,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights,
         frozen=kept,
     )  # fmt: skip
-    return Loaded(placement, policy, critic, [f"critic: {origin}", *readings], scorers)
+    return Loaded(placement, policy, critic, [f"critic: {origin}", *readings], tight, scorers)
 
 
 def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -106,7 +106,7 @@ def _run(config: Settings, run: str) -> None:
     import transformers
 
     from rto_fast import distributed
-    from rto_fast.errors import DeviceLost, Diverged, RewardError, RolloutError, SyncError
+    from rto_fast.errors import DeviceLost, Diverged, Preempted, RewardError, RolloutError, SyncError
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
@@ -122,7 +122,7 @@ def _run(config: Settings, run: str) -> None:
     except DeviceLost as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(STOPPED)  # what ends in order would call the broken device, and die of that with another code
-    except (Diverged, RewardError, RolloutError, SyncError) as error:
+    except (Diverged, Preempted, RewardError, RolloutError, SyncError) as error:
         stop(error, STOPPED, distributed.speaks())
     except SystemExit as end:
         if end.code and not distributed.speaks():

@@ -39,7 +39,10 @@ class RunConfig:
     resume: Literal["auto", "never"] = free("never")
     """auto: go on from the newest checkpoint in output_dir, or start when there is none."""
     save_every: int = free(0)
-    """Optimiser steps (RTO: iterations) between checkpoints; 0 = only the final export."""
+    """Optimiser steps (RTO: iterations) between checkpoints; 0 = by time, see save_minutes."""
+    save_minutes: float = free(15.0)
+    """Minutes between checkpoints where save_every is 0; 0 = only the final export. Where saving would take over a
+    tenth of the run, they are fewer."""
     keep_last: int = free(2)
     """Checkpoints kept, the newest ones."""
     max_bad_steps: int = free(5)
@@ -108,7 +111,15 @@ class RunConfig:
         )
         for name in ("micro_tokens", "keep_last", "log_every"):
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("save_every", "max_rows", "max_bad_steps", "weight_decay", "max_grad_norm", "data_workers"):
+        for name in (
+            "save_every",
+            "save_minutes",
+            "max_rows",
+            "max_bad_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "data_workers",
+        ):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in ("warmup_ratio", "lr_floor"):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +35,8 @@ def init() -> torch.device:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif not dist.is_initialized() and (above := launchers()):
+        threading.Thread(target=_ends_with, args=(above,), daemon=True).start()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -40,6 +48,32 @@ def init() -> torch.device:
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     return device()
+
+
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch")
+"""How launchers stand in a command line: a script's name, or the module behind -m."""
+LAST_SECONDS = 1800.0
+"""What a rank has left to end its step once its launcher is gone."""
+
+
+def launchers() -> list[psutil.Process]:
+    """The launchers above this process."""
+    found = []
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if any(Path(word).name in LAUNCHERS for word in process.cmdline()[:6]):
+                found.append(process)
+    return found
+
+
+def _ends_with(above: Sequence[psutil.Process]) -> None:
+    """SIGTERM to this process when one of `above` is gone, as SIGKILL leaves it; the end where that does not help."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in above):
+            time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def device() -> torch.device:

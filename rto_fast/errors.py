@@ -46,5 +46,9 @@ class SyncError(RuntimeError):
     """The engine does not hold the weights it was pushed; the message names the parameter or the evidence."""
 
 
+class Preempted(RuntimeError):
+    """A signal has ended the run behind a whole checkpoint; the message names both."""
+
+
 class Diverged(RuntimeError):
     """Too many non-finite steps in a row; the message says what was not finite."""

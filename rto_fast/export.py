@@ -21,8 +21,10 @@ from rto_fast.backend.checkpoints import find_checkpoint
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.tokenizer import load_tokenizer
 from rto_fast.errors import REFUSED, ConfigError, require
+from rto_fast.logs.files import folder_aside
+from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.load import DTYPES, load_policy, new_scalar
-from rto_fast.models.save import export, save_tokenizer
+from rto_fast.models.save import save_model
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,30 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     tokenizer = load_tokenizer(base, argument)
     template = load_template(settings["chat_template"], tokenizer)
     loading: dict[str, Any] = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
-    written = []
-    for name in sorted(p.name for p in folder.iterdir() if p.is_dir()):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)
-        if any(key.startswith("lm.") for key in state):
-            model = load_policy(base, **loading)
-        else:
-            model = new_scalar(base, **loading)
-            model.mean, model.std = record["state"].get("critic_normalisation", (0.0, 1.0))
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        tied = [n for n in missing if n.endswith("lm_head.weight")]
-        if unexpected or len(missing) > len(tied):
-            raise ConfigError(f"run: {folder / name} does not fit {base!r}: {[*missing, *unexpected][:4]}")
-        export(model, target / name, write=True)
-        save_tokenizer(target / name, tokenizer, template)
-        written.append(target / name)
-    return written
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    with folder_aside(target) as aside:
+        for name in names:
+            model = _model_of(folder, name, record, base, loading)
+            save_model(model, aside / name, tokenizer, template, writes=True)
+    return [target / name for name in names]
+
+
+def _model_of(
+    folder: Path, name: str, record: dict[str, Any], base: str, loading: dict[str, Any]
+) -> PolicyModel | ScalarModel:
+    """The checkpoint's model `name`, on the architecture of `base`."""
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)
+    model: PolicyModel | ScalarModel
+    if any(key.startswith("lm.") for key in state):
+        model = load_policy(base, **loading)
+    else:
+        model = new_scalar(base, **loading)
+        model.mean, model.std = record["state"].get("critic_normalisation", (0.0, 1.0))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = [n for n in missing if n.endswith("lm_head.weight")]
+    if unexpected or len(missing) > len(tied):
+        raise ConfigError(f"run: {folder / name} does not fit {base!r}: {[*missing, *unexpected][:4]}")
+    return model
 
 
 def main(args: Sequence[str] | None = None) -> int:

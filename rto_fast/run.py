@@ -24,7 +24,7 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout, Scores, Targets
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.data.load import PromptData
-from rto_fast.logs.files import SAMPLES
+from rto_fast.logs.files import SAMPLES, folder_aside
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.load import DTYPES
 from rto_fast.models.packing import Placement
@@ -141,20 +141,22 @@ class Run:
             rows = report_samples(self.tokenizer, rollout, scores, targets, texts, range(count), iteration + 1)
             append_samples(Path(self.config.output_dir) / SAMPLES, rows)
 
-    def save_if_due(self) -> None:
-        """Checkpoint and export where this iteration is due for them."""
-        config, done = self.config, self.state.iteration
-        if config.export_every and done % config.export_every == 0 and done < self.iterations:
-            self.export(Path(config.output_dir) / f"export-{done:08d}")
-        if config.save_every and done % config.save_every == 0:
-            with self.logger.phase("checkpoint"):
-                state = {"kl": dataclasses.asdict(self.state.kl), "bad_steps": self.state.bad_steps,
-                         "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
-                if self.critic:
-                    state["critic_normalisation"] = (self.critic.model.mean, self.critic.model.std)
-                ahead = self.ahead and vars(self.ahead)
-                tensors = {"average": self.average.weights, "rng": torch.get_rng_state(), "ahead": ahead}
-                self.checkpoints.save(done, self.engines, state, tensors)
+    def export_if_due(self) -> None:
+        """The models of this iteration, where it is due for an export."""
+        every, done = self.config.export_every, self.state.iteration
+        if every and done % every == 0 and done < self.iterations:
+            self.export(Path(self.config.output_dir) / f"export-{done:08d}")
+
+    def save(self) -> None:
+        """Writes the checkpoint of the iterations done."""
+        with self.logger.phase("checkpoint"):
+            state = {"kl": dataclasses.asdict(self.state.kl), "bad_steps": self.state.bad_steps,
+                     "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
+            if self.critic:
+                state["critic_normalisation"] = (self.critic.model.mean, self.critic.model.std)
+            ahead = self.ahead and vars(self.ahead)
+            tensors = {"average": self.average.weights, "rng": torch.get_rng_state(), "ahead": ahead}
+            self.checkpoints.save(self.state.iteration, self.engines, state, tensors)
 
     @property
     def engines(self) -> dict[str, TrainEngine]:
@@ -176,8 +178,9 @@ class Run:
             save_model(engine.model, folder / name, self.tokenizer, self.template, writes)
         if self.config.ema_decay and writes:
             with_average = {n: t.to(DTYPES[self.config.dtype]) for n, t in self.average.weights.items()}
-            self.policy.model.lm.save_pretrained(folder / "ema", state_dict=with_average)
-            save_tokenizer(folder / "ema", self.tokenizer, self.template)
+            with folder_aside(folder / "ema") as aside:
+                self.policy.model.lm.save_pretrained(aside, state_dict=with_average)
+                save_tokenizer(aside, self.tokenizer, self.template)
         distributed.barrier()
 
     def finish(self) -> None:

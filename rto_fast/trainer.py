@@ -28,6 +28,8 @@ from rto_fast import build
 from rto_fast.algo.advantages import ESTIMATORS, pair
 from rto_fast.algo.credit import CREDIT
 from rto_fast.algo.targets import NO_DELIMITERS, Coefficients, targets_of
+from rto_fast.backend.output_lock import alone
+from rto_fast.backend.saving import Saving
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores, Targets
 from rto_fast.errors import Diverged
@@ -72,18 +74,21 @@ SAMPLER_CORRECTED = PolicyUpdate(SamplerBatch, of_sampled_policy)
 """PPO where the sampler's are."""
 
 
+@alone
 def train(config: RTOConfig, observe: Observer | None = None) -> Run:
     """Runs RTO (PPO where beta1 = 0) and writes checkpoints, logs, the report and Hugging Face folders.
 
     observe: called with each global rollout and its texts; what it returns is logged (a known true reward, say).
     """
     run = build.build(config)
-    with closing(run.logger), closing(run.sync):
+    with closing(run.logger), closing(run.sync), Saving(config) as saving:
+        run.logger.message(saving.plan())
         for iteration in range(run.state.iteration, run.iterations):
             metrics = rto_iteration(run, iteration, observe)
             run.state.iteration = iteration + 1
             run.logger.log(iteration + 1, metrics)
-            run.save_if_due()
+            run.export_if_due()
+            saving.after(iteration + 1, run.save)
         run.finish()
     return run
 

@@ -16,20 +16,17 @@ from typing import Any
 import torch
 from launches import start_ranks
 
-from rto_fast import run, trainer
+from rto_fast import cli, run
 from rto_fast.backend import checkpoints
 from rto_fast.backend.checkpoints import Checkpoints
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
-from rto_fast.supervised.dpo import train_dpo
-from rto_fast.supervised.reward_model import train_rm
-from rto_fast.supervised.sft import train_sft
 
-RUNS: dict[str, tuple[type, Callable[[Any], object]]] = {
-    "rto": (RTOConfig, trainer.train),
-    "sft": (SFTConfig, train_sft),
-    "rm": (RMConfig, train_rm),
-    "dpo": (DPOConfig, train_dpo),
+RUNS: dict[str, tuple[type, str]] = {
+    "rto": (RTOConfig, "rto_fast.trainer:train"),
+    "sft": (SFTConfig, "rto_fast.supervised.sft:train_sft"),
+    "rm": (RMConfig, "rto_fast.supervised.reward_model:train_rm"),
+    "dpo": (DPOConfig, "rto_fast.supervised.dpo:train_dpo"),
 }
 
 
@@ -66,7 +63,7 @@ def die_at(event: int, log: Path) -> None:
 
     whole, Checkpoints.save = Checkpoints.save, save
     TrainEngine.save = mortal("an engine's state", TrainEngine.save)
-    checkpoints._fsync = mortal("a flush", checkpoints._fsync)
+    checkpoints.fsync = mortal("a flush", checkpoints.fsync)
     torch.save = mortal("a file of tensors", torch.save)
     os.rename = mortal("a rename", os.rename)
     shutil.rmtree = mortal("a deletion", shutil.rmtree)
@@ -78,7 +75,7 @@ def live(kind: str, settings: dict[str, Any], log: Path, event: int) -> None:
     if event:
         die_at(event, log)
     make, train = RUNS[kind]
-    train(make(**settings))
+    cli._run(make(**settings), train)
 
 
 class Lives:
@@ -98,8 +95,18 @@ class Lives:
             process.join(240)
         return processes[0].exitcode
 
-    def kill(self, processes: list[Any], ready: Callable[[], bool], delay_s: float) -> None:
-        """SIGKILL to all ranks, delay_s after `ready`; AssertionError where the run ended before that."""
+    def kill(
+        self,
+        processes: list[Any],
+        ready: Callable[[], bool],
+        delay_s: float,
+        number: int = signal.SIGKILL,
+        ranks: int | None = None,
+    ) -> None:
+        """A signal to the first `ranks` ranks (None: all), delay_s after `ready`, and the end of all.
+
+        AssertionError where the run ended before that.
+        """
         deadline = time.monotonic() + 120
         while not ready():
             assert time.monotonic() < deadline, self.log.read_text()
@@ -107,8 +114,9 @@ class Lives:
             time.sleep(0.002)
         time.sleep(delay_s)
         alive = all(p.is_alive() for p in processes)
+        for process in processes[:ranks]:
+            if process.is_alive():
+                os.kill(process.pid, number)
         for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
+            process.join(240)
         assert alive, f"the run had ended before the kill:\n{self.log.read_text()}"

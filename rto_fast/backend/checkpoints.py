@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rto_fast import distributed
+from rto_fast.backend.inputs import Contents, contents_of, difference
+from rto_fast.backend.output_lock import LOCK, OWNER
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RunConfig, check_wandb
-from rto_fast.errors import ConfigError, require
+from rto_fast.errors import ConfigError
+from rto_fast.logs.files import fsync
 from rto_fast.redact import redacted
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
@@ -43,6 +48,8 @@ class Checkpoints:
         self.root = Path(config.output_dir) / CHECKPOINTS
         self.keep = config.keep_last
         self.fingerprint = json.loads(json.dumps(config.fingerprint()))
+        self.inputs: Contents = {}
+        self._found: dict[str, Any] = {}
 
     def save(self, step: int, engines: dict[str, TrainEngine], state: dict[str, Any], tensors: dict[str, Any]) -> None:
         """Writes checkpoint `step` from all ranks, publishes it by a rename, drops the oldest and partial ones.
@@ -60,12 +67,13 @@ class Checkpoints:
         distributed.barrier()
         if distributed.rank() == 0:
             torch.save(tensors, partial / "tensors.pt")
-            record = {"step": step, "config": self.fingerprint, "world_size": distributed.world_size(), "state": state}
+            record = {"step": step, "config": self.fingerprint, "inputs": self.inputs,
+                      "world_size": distributed.world_size(), "state": state}  # fmt: skip
             (partial / STATE).write_text(json.dumps(record))
             for path in partial.rglob("*"):
-                _fsync(path)
+                fsync(path)
             os.rename(partial, target)
-            _fsync(self.root)
+            fsync(self.root)
             for old in self.steps()[: -self.keep]:
                 os.rename(self._folder(old), self._partial(old))
                 shutil.rmtree(self._partial(old))
@@ -83,7 +91,17 @@ class Checkpoints:
         path = self._folder(step) / STATE
         record = json.loads(path.read_text())
         self._check(record, path)
+        self._found = record
         return step, record["state"]
+
+    def check_inputs(self, config: RunConfig) -> None:
+        """Fingerprints the models and data; ConfigError where the checkpoint's run read others. Collective."""
+        self.inputs = distributed.broadcast_object(contents_of(config) if distributed.rank() == 0 else {})
+        if changed := difference(self._found.get("inputs", {}), self.inputs):
+            raise ConfigError(
+                f"resume: {changed} since checkpoint {self._found['step']} was written; put back what was there, or "
+                "start afresh in another --output-dir"
+            )
 
     def load(self, step: int, engines: dict[str, TrainEngine]) -> dict[str, Any]:
         """Loads the engines' state and returns the tensors saved beside them.
@@ -114,22 +132,55 @@ class Checkpoints:
         return self.root / f"partial-{step:08d}"
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def check_space(config: RunConfig, models: Sequence[nn.Module], exports: int = 1, averaged: bool = False) -> str:
+    """Raises ConfigError where the disk lacks the room for what the run will write; collective.
+
+    exports: how often the models are exported; averaged: whether the first one's running average goes with them.
+    Returns a warning, or "": checkpoints that are only written when the run takes long, and would not fit.
+    """
+    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) for model in models]
+    average = sizes[0] if averaged else 0
+    weight = 2 if config.dtype == "bf16" else 4
+    exported = exports * weight * (sum(sizes) + average)
+    adam = 8 if config.zero_stage == 0 else 12  # two moments; ZeRO keeps fp32 weights beside the model's
+    one = (weight + adam) * sum(sizes) + 4 * average
+    root = Path(config.output_dir) / CHECKPOINTS
+    there = next(p for p in (root, *root.absolute().parents) if p.exists())
+    free = distributed.broadcast_object(shutil.disk_usage(there).free + _bytes_in(root))
+    saved = (config.keep_last + 1) * one if config.save_every or config.save_minutes else 0
+    if free >= exported + saved:
+        return ""
+    left = f"{free / 2**30:.1f} GiB are free in {there}"
+    remedy = "free some, pass another --output-dir"
+    if free < exported or config.save_every:
+        raise ConfigError(
+            f"output_dir: the run writes {(exported + saved * bool(config.save_every)) / 2**30:.1f} GiB "
+            f"({exported / 2**30:.1f} of models, {config.keep_last} + 1 checkpoints of {one / 2**30:.1f}), and {left}; "
+            f"{remedy}, or keep fewer with --keep-last"
+        )
+    return (
+        f"output_dir: no room for {config.keep_last} + 1 checkpoints of {one / 2**30:.1f} GiB beside the models, "
+        f"{left}: a run that takes over {config.save_minutes:g} minutes may stop there; {remedy}, or --save-minutes 0"
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a run wrote this; a log may lie in a new run's folder."""
+    return path.suffix != ".log" and path.name not in (LOCK, OWNER)
 
 
 def open_output(config: RunConfig) -> Checkpoints:
-    """The run's checkpoints; ConfigError where the folder holds a run that is not to be resumed. Writes nothing."""
+    """The run's checkpoints; ConfigError where the folder holds a run that is not to be resumed. Writes nothing.
+
+    Call it inside `output_lock.locked`.
+    """
     check_wandb(config.wandb_project)
     folder = Path(config.output_dir)
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    require(there.is_dir(), f"output_dir: {there} is a file")
-    require(os.access(there, os.W_OK | os.X_OK), f"output_dir: no permission to write in {there}")
-    if config.resume == "never" and folder.is_dir() and any(p.suffix != ".log" for p in folder.iterdir()):
+    if config.resume == "never" and folder.is_dir() and any(map(_of_a_run, folder.iterdir())):
         raise ConfigError(f"output_dir: {folder} already holds a run; pass --resume auto to go on with it, or another "
                           "--output-dir")  # fmt: skip
     distributed.barrier()

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 METRICS = "metrics.jsonl"
@@ -44,6 +47,41 @@ def write_atomic(path: Path | str, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into; it takes that place when the block has ended, else it is deleted.
+
+    Its files get the umask's mode, whatever wrote them: safetensors shuts out everyone but the owner.
+    """
+    aside, old = (folder.with_name(f"{kind}-{folder.name}") for kind in ("partial", "replaced"))
+    for left in (aside, old):  # by a kill in the middle of this
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        mask = _umask()
+        for path in aside.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            fsync(path)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(aside, folder)
+        fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _umask() -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.chat_template import ChatTemplate, save_template
 from rto_fast.errors import ConfigError
+from rto_fast.logs.files import folder_aside
 from rto_fast.models.heads import PolicyModel, ScalarModel
 
 
@@ -91,7 +92,8 @@ def save_model(
     template: ChatTemplate,
     writes: bool,
 ) -> None:
-    """A Hugging Face folder that the next stage takes; collective."""
-    export(model, folder, write=writes)
-    if writes:
-        save_tokenizer(folder, tokenizer, template)
+    """A Hugging Face folder that the next stage takes; collective. It appears when it is whole."""
+    with folder_aside(folder) if writes else nullcontext(folder) as aside:
+        export(model, aside, write=writes)
+        if writes:
+            save_tokenizer(aside, tokenizer, template)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rto_fast.algo import preference
 from rto_fast.backend.frozen import FrozenModel
+from rto_fast.backend.output_lock import alone
 from rto_fast.config import DPOConfig
 from rto_fast.data.chat_template import check_template
 from rto_fast.data.load import load_answers, load_preferences
@@ -37,6 +38,7 @@ class Objective:
         return self.make(config, common, *(() if self.loss is None else (self.loss,)))
 
 
+@alone
 def train_dpo(config: DPOConfig) -> Path:
     """DPO or another `objective` from preferences; returns the model's folder."""
     objective = OBJECTIVES[config.objective]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
 from rto_fast.backend.checkpoints import Checkpoints
+from rto_fast.backend.saving import Saving
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import SupervisedConfig
 from rto_fast.data.chat_template import ChatTemplate
@@ -68,7 +69,14 @@ def fit(
         start, state = found
         checkpoints.load(start, {"model": engine})
         bad_steps, bad_in_a_row = state["bad_steps"], state["bad_in_a_row"]
-    with logger:
+
+    def save() -> None:
+        with logger.phase("checkpoint"):
+            state = {"bad_steps": bad_steps, "bad_in_a_row": bad_in_a_row}
+            checkpoints.save(step + 1, {"model": engine}, state, {})
+
+    with logger, Saving(config) as saving:
+        logger.message(saving.plan())
         for step in range(start, total):
             with logger.phase("train"):
                 metrics, applied = train_step(config, stage, engine, placement, logger, step)
@@ -84,10 +92,7 @@ def fit(
                 if config.max_bad_steps and bad_in_a_row >= config.max_bad_steps:
                     raise Diverged(f"{bad_in_a_row} non-finite steps in a row at step {step + 1}; parameters are those "
                                    "before them. Look at the learning rate and at bf16 against fp32.")  # fmt: skip
-            if config.save_every and (step + 1) % config.save_every == 0:
-                with logger.phase("checkpoint"):
-                    state = {"bad_steps": bad_steps, "bad_in_a_row": bad_in_a_row}
-                    checkpoints.save(step + 1, {"model": engine}, state, {})
+            saving.after(step + 1, save)
         if start == total:  # killed between its last checkpoint and the export
             conclude(stage, engine, placement, logger)
         folder = Path(config.output_dir) / "model"

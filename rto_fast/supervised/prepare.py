@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
-from rto_fast.backend.checkpoints import Checkpoints, open_output
+from rto_fast.backend.checkpoints import Checkpoints, check_space, open_output
 from rto_fast.config import SupervisedConfig
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer
@@ -53,12 +53,16 @@ def prepare(config: SupervisedConfig) -> Common:
 
 def run_stage(config: SupervisedConfig, common: Common, stage: Stage) -> Path:
     """Opens the log, which writes the first files, and trains."""
+    common.checkpoints.check_inputs(config)
     rehearse_export([stage.model], common.tokenizer, common.template)
+    tight = check_space(config, [stage.model])
     logger = RunLogger(
         config.output_dir, stage=stage.name, total_steps=steps_of(config, len(stage.train)), rank=distributed.rank(),
         wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=common.found[0] if common.found else 0,
     )  # fmt: skip
+    if tight:
+        logger.warn(tight)
     return fit(
         config, stage, common.tokenizer, common.template, common.placement, common.checkpoints, logger, common.found
     )

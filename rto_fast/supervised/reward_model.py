@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rto_fast import distributed
 from rto_fast.algo import preference
+from rto_fast.backend.output_lock import alone
 from rto_fast.config import RMConfig
 from rto_fast.data.load import load_preferences
 from rto_fast.models.load import load_config, new_scalar
@@ -51,6 +52,7 @@ class RewardModel(Stage):
         return {"eval/score_mean": mean, "eval/score_std": std}
 
 
+@alone
 def train_rm(config: RMConfig) -> Path:
     """Reward model from preference pairs; returns the model's folder."""
     common = prepare(config)

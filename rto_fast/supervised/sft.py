@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rto_fast.backend.output_lock import alone
 from rto_fast.config import SFTConfig
 from rto_fast.data.load import load_sft
 from rto_fast.models.load import load_policy
@@ -30,6 +31,7 @@ class SFT(Stage):
         return float(sum(len(r) for row in rows for r in row.responses))
 
 
+@alone
 def train_sft(config: SFTConfig) -> Path:
     """Supervised fine-tuning; returns the model's folder. Raises ConfigError on input that cannot work."""
     common = prepare(config)

@@ -94,6 +94,35 @@ def test_rto_killed_five_times(tiny, lives, tmp_path):
     assert_same_run(killed, whole)
 
 
+@pytest.mark.parametrize(("ranks", "zero_stage", "number"), [(1, 2, signal.SIGTERM), (2, 3, signal.SIGUSR1)])
+def test_rto_stopped_by_a_signal(tiny, lives, tmp_path, ranks, zero_stage, number):
+    """At five random moments (on two ranks three, to the first rank alone): no step is lost, by default settings."""
+    kills, iterations = (5, 12) if ranks == 1 else (3, 8)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    changes = SETTINGS | {"iterations": iterations, "save_every": 0, "zero_stage": zero_stage}
+    assert lives.run("rto", small_run(tiny, whole, **changes), ranks=ranks) == 0, lives.log.read_text()
+    s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / iterations
+    assert checkpoints(whole) == []
+
+    rng, settings, path, done = random.Random(7), small_run(tiny, killed, **changes), killed / "metrics.jsonl", 0
+    for _ in range(kills):
+        seen = len(lives.log.read_text())
+        processes = lives.start("rto", settings, ranks=ranks)
+        lives.kill(processes, lambda done=done: len(rows(path)) > done, rng.uniform(0, s_a_row), number, ranks=1)
+        said = lives.log.read_text()[seen:]
+        assert [p.exitcode for p in processes] == [3] * ranks, said
+        done = len(rows(path))
+        assert f"{signal.Signals(number).name}: stopped behind step {done}, whose checkpoint is whole" in said
+        assert "Traceback" not in said
+        assert checkpoints(killed)[-1] == f"step-{done:08d}"
+    assert done < iterations
+    assert lives.run("rto", settings, ranks=ranks) == 0, lives.log.read_text()
+    for name in ("policy", "critic", "ema"):
+        assert_same_weights(killed / name, whole / name)
+    assert figures(path) == figures(whole / "metrics.jsonl")
+    assert rows(killed / "samples.jsonl") == rows(whole / "samples.jsonl")
+
+
 def test_rto_on_two_ranks_killed(tiny, lives, tmp_path):
     """ZeRO-3 in bf16: each rank's partitions come back to it."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -140,6 +169,10 @@ def test_stage_killed_twice(tiny, lives, tmp_path, kind):
     rng = random.Random(kind)
     killed_at_random(lives, kind, settings, rng, 5, done[-1]["run/elapsed_s"] / len(done))
     assert lives.run(kind, settings, die_at=rng.randint(1, 24)) == -signal.SIGKILL, lives.log.read_text()
+    processes, left = lives.start(kind, settings), len(rows(killed / "metrics.jsonl"))
+    lives.kill(processes, lambda: len(rows(killed / "metrics.jsonl")) > left, 0, signal.SIGTERM)
+    assert processes[0].exitcode == 3, lives.log.read_text()
+    assert checkpoints(killed)[-1] == f"step-{len(rows(killed / 'metrics.jsonl')):08d}"
     assert lives.run(kind, settings) == 0, lives.log.read_text()
     assert_same_weights(killed / "model", whole / "model")
     assert figures(killed / "metrics.jsonl") == figures(whole / "metrics.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from transformers import (
 from rto_fast import build, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
+from rto_fast.data.chat_template import load_template
 from rto_fast.errors import ConfigError
+from rto_fast.models import save
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy, load_scalar
 from rto_fast.models.packing import PackedBatch
-from rto_fast.models.save import export
+from rto_fast.models.save import export, save_model
 
 LOADING = {"dtype": torch.float32, "attention": PACKED, "argument": "reward_model"}
 TOKENS = [torch.tensor([1, 9, 12, 30, 31]), torch.tensor([1, 40, 41])]
@@ -288,3 +291,41 @@ def test_what_cannot_be_exported_ends_a_run_before_its_first_step(one_rank, tiny
         run_with(tiny, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
     assert not list(tmp_path.glob("run/*.jsonl"))
+
+
+def tiny_export(tiny, folder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.policy)
+    model = load_policy(tiny.policy, **LOADING)
+    save_model(model, folder, tokenizer, load_template("plain", tokenizer), writes=True)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_exported_files_have_the_umasks_mode(tiny, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        tiny_export(tiny, tmp_path / "policy")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "policy").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def test_an_export_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
+    """What fails on the way leaves the export that was there, and nothing else."""
+    tiny_export(tiny, tmp_path / "policy")
+    (tmp_path / "policy" / "mark").touch()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "save_tokenizer", full)
+        for name in ("policy", "other"):
+            with pytest.raises(OSError, match="No space"):
+                tiny_export(tiny, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+    assert (tmp_path / "policy" / "mark").exists()
+    tiny_export(tiny, tmp_path / "policy")
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+    assert not (tmp_path / "policy" / "mark").exists()

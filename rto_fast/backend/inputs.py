@@ -1,0 +1,75 @@
+"""What a run reads, fingerprinted: a resumed run must read the same."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+
+from rto_fast.config import RunConfig
+
+MODELS = ("model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model")
+DATA = ("data", "eval_data")
+READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".arrow")
+"""Files of a folder that loading reads."""
+WHOLE_BYTES = 2**30
+"""Up to here a file is hashed whole, beyond it `PIECES` pieces of 1 MiB evenly spread: training moves every weight."""
+PIECES = 256
+
+Contents = dict[str, dict[str, str]]
+"""Argument and path -> file -> size and hash; a Hub id has its revision alone."""
+
+
+def contents_of(config: RunConfig) -> Contents:
+    """The fingerprints of every model and data set that the config names."""
+    found: Contents = {}
+    for names, kind in ((MODELS, "model"), (DATA, "dataset")):
+        for name in names:
+            value = getattr(config, name, ())
+            for path in (value,) if isinstance(value, str) else value:
+                if path:
+                    found[f"{name}: {path!r}"] = _contents(path, kind)
+    return found
+
+
+def difference(then: Contents, now: Contents) -> str:
+    """The first thing that was read otherwise, as argument, path and what has changed; "" where nothing was."""
+    for what, files in now.items():
+        before = then.get(what)
+        if before is None or before == files:
+            continue
+        lost, new = sorted(before.keys() - files.keys()), sorted(files.keys() - before.keys())
+        changed = sorted(name for name in before.keys() & files.keys() if before[name] != files[name])
+        parts = [f"{', '.join(names[:3])} {how}" for names, how in (
+            (changed, "has other contents"), (lost, "is gone"), (new, "is new")) if names]  # fmt: skip
+        sizes = [
+            f"{before[n].split()[0]} bytes then, {files[n].split()[0]} now" for n in changed[:1] if " " in files[n]
+        ]
+        return f"{what}: {'; '.join(parts)}" + (f" ({sizes[0]})" if sizes else "")
+    return ""
+
+
+def _contents(name: str, kind: str) -> dict[str, str]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return {path.name: _file(path)}
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in READ and p.is_file())
+        return {str(p.relative_to(path)): _file(p) for p in files}
+    revision = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / "main"
+    return {"revision": revision.read_text().strip()} if revision.is_file() else {}
+
+
+def _file(path: Path) -> str:
+    """The size in bytes, and the hash."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as f:
+        if size <= WHOLE_BYTES:
+            digest = hashlib.file_digest(f, "sha256")
+        else:
+            for i in range(PIECES):
+                f.seek(i * (size - 2**20) // (PIECES - 1))
+                digest.update(f.read(2**20))
+    return f"{size} {digest.hexdigest()[:32]}"
