@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,7 +34,7 @@ from rto_fast import cli
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request
 from rto_fast.data.chat_template import check_template, load_template
-from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, prompt_row
+from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, check_text, prompt_row, row_of
 from rto_fast.data.sources import Table, open_source
 from rto_fast.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.errors import DataError, require
@@ -41,6 +42,9 @@ from rto_fast.logs.files import json_line, mend, read_rows, write_atomic
 from rto_fast.models.load import DTYPES, load_config
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
+
+KEPT = {"dataset", "question_id", "uid"}
+"""Columns of the data that stand in the written file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,21 +249,26 @@ def _prompts(config: GenerateConfig, tokenizer: Any, template: Any, positions: i
     key = _columns(table, config)
     out = []
     for i, raw in enumerate(table.rows):
-        row = json.loads(raw["json"]) if table.as_text else raw
-        at = f"data: {config.data!r}, " + (f"line {raw['line']}" if raw.get("line") else f"row {i} (from 0)")
-        if key == "turns":
-            row = row | {"turns": _first_turn(row.get("turns"), at)}
+        line = raw["line"] if table.as_text else 0
+        at = f"data: {config.data!r}, " + (f"line {line}" if line else f"row {i} (from 0)")
         try:
+            row = row_of(raw, table.as_text, table.literal)
+            if key == "turns":
+                row = row | {"turns": _first_turn(row.get("turns"), at)}
+            for kept in KEPT & row.keys():
+                check_text(row[kept], kept)
             found = prompt_row(row, [key, ""], tokenizer, template)
         except BadRow as error:
             raise DataError(f"{at}: {error.detail} ({error.reason})") from error
+        except jinja2.TemplateError as error:
+            raise DataError(f"{at}: the chat template refuses the conversation: {error}") from error
         if config.format == "arena_hard" and not row.get("uid", row.get("question_id")):
             raise DataError(f"{at}: no question_id or uid, by which Arena-Hard knows its questions")
         ids = tuple(found["prompt_ids"])
         if positions and len(ids) + config.max_tokens > positions:
             raise DataError(f"{at}: a prompt of {len(ids)} tokens and max_tokens {config.max_tokens} are more than "
                             f"the model's {positions} positions; lower --max-tokens")  # fmt: skip
-        prompt = row[key]
+        prompt = row[key] if config.format == "alpaca_eval" else json.loads(found["prompt"])
         out.append(Prompt(row, prompt if isinstance(prompt, str) else prompt[-1]["content"], ids))
     return fingerprint, out
 

@@ -24,19 +24,22 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.errors import ConfigError, require
 
-Message = dict[str, str]
-"""{"role": ..., "content": ...}"""
+Message = dict[str, Any]
+"""{"role": ..., "content": ...}, and what else of it a template may write (PLACED)."""
 Prompt = str | list[Message]
 
 PLAIN = "plain"
 TEMPLATE_FILE = "rto_template.json"
+
+PLACED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Fields of a message, beside its role and content, that are learnt: a template without a place for one is refused."""
 
 _ANCHORS = ("\n", ".", "a", "0", ")")
 """Texts to put before a response when it is encoded alone; the first that does not merge with it is used."""
@@ -61,10 +64,11 @@ class ChatTemplate:
         """(prompt ids, response ids); the first equal `encode_prompt`, the second end in end-of-turn or EOS.
 
         `response` is the text, or a list of one assistant message. Raises jinja2.TemplateError where the
-        template refuses the conversation, and ValueError for any other message list.
+        template refuses the conversation or has no place for a field of PLACED, and ValueError for any other
+        message list.
         """
         head = self.text_of(tokenizer, prompt)
-        tail = self._tail(tokenizer, prompt, head, _response_text(response))
+        tail = self._tail(tokenizer, prompt, head, _response_turn(response))
         eos = tokenizer.eos_token_id
         head_ids = _encode(tokenizer, head)
         tail_ids = _continue(tokenizer, head, head_ids, tail)
@@ -81,22 +85,27 @@ class ChatTemplate:
         it; the plain template's BOS and EOS are not.
         """
         if self.source == PLAIN:
-            head = prompt if isinstance(prompt, str) else _plain_turns(prompt)
+            head = prompt if isinstance(prompt, str) else self._plain_turns(prompt)
         else:
             head = self._render(tokenizer, as_messages(prompt), add_generation_prompt=True)
         if response is None:
             return head
-        return head + self._tail(tokenizer, prompt, head, _response_text(response))
+        return head + self._tail(tokenizer, prompt, head, _response_turn(response))
 
-    def _tail(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, head: str, response: str) -> str:
+    def _tail(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, head: str, turn: Message) -> str:
         """The text that follows `head`, end-of-turn included."""
+        response: str = turn["content"]
         if self.source == PLAIN:
+            self._check_places([turn])
             joined = head[-1:].isspace() or response[:1].isspace()
             return response if joined else " " + response
-        turns = [*as_messages(prompt), {"role": "assistant", "content": response}]
-        full = self._render(tokenizer, turns, add_generation_prompt=False)
+        full = self._render(tokenizer, [*as_messages(prompt), turn], add_generation_prompt=False)
         if full.startswith(head):
             tail = full[len(head) :]
+        elif not turn.keys().isdisjoint(PLACED):
+            raise jinja2.TemplateError(
+                "it does not begin the answer with the generation prompt: what is more than text cannot be told apart"
+            )
         else:
             warnings.warn(
                 "chat_template: a rendered conversation does not begin with the rendered generation prompt: "
@@ -107,7 +116,19 @@ class ChatTemplate:
             tail = full[at:] if at >= 0 else response
         return _to_first_end(tokenizer, tail)
 
+    def _plain_turns(self, messages: list[Message]) -> str:
+        self._check_places(messages)
+        turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
+        return "\n\n".join([*turns, "Assistant:"])
+
+    def _check_places(self, turns: list[Message]) -> None:
+        """Raises jinja2.TemplateError for a field that the template never mentions: it would be dropped."""
+        for field in PLACED:
+            if any(field in turn for turn in turns) and not re.search(rf"\b{field}\b", self.source):
+                raise jinja2.TemplateError(f"a message has {field!r}, which has no place in it")
+
     def _render(self, tokenizer: PreTrainedTokenizerBase, turns: list[Message], add_generation_prompt: bool) -> str:
+        self._check_places(turns)
         text = tokenizer.apply_chat_template(
             turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
         )
@@ -124,17 +145,12 @@ def as_messages(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _plain_turns(messages: list[Message]) -> str:
-    turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
-    return "\n\n".join([*turns, "Assistant:"])
-
-
-def _response_text(response: str | list[Message]) -> str:
+def _response_turn(response: str | list[Message]) -> Message:
     if isinstance(response, str):
-        return response
+        return {"role": "assistant", "content": response}
     if len(response) != 1 or response[0]["role"] != "assistant":
         raise ValueError(f"response: expected one assistant message, got roles {[m['role'] for m in response]}")
-    return response[0]["content"]
+    return response[0]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -2,22 +2,35 @@
 
 Prompts are strings or message lists. Responses are strings, one assistant message, or the whole conversation
 with the response as its last turn; then the earlier turns are the prompt, and a string in the prompt's column
-(where `ultrafeedback_binarized` repeats the first turn) is not read.
+must be one of them (as in `ultrafeedback_binarized`, which repeats the first) or hold them all.
+
+A prompt also has what other columns of the row add to it: `system` or `system_prompt` its first turn, and behind an
+`instruction` its `input` (Alpaca) or `context` (Dolly). Message lists may be text where a file knows nothing else. What
+would be learnt and cannot be read is refused: no column or field is dropped that belongs to the conversation.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.data.chat_template import ChatTemplate, Message, Prompt
+from rto_fast.data.chat_template import PLACED, ChatTemplate, Message, Prompt, as_messages
 from rto_fast.data.sources import Table
 
 PROMPT_KEYS = ("context_messages", "prompt", "instruction")
 RESPONSE_KEYS = ("response", "completion", "messages", "chosen")
+SYSTEM_KEYS = ("system", "system_prompt")
+INSTRUCTION, INPUT_KEYS = "instruction", ("input", "context")
+"""A column of prompts, and those whose text belongs behind its own."""
+UNREAD_COLUMNS = ("tools", "functions", "history", "documents", "images", "image", "videos", "audio")
+"""Columns that belong to a conversation, and that no stage can read."""
+REFERENCES = ("name", "tool_call_id")
+"""Fields of a message that a template may write and need not."""
+UNREAD_FIELDS = ("images", "image", "videos", "video", "audio", "documents")
 
 MISSING = "missing key"
 NOT_TEXT = "not text"
@@ -28,6 +41,10 @@ NO_USER_TURN = "no turn to answer"
 NO_ASSISTANT_TURN = "no assistant turn"
 REFUSED = "refused by the template"
 NO_LABEL = "no label"
+NOT_READ = "field not read"
+
+_MESSAGE_LIST = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 class BadRow(Exception):
@@ -36,6 +53,35 @@ class BadRow(Exception):
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+
+def row_of(raw: dict[str, Any], as_text: bool, literal: bool) -> dict[str, Any]:
+    """A row of a Table. Where it is not literal, message lists that stand as text are read, and the empty fields that
+    a column's type puts into every entry are left out.
+    """
+    row = json.loads(raw["json"]) if as_text else raw
+    return row if literal else {k: _without_none(_message_list(v, k)) for k, v in row.items()}
+
+
+def _given(value: Any) -> bool:
+    """Whether a column that a row need not have holds something."""
+    return bool(value.strip()) if isinstance(value, str) else value not in (None, [], {})
+
+
+def _message_list(value: Any, key: str) -> Any:
+    """A message list that stands as text; any other value as it is."""
+    if not isinstance(value, str) or not _MESSAGE_LIST.match(value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as e:
+        raise BadRow(NOT_TEXT, f"{key!r} is a message list that is no JSON ({e}); write it by json.dumps") from e
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
+    return {k: _without_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def encoded(
@@ -59,9 +105,9 @@ def prompt_row(
     key, chosen_key = keys
     chosen = row.get(chosen_key)
     if isinstance(chosen, list) and len(chosen) > 1 and not isinstance(row.get(key), list):
-        prompt = _prompt(_messages(chosen, chosen_key)[:-1], chosen_key)
+        prompt = _earlier_turns(row, key, chosen_key, _messages(chosen, chosen_key))
     else:
-        prompt = _prompt(row.get(key), key)
+        prompt = _stated_prompt(row, key, key)
     text = template.text_of(tokenizer, prompt)
     return encoded(template.encode_prompt(tokenizer, prompt), text=text, prompt=json.dumps(prompt))
 
@@ -93,6 +139,8 @@ def answer_row(
     if not label_key:
         return preference_row(row, [prompt_key, chosen_key, rejected_key], tokenizer, template)
     label = row.get(label_key)
+    if isinstance(label, str):  # as all values of a CSV file are
+        label = _LABELS.get(label.strip().lower(), label)
     if label is None or label not in (0, 1):
         raise BadRow(NO_LABEL, f"{label_key!r} is {label!r} where true or false was expected")
     prompt_ids, answer = template.encode_pair(tokenizer, *_pair(row, prompt_key, completion_key))
@@ -110,7 +158,7 @@ def prompt_columns(table: Table, prompt: str) -> list[str]:
     """Keys for `prompt_row`; raises DataError for a missing column, like the two below."""
     if prompt != "auto":
         return [table.need(prompt, flag="prompt-key"), ""]
-    if not any(k in table.columns for k in PROMPT_KEYS) and isinstance(table.first().get("chosen"), list):
+    if not any(k in table.columns for k in PROMPT_KEYS) and isinstance(_first(table, "chosen"), list):
         return ["prompt", "chosen"]
     return [table.need(*PROMPT_KEYS, flag="prompt-key"), "chosen"]
 
@@ -140,9 +188,17 @@ def sft_columns(table: Table, prompt: str, response: str) -> list[str]:
 
 def _need_prompt(table: Table, prompt: str, response: str) -> None:
     """Only whole conversations can do without a prompt column."""
-    value = table.first().get(response)
+    value = _first(table, response)
     if not (isinstance(value, list) and len(value) > 1):
         table.need(prompt, flag="prompt-key")
+
+
+def _first(table: Table, column: str) -> Any:
+    """The column's value in the first row; None where that row cannot be read, which is reported with its number."""
+    try:
+        return row_of(table.rows[0], table.as_text, table.literal).get(column)
+    except BadRow:
+        return None
 
 
 def _text(value: Any, key: str) -> str:
@@ -152,26 +208,60 @@ def _text(value: Any, key: str) -> str:
         raise BadRow(NOT_TEXT, f"{key!r} is {type(value).__name__} where text was expected: {str(value)[:60]!r}")
     if not value.strip():
         raise BadRow(EMPTY, f"{key!r} is empty")
+    return check_text(value, key)
+
+
+def check_text(value: Any, key: str) -> Any:
+    """The value; refuses text with half of a surrogate pair, which JSON can spell, and no tokenizer or file takes."""
     try:
-        value.encode()
-    except UnicodeEncodeError as e:  # half of a surrogate pair, which JSON can spell and no tokenizer reads
-        raise BadRow(NOT_TEXT, f"{key!r} holds {value[e.start]!a} at character {e.start}, half a character") from e
+        str(value).encode()
+    except UnicodeEncodeError as e:
+        raise BadRow(NOT_TEXT, f"{key!r} holds {e.object[e.start]!a} at character {e.start}, half a character") from e
     return value
 
 
 def _messages(value: list, key: str) -> list[Message]:
-    """Role and content of each message; a system message may be empty."""
+    """Role and content of each message, and what else a template may write of it.
+
+    A system message may be empty, and a message that calls tools.
+    """
     if not value:
         raise BadRow(EMPTY, f"{key!r} is an empty list")
     out: list[Message] = []
     for n, message in enumerate(value):
+        at = f"{key}[{n}]"
         if not isinstance(message, dict):
-            raise BadRow(NOT_TEXT, f"'{key}[{n}]' is {type(message).__name__} where a message was expected")
-        role = _text(message.get("role"), f"{key}[{n}].role")
+            raise BadRow(NOT_TEXT, f"{at!r} is {type(message).__name__} where a message was expected")
+        role = _text(message.get("role"), f"{at}.role")
+        more = {k: message[k] for k in (*PLACED, *REFERENCES) if message.get(k)}
+        if "tool_calls" in more:
+            more["tool_calls"] = _tool_calls(more["tool_calls"], f"{at}.tool_calls")
         content: Any = message.get("content")
-        if not (role == "system" and content == ""):
-            _text(content, f"{key}[{n}].content")
-        out.append({"role": role, "content": content})
+        if content in (None, "") and ("tool_calls" in more or "function_call" in more):
+            content = ""
+        elif not (role == "system" and content == ""):
+            _text(content, f"{at}.content")
+        for field in UNREAD_FIELDS:
+            if message.get(field):
+                raise BadRow(NOT_READ, f"'{at}.{field}' has no place in a conversation of text; leave it out")
+        out.append({"role": role, "content": content} | more)
+    return out
+
+
+def _tool_calls(value: Any, key: str) -> list[dict[str, Any]]:
+    """The calls, with arguments as an object, as templates want them, where the data have them as JSON text."""
+    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+        raise BadRow(NOT_TEXT, f"{key!r} is no list of objects: {str(value)[:60]!r}")
+    out = []
+    for call in value:
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"])
+            except (ValueError, RecursionError) as e:
+                raise BadRow(NOT_TEXT, f"{key!r} has arguments that are no JSON: {e}") from e
+            function = function | {"arguments": arguments}
+        out.append(call | {"function": function} if "function" in call else function)
     return out
 
 
@@ -184,21 +274,58 @@ def _prompt(value: Any, key: str) -> Prompt:
     return messages
 
 
-def _pair(row: dict[str, Any], prompt_key: str, response_key: str) -> tuple[Prompt, str]:
-    """(prompt, response) of every format."""
+def _stated_prompt(row: dict[str, Any], key: str, *read: str) -> Prompt:
+    """The prompt in column `key` with what other columns add to it. read: the columns that a stage reads."""
+    prompt = _prompt(row.get(key), key)
+    for extra in INPUT_KEYS:
+        if key == INSTRUCTION and isinstance(prompt, str) and extra not in read and _given(row.get(extra)):
+            prompt = f"{prompt}\n\n{_text(row[extra], extra)}"
+    return _with_system(row, prompt, *read)
+
+
+def _with_system(row: dict[str, Any], prompt: Prompt, *read: str) -> Prompt:
+    """The prompt behind the system turn of a column, where there is one; columns nobody reads are refused."""
+    for column in UNREAD_COLUMNS:
+        if column not in read and _given(row.get(column)) and row[column] not in ("[]", "{}", "null"):
+            raise BadRow(NOT_READ, f"column {column!r} belongs to the conversation and is not read; leave it out")
+    for column in SYSTEM_KEYS:
+        if column in read or not _given(row.get(column)):
+            continue
+        system = {"role": "system", "content": _text(row[column], column)}
+        messages = as_messages(prompt)
+        if messages[0]["role"] != "system":
+            prompt = [system, *messages]
+        elif messages[0] != system:
+            raise BadRow(PROMPTS_DIFFER, f"{column!r} is not the system turn of the prompt")
+    return prompt
+
+
+def _earlier_turns(row: dict[str, Any], prompt_key: str, response_key: str, messages: list[Message]) -> Prompt:
+    """The prompt of a whole conversation, which must be the stated one where there is one."""
+    prompt = _with_system(row, _prompt(messages[:-1], response_key), prompt_key, response_key)
+    stated = row.get(prompt_key)
+    if isinstance(stated, list):
+        if _stated_prompt(row, prompt_key, response_key) != prompt:
+            raise BadRow(PROMPTS_DIFFER, f"the earlier turns of {response_key!r} are not those of {prompt_key!r}")
+    elif isinstance(stated, str) and stated.strip():
+        texts = [m["content"].strip() for m in messages[:-1]]
+        if stated.strip() not in texts and not all(text in stated for text in texts):
+            raise BadRow(PROMPTS_DIFFER, f"{prompt_key!r} is none of the earlier turns of {response_key!r}")
+    return prompt
+
+
+def _pair(row: dict[str, Any], prompt_key: str, response_key: str) -> tuple[Prompt, str | list[Message]]:
+    """(prompt, response) of every format; a response that is more than its text is one message."""
     response = row.get(response_key)
     if not isinstance(response, list):
         response = _text(response, response_key)
-        return _prompt(row.get(prompt_key), prompt_key), response
+        return _stated_prompt(row, prompt_key, prompt_key, response_key), response
     messages = _messages(response, response_key)
     if messages[-1]["role"] != "assistant":
         role = messages[-1]["role"]
         raise BadRow(NO_ASSISTANT_TURN, f"{response_key!r} ends in a turn of {role!r}, not the assistant's")
-    text = messages[-1]["content"]
+    answer = messages[-1] if not messages[-1].keys().isdisjoint(PLACED) else None
+    text = [answer] if answer else messages[-1]["content"]
     if len(messages) == 1:
-        return _prompt(row.get(prompt_key), prompt_key), text
-    prompt = _prompt(messages[:-1], response_key)
-    stated = row.get(prompt_key)
-    if isinstance(stated, list) and _prompt(stated, prompt_key) != prompt:
-        raise BadRow(PROMPTS_DIFFER, f"the earlier turns of {response_key!r} are not those of {prompt_key!r}")
-    return prompt, text
+        return _stated_prompt(row, prompt_key, prompt_key, response_key), text
+    return _earlier_turns(row, prompt_key, response_key, messages), text

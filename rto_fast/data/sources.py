@@ -12,6 +12,7 @@ import csv
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from rto_fast.data.chat_template import near_names
 from rto_fast.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TOO_DEEP = "lists or objects nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,8 @@ class Table:
     """The rows; under `as_text` in two columns, `json` (the whole row) and `line` (1-based; 0 = unknown)."""
     columns: list[str]
     as_text: bool
-
-    def first(self) -> dict[str, Any]:
-        """The first row."""
-        row = self.rows[0]
-        return json.loads(row["json"]) if self.as_text else row
+    literal: bool
+    """Whether text is text: in JSON, which has lists of its own, and not in CSV and columns with a type."""
 
     def need(self, *keys: str, flag: str) -> str:
         """The first of `keys` that is a column; raises DataError with the columns there are."""
@@ -121,7 +120,7 @@ def _typed(argument: str, name: str, data: datasets.Dataset, max_rows: int) -> T
         raise DataError(f"{argument}: {name!r} has no rows")
     if max_rows:
         data = data.select(range(min(max_rows, len(data))))
-    return Table(argument, name, data, data.column_names, as_text=False)
+    return Table(argument, name, data, data.column_names, as_text=False, literal=False)
 
 
 def _read_file(argument: str, name: str, path: Path, max_rows: int) -> Table:
@@ -141,7 +140,11 @@ def _read_file(argument: str, name: str, path: Path, max_rows: int) -> Table:
             at = f"line {line}" if line else f"row {len(rows)} (from 0)"
             kind = type(row).__name__
             raise DataError(f"{argument}: {name!r}, {at}: expected an object of columns, found a JSON {kind}")
-        rows.append(json.dumps(row))
+        try:
+            rows.append(json.dumps(row))
+        except RecursionError as e:
+            at = f"line {line}" if line else f"row {len(rows)} (from 0)"
+            raise DataError(f"{argument}: {name!r}, {at}: {TOO_DEEP}; mend or delete it") from e
         lines.append(line)
         columns.update(dict.fromkeys(row))
         if len(rows) == max_rows:
@@ -150,7 +153,27 @@ def _read_file(argument: str, name: str, path: Path, max_rows: int) -> Table:
         raise DataError(f"{argument}: {name!r} has no rows")
     features = datasets.Features(json=datasets.Value("large_string"), line=datasets.Value("int64"))
     data = datasets.Dataset.from_dict({"json": rows, "line": lines}, features)
-    return Table(argument, name, data, list(columns), as_text=True)
+    return Table(argument, name, data, list(columns), as_text=True, literal=suffix != ".csv")
+
+
+class _Twice(dict):
+    """A JSON object with a key that comes twice, of which only the last value is kept."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else _Twice({"": Counter(k for k, _ in pairs).most_common(1)[0][0]})
+
+
+def _twice(value: Any) -> str | None:
+    """The key that comes twice in an object of `value`, at any depth."""
+    rest = [value]
+    while rest:  # no recursion: lists nest deeper than Python's calls
+        value = rest.pop()
+        if isinstance(value, _Twice):
+            return value[""]
+        rest += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return None
 
 
 def _json_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -158,23 +181,52 @@ def _json_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, Any]
 
     def parse(text: bytes, line: int) -> Any:
         try:
-            return json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
-        except json.JSONDecodeError as e:
-            where = f"line {line + e.lineno - 1}, column {e.colno}"
-            raise DataError(f"{argument}: {name!r}, {where}: malformed JSON: {e.msg}; mend or delete it") from e
+            return json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"), object_pairs_hook=_object)
         except UnicodeDecodeError as e:
             where = f"line {line + text[: e.start].count(10)}"
             raise DataError(f"{argument}: {name!r}, {where}: not UTF-8 ({e.reason}); mend or delete it") from e
+        except json.JSONDecodeError as e:
+            where = f"line {line + e.lineno - 1}, column {e.colno}"
+            hint = _over_lines(path) if line == 1 else ""
+            raise DataError(
+                f"{argument}: {name!r}, {where}: {hint or f'malformed JSON: {e.msg}; mend or delete it'}"
+            ) from e
+        except (ValueError, RecursionError) as e:
+            why = "a number of too many digits" if isinstance(e, ValueError) else TOO_DEEP
+            where = f"line {line}: " if text.count(b"\n") == 0 else ""
+            raise DataError(f"{argument}: {name!r}, {where}{why}; mend or delete it") from e
+
+    def checked(row: Any, at: str) -> Any:
+        key = _twice(row)
+        if key is not None:
+            raise DataError(f"{argument}: {name!r}, {at}: key {key!r} comes twice in an object; rename or delete one")
+        return row
 
     with path.open("rb") as f:
         start = f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
         if path.suffix.lower() == ".json" and start.startswith(b"["):
-            yield from ((0, row) for row in parse(path.read_bytes(), 1))
+            for n, row in enumerate(parse(path.read_bytes(), 1)):
+                yield 0, checked(row, f"row {n} (from 0)")
             return
         f.seek(0)
         for line, text in enumerate(f, start=1):
             if text.strip():
-                yield line, parse(text.rstrip(), line)
+                yield line, checked(parse(text.rstrip(), line), f"line {line}")
+
+
+def _over_lines(path: Path) -> str:
+    """What is wrong with a file of JSON lines whose first value runs over several of them; "" for any other file."""
+    try:
+        with path.open(encoding="utf-8-sig") as f:
+            text = f.read(2**26).lstrip()
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return ""
+    if "\n" not in text[:end].strip():
+        return ""
+    if isinstance(value, list):
+        return "a JSON list over several lines; name the file .json, or write one object a line"
+    return "an object over several lines (pretty-printed); write one object a line (jq -c .), or a list in a .json file"
 
 
 def _csv_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -184,6 +236,9 @@ def _csv_rows(argument: str, name: str, path: Path) -> Iterator[tuple[int, dict[
         reader = csv.reader(f, strict=True)
         try:
             header = next(reader, [])
+            twice = next((column for column, n in Counter(header).items() if column and n > 1), None)
+            if twice is not None:
+                raise DataError(f"{argument}: {name!r}, line 1: column {twice!r} comes twice; rename or delete one")
             for values in reader:
                 if values and len(values) != len(header):
                     raise DataError(

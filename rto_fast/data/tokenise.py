@@ -7,7 +7,6 @@ and row limit.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import tempfile
@@ -26,8 +25,8 @@ import transformers
 
 from rto_fast.config import RunConfig
 from rto_fast.data import chat_template, row_formats
-from rto_fast.data.row_formats import REFUSED, BadRow
-from rto_fast.data.sources import Table, open_source
+from rto_fast.data.row_formats import NOT_TEXT, REFUSED, BadRow, row_of
+from rto_fast.data.sources import TOO_DEEP, Table, open_source
 from rto_fast.data.tokenizer import tokenizer_hash
 from rto_fast.errors import DataError
 
@@ -195,7 +194,7 @@ def _tokenise(
         print(f"tokenising {Path(table.name).name}: {rows:,} rows", file=sys.stderr, flush=True)
     mapped = table.rows.map(
         _encode_row,
-        fn_kwargs={"encode": encode, "keys": columns(table), "as_text": table.as_text},
+        fn_kwargs={"encode": encode, "keys": columns(table), "as_text": table.as_text, "literal": table.literal},
         remove_columns=table.rows.column_names,
         features=_FEATURES,
         num_proc=workers if workers > 1 else None,
@@ -207,16 +206,18 @@ def _tokenise(
     return mapped.data.table
 
 
-def _encode_row(row: dict[str, Any], encode: Encode, keys: list[str], as_text: bool) -> dict[str, Any]:
+def _encode_row(row: dict[str, Any], encode: Encode, keys: list[str], as_text: bool, literal: bool) -> dict[str, Any]:
     """One row of _FEATURES; a row that cannot be used has its reason and no tokens."""
     line = row["line"] if as_text else 0
     reason = detail = ""
     try:
-        out = encode(json.loads(row["json"]) if as_text else row, keys)
+        out = encode(row_of(row, as_text, literal), keys)
     except BadRow as e:
         reason, detail = e.reason, e.detail
     except jinja2.TemplateError as e:
         reason, detail = REFUSED, f"the chat template refuses the conversation: {e}"
+    except RecursionError:
+        reason, detail = NOT_TEXT, TOO_DEEP
     if reason:
         out = {"prompt_ids": [], "first_ids": [], "second_ids": [], "text": "", "prompt": ""}
     return out | {"reason": reason, "detail": detail, "line": line}

@@ -153,6 +153,14 @@ def test_rows_that_cannot_be_answered_are_named(settings, tmp_path):
             made(settings, data=write_rows(tmp_path / "bad.jsonl", rows), format="jsonl")
 
 
+def test_a_kept_column_that_no_file_takes(settings, tmp_path):
+    """Half a surrogate pair in a column that the answers' file repeats is refused before anything is sampled."""
+    for format, column, key in (("alpaca_eval", "dataset", "instruction"), ("arena_hard", "uid", "prompt")):
+        (tmp_path / "s.jsonl").write_text(json.dumps({key: "Who?", column: "a\ud800"}) + "\n")
+        with pytest.raises(ConfigError, match=f"line 1: '{column}' holds .* half a character"):
+            made(settings, data=str(tmp_path / "s.jsonl"), format=format)
+
+
 @pytest.mark.slow
 def test_command_line(settings, tmp_path, launch):
     """As a user starts it: a good run, then the same again, which must not overwrite the first."""

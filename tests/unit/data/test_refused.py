@@ -102,7 +102,7 @@ BAD_ROWS = [
     (ROWS[1] | {"rejected": ROWS[1]["chosen"]}, "chosen = rejected", "'chosen' and 'rejected' are the same"),
     (ROWS[1] | {"prompt": CHAT["chosen"]}, "no turn to answer", "'prompt' ends in an assistant turn"),
     (CHAT | {"rejected": CHAT["chosen"][:1]}, "no assistant turn", "'rejected' ends in a turn of 'user'"),
-    (CHAT | {"rejected": as_conversations(ROWS)[1]["rejected"]}, "prompts differ", "do not share their earlier turns"),
+    (CHAT | {"prompt": None, "rejected": as_conversations(ROWS)[1]["rejected"]}, "prompts differ", "do not share"),
     (CHAT | {"prompt": [turn("user", "Else?")]}, "prompts differ", "'chosen' are not those of 'prompt'"),
     (CHAT | {"chosen": [{"role": "user"}, CHAT["chosen"][1]]}, "missing key", r"'chosen\[0\].content' is missing"),
     (CHAT | {"chosen": [{"from": "user"}, CHAT["chosen"][1]]}, "missing key", r"'chosen\[0\].role' is missing"),
@@ -147,3 +147,30 @@ def test_conversation_the_template_refuses(tmp_path, tokenizer):
         prompts(data, tokenizer, template)
     got = prompts(data, tokenizer, template, invalid_rows="skip")
     assert got.counts == Counts(2, 1, {"refused by the template": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", GOOD + f'{{"prompt": {"7" * 5000}}}\n', "line 2: a number of too many digits"),
+        ("d.jsonl", GOOD + f'{{"prompt": {"[" * 10**5}}}\n', "line 2: lists or objects nested too deeply"),
+        ("d.json", f"[{GOOD}, {'[' * 10**5}]", "d.json'.*nested too deeply"),
+        ("d.jsonl", "\n".join(json.dumps(r, indent=1) for r in ROWS), "line 1, .*an object over several lines"),
+        ("d.json", json.dumps(ROWS[0], indent=1), "line 1, .*an object over several lines .*pretty-printed"),
+        ("d.jsonl", json.dumps(ROWS, indent=1), "line 1, .*a JSON list over several lines; name the file .json"),
+    ],
+)  # fmt: skip
+def test_json_that_python_does_not_take(tmp_path, tokenizer, template, name, content, message):
+    with pytest.raises(DataError, match=message):
+        preferences(bad_file(tmp_path, name, content), tokenizer, template)
+
+
+def test_nesting_that_is_read_and_cannot_be_used(tmp_path, tokenizer, template):
+    """Near the interpreter's limit a row ends in rows or in a refusal, wherever the limit is met."""
+    for depth in range(200, 1000, 50):
+        value = "[" * depth + "]" * depth
+        data = bad_file(tmp_path, f"d{depth}.jsonl", f'{{"prompt": "a", "response": "b", "x": {value}}}\n')
+        try:
+            assert len(sft(data, tokenizer, template)) == 1
+        except DataError as e:
+            assert "nested too deeply" in str(e)  # noqa: PT017 - either end is right
