@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve mutants docs lint bench clean
+.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve mutants fuzz docs lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -83,6 +83,14 @@ test-vllm-serve: $(VLLM_VENV)/installed
 # Plants faults in copies of the kernels and sees that the tests notice each.
 mutants: $(VENV)/installed-dev
 	$(BIN)/python tests/kernels/mutants.py
+
+# Rows, settings, damaged run folders and reward servers' answers as nobody wrote them: 1,800 cases, new ones each time.
+# The seed is printed; SEED=N tries the same again.
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+fuzz: $(VENV)/installed-dev
+	@echo "seed $(SEED)"
+	RTO_FUZZ=full $(BIN)/pytest tests/fuzz -s -n auto --maxprocesses 4 --dist loadfile --hypothesis-seed=$(SEED)
 
 # The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
 docs: $(VENV)/installed-dev

@@ -21,7 +21,7 @@ from typing import Literal, NoReturn, Protocol, TypeVar, get_args, get_origin, g
 
 import tyro
 
-from rto_fast.errors import REFUSED, STOPPED, ConfigError
+from rto_fast.errors import REFUSED, STOPPED, ConfigError, shown
 
 
 class Settings(Protocol):
@@ -133,7 +133,7 @@ def _run(config: Settings, run: str) -> None:
 def stop(error: Exception | str, code: int, speaks: bool) -> NoReturn:
     """Ends this rank; the one that speaks prints the error."""
     if speaks:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {shown(error)}", file=sys.stderr, flush=True)
     else:
         time.sleep(_QUIET_SECONDS)
     sys.exit(code)

@@ -12,6 +12,16 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message names the setting and the remedy."""
 
 
+LONGEST = 2000
+"""Characters of a message that are shown."""
+
+
+def shown(message: object) -> str:
+    """The message as one line for a terminal: what would move its cursor, turn or break it is spelt out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError with the message unless the condition holds."""
     if not condition:
