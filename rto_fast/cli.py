@@ -120,7 +120,7 @@ def _run(config: Settings, run: str) -> None:
     except ConfigError as error:
         stop(error, REFUSED, distributed.speaks())
     except DeviceLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {shown(error)}", file=sys.stderr, flush=True)
         os._exit(STOPPED)  # what ends in order would call the broken device, and die of that with another code
     except (Diverged, Preempted, RewardError, RolloutError, SyncError) as error:
         stop(error, STOPPED, distributed.speaks())
