@@ -109,8 +109,8 @@ def build(config: RTOConfig) -> Run:
     )  # fmt: skip
     for origin in loaded.origins:
         logger.message(origin)
-    if loaded.tight:
-        logger.warn(loaded.tight)
+    for warning in [*inputs.checkpoints.torn, *filter(None, [loaded.tight])]:
+        logger.warn(warning)
     run = Run(
         config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts,
         iterations=inputs.iterations, placement=loaded.placement, policy=loaded.policy, critic=loaded.critic,

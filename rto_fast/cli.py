@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import logging
 import os
 import pkgutil
@@ -103,10 +104,11 @@ def main(defaults: C, run: str, args: Sequence[str] | None = None, *, prog: str 
 
 def _run(config: Settings, run: str) -> None:
     import datasets
+    import torch
     import transformers
 
     from rto_fast import distributed
-    from rto_fast.errors import DeviceLost, Diverged, Preempted, RewardError, RolloutError, SyncError
+    from rto_fast.errors import DeviceLost, Diverged, Preempted, RewardError, RolloutError, StorageError, SyncError
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()  # loading is checked by rto_fast.models, with its own messages
@@ -122,12 +124,32 @@ def _run(config: Settings, run: str) -> None:
     except DeviceLost as error:
         print(f"error: {shown(error)}", file=sys.stderr, flush=True)
         os._exit(STOPPED)  # what ends in order would call the broken device, and die of that with another code
-    except (Diverged, Preempted, RewardError, RolloutError, SyncError) as error:
+    except (Diverged, Preempted, RewardError, RolloutError, StorageError, SyncError) as error:
         stop(error, STOPPED, distributed.speaks())
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        stop(
+            f"master_port: another process listens on port {port} of this machine; start with "
+            "`deepspeed --master_port N ...`, N a free one",
+            REFUSED,
+            speaks(),
+        )
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        what = error.filename or "a file of the run"
+        stop(f"{what} cannot be written: {error.strerror}. The last checkpoint is whole; make room and go on with "
+             "--resume auto", STOPPED, distributed.speaks())  # fmt: skip
     except SystemExit as end:
         if end.code and not distributed.speaks():
             time.sleep(_QUIET_SECONDS)
         raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a full disk, a used-up quota and a limit on files give."""
 
 
 def stop(error: Exception | str, code: int, speaks: bool) -> NoReturn:

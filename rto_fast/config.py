@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rto_fast.errors import ConfigError, require
 from rto_fast.redact import redacted, without_credentials
@@ -28,6 +29,22 @@ def free(default: T) -> T:
     return dataclasses.field(default=default, metadata={FREE: True})
 
 
+PATHS = (
+    "output_dir", "model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model", "reward_fn", "output",
+    "generator",
+)  # fmt: skip
+"""Fields that may hold a path; data and templates are opened with theirs."""
+
+
+def expand_home(config: Any) -> None:
+    """Replaces the `~` that a path of a frozen config begins with by the home folder."""
+    for name in PATHS:
+        value = getattr(config, name, ())
+        home = os.path.expanduser(value) if isinstance(value, str) else tuple(map(os.path.expanduser, value))
+        if home != value:
+            object.__setattr__(config, name, home)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings of every stage."""
@@ -38,6 +55,8 @@ class RunConfig:
     """Seed of data order, initial heads and sampling."""
     resume: Literal["auto", "never"] = free("never")
     """auto: go on from the newest checkpoint in output_dir, or start when there is none."""
+    trust_run_folder: bool = free(False)
+    """Resume from checkpoints that another user owns: they are pickles, and reading one can run its writer's code."""
     save_every: int = free(0)
     """Optimiser steps (RTO: iterations) between checkpoints; 0 = by time, see save_minutes."""
     save_minutes: float = free(15.0)
@@ -95,6 +114,9 @@ class RunConfig:
     """Processes that tokenise; 0 = one a core, at most 16."""
     data_cache: bool = free(True)
     """Keep the tokenised rows on disk and use them again."""
+
+    def __post_init__(self) -> None:
+        expand_home(self)
 
     def validate(self) -> None:
         """Raises ConfigError on settings that contradict each other; needs no file and no device."""

@@ -56,6 +56,10 @@ class SyncError(RuntimeError):
     """The engine does not hold the weights it was pushed; the message names the parameter or the evidence."""
 
 
+class StorageError(RuntimeError):
+    """Something could not be written; the message names the file or folder and the reason."""
+
+
 class Preempted(RuntimeError):
     """A signal has ended the run behind a whole checkpoint; the message names both."""
 

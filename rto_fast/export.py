@@ -20,7 +20,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from rto_fast.backend.checkpoints import find_checkpoint
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.tokenizer import load_tokenizer
-from rto_fast.errors import REFUSED, ConfigError, require
+from rto_fast.errors import REFUSED, ConfigError, StorageError, require
 from rto_fast.logs.files import folder_aside
 from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.load import DTYPES, load_policy, new_scalar
@@ -37,6 +37,8 @@ class ExportConfig:
     """Folder to write; must not exist."""
     step: int = 0
     """Checkpoint to take; 0 = the newest."""
+    trust_run_folder: bool = False
+    """Read checkpoints that another user owns. They are pickles: reading one can run code that its writer chose."""
 
 
 def export_checkpoint(config: ExportConfig) -> list[Path]:
@@ -44,9 +46,9 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
 
     Raises ConfigError where there is no such checkpoint or the target exists.
     """
-    target = Path(config.to)
+    target = Path(config.to).expanduser()
     require(not target.exists(), f"to: {target} exists already")
-    folder, record = find_checkpoint(config.run, config.step)
+    folder, record = find_checkpoint(Path(config.run).expanduser(), config.step, config.trust_run_folder)
     settings = record["config"]
     argument = "policy" if "policy" in settings else "model"
     base = settings[argument]
@@ -85,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         for folder in export_checkpoint(config):
             print(folder)
-    except ConfigError as error:
+    except (ConfigError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     return 0

@@ -31,7 +31,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rto_fast import cli
-from rto_fast.config import RTOConfig
+from rto_fast.config import RTOConfig, expand_home
 from rto_fast.contract import Request
 from rto_fast.data.chat_template import check_template, load_template
 from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, check_text, prompt_row, row_of
@@ -85,6 +85,9 @@ class GenerateConfig:
     """Tokens (prompt + response) the transformers engine samples at once."""
     chunk: int = 256
     """Responses between two saves of the work so far."""
+
+    def __post_init__(self) -> None:
+        expand_home(self)
 
     def validate(self) -> None:
         """Raises ConfigError on settings that contradict each other; needs no model and no data."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,28 +19,66 @@ from rto_fast.backend.inputs import Contents, contents_of, difference
 from rto_fast.backend.output_lock import LOCK, OWNER
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RunConfig, check_wandb
-from rto_fast.errors import ConfigError
-from rto_fast.logs.files import fsync
+from rto_fast.errors import ConfigError, StorageError, require
+from rto_fast.logs.files import fsync, writing
 from rto_fast.redact import redacted
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
+STEP, PARTIAL = re.compile(r"step-(\d{8,})"), re.compile(r"partial-\d{8,}")
+"""Names of the folders that are ours."""
 
 
 def checkpoint_steps(root: Path) -> list[int]:
     """Steps of the whole checkpoints under `root`, oldest first."""
-    return sorted(int(p.parent.name.removeprefix("step-")) for p in root.glob(f"step-*/{STATE}"))
+    found = (STEP.fullmatch(p.parent.name) for p in root.glob(f"step-*/{STATE}"))
+    return sorted(int(name[1]) for name in found if name)
 
 
-def find_checkpoint(output_dir: str | Path, step: int = 0) -> tuple[Path, dict[str, Any]]:
-    """(folder, record) of a run's checkpoint `step`, 0 = the newest; ConfigError where there is none."""
+def read_record(folder: Path, trusted: bool = False) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises Torn where a file lacks, or is shorter or longer than it was written.
+
+    Raises ConfigError where another user owns a part of it, unless it is `trusted`: its files are pickles.
+    """
+    try:
+        record = json.loads((folder / STATE).read_text())
+        step, files = record["step"], record.get("files", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Torn(f"{folder / STATE} cannot be read") from error
+    for name, size in files.items():
+        path = folder / name
+        now = path.stat().st_size if path.is_file() else None
+        if now != size:
+            raise Torn(f"{path} has {now} bytes, {size} were written" if now is not None else f"{path} is gone")
+    if not trusted:
+        for path in (folder.parents[1], folder.parent, folder, *folder.rglob("*")):
+            if path.stat().st_uid != os.geteuid():
+                raise ConfigError(
+                    f"checkpoint {step}: {path} belongs to another user, and reading a checkpoint can run code that "
+                    "its writer chose; copy what you trust, or pass --trust-run-folder True"
+                )
+    return record
+
+
+class Torn(ValueError):
+    """A checkpoint that is not whole; the message names the file."""
+
+
+def find_checkpoint(output_dir: str | Path, step: int = 0, trusted: bool = False) -> tuple[Path, dict[str, Any]]:
+    """(folder, record) of a run's checkpoint `step`, 0 = the newest that is whole; ConfigError where there is none."""
     root = Path(output_dir) / CHECKPOINTS
     steps = checkpoint_steps(root)
     if not steps:
         raise ConfigError(f"run: {output_dir} holds no checkpoint (looked in {root})")
     if step and step not in steps:
         raise ConfigError(f"step: no checkpoint {step} in {root}; there are {', '.join(map(str, steps))}")
-    folder = root / f"step-{step or steps[-1]:08d}"
-    return folder, json.loads((folder / STATE).read_text())
+    torn = ""
+    for number in [step] if step else reversed(steps):
+        folder = root / f"step-{number:08d}"
+        try:
+            return folder, read_record(folder, trusted)
+        except Torn as error:
+            torn = torn or str(error)
+    raise ConfigError(f"run: no checkpoint asked for is whole: {torn}")
 
 
 class Checkpoints:
@@ -48,6 +88,9 @@ class Checkpoints:
         self.root = Path(config.output_dir) / CHECKPOINTS
         self.keep = config.keep_last
         self.fingerprint = json.loads(json.dumps(config.fingerprint()))
+        self.trusted = config.trust_run_folder
+        self.torn: list[str] = []
+        """Warnings of checkpoints that `read` went past."""
         self.inputs: Contents = {}
         self._found: dict[str, Any] = {}
 
@@ -57,9 +100,22 @@ class Checkpoints:
         state: JSON values; tensors: anything torch.save takes, written by rank 0.
         """
         target, partial = self._folder(step), self._partial(step)
+        try:
+            with writing(target):
+                self._save(step, target, partial, engines, state, tensors)
+        except StorageError:
+            if distributed.rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _save(
+        self, step: int, target: Path, partial: Path, engines: dict[str, TrainEngine], state: dict[str, Any],
+        tensors: dict[str, Any],
+    ) -> None:  # fmt: skip
         if distributed.rank() == 0:
             for left in self.root.glob("partial-*"):  # by a kill in the middle of this
-                shutil.rmtree(left)
+                if PARTIAL.fullmatch(left.name) and left.is_dir():
+                    shutil.rmtree(left)
             partial.mkdir(parents=True)
         distributed.barrier()
         for name, engine in engines.items():
@@ -67,11 +123,14 @@ class Checkpoints:
         distributed.barrier()
         if distributed.rank() == 0:
             torch.save(tensors, partial / "tensors.pt")
-            record = {"step": step, "config": self.fingerprint, "inputs": self.inputs,
+            files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+            record = {"step": step, "files": files, "config": self.fingerprint, "inputs": self.inputs,
                       "world_size": distributed.world_size(), "state": state}  # fmt: skip
             (partial / STATE).write_text(json.dumps(record))
             for path in partial.rglob("*"):
                 fsync(path)
+            if target.exists():  # one that is not whole, or not ours
+                os.rename(target, _unused(target.with_name(f"aside-{target.name}")))
             os.rename(partial, target)
             fsync(self.root)
             for old in self.steps()[: -self.keep]:
@@ -84,15 +143,23 @@ class Checkpoints:
         return checkpoint_steps(self.root)
 
     def read(self) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest checkpoint, or None; ConfigError where it is another run's."""
-        if not self.steps():
-            return None
-        step = self.steps()[-1]
-        path = self._folder(step) / STATE
-        record = json.loads(path.read_text())
-        self._check(record, path)
-        self._found = record
-        return step, record["state"]
+        """(step, state) of the newest whole checkpoint, or None where there is none at all.
+
+        Raises ConfigError where it is another run's or another user's, and where none of several is whole.
+        """
+        for step in reversed(self.steps()):
+            folder = self._folder(step)
+            try:
+                record = read_record(folder, self.trusted)
+            except Torn as error:
+                self.torn.append(f"checkpoint {step} is not whole and is left out: {error}")
+                continue
+            self._check(record, folder / STATE)
+            self._found = record
+            return step, record["state"]
+        if self.torn:
+            raise ConfigError(f"resume: {self.torn[0]}; no older one is whole, so start in another --output-dir")
+        return None
 
     def check_inputs(self, config: RunConfig) -> None:
         """Fingerprints the models and data; ConfigError where the checkpoint's run read others. Collective."""
@@ -110,7 +177,7 @@ class Checkpoints:
         """
         for name, engine in engines.items():
             engine.load(self._folder(step), name)
-        return torch.load(self._folder(step) / "tensors.pt", weights_only=False, mmap=True)
+        return torch.load(self._folder(step) / "tensors.pt", weights_only=True, mmap=True)
 
     def _check(self, record: dict[str, Any], path: Path) -> None:
         theirs = redacted(record["config"])  # earlier versions kept passwords
@@ -168,6 +235,12 @@ def _bytes_in(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+def _unused(path: Path) -> Path:
+    """The path, or with a number behind it where something is there."""
+    names = (path.with_name(f"{path.name}-{i}") for i in itertools.count(1))
+    return path if not path.exists() else next(p for p in names if not p.exists())
+
+
 def _of_a_run(path: Path) -> bool:
     """Whether a run wrote this; a log may lie in a new run's folder."""
     return path.suffix != ".log" and path.name not in (LOCK, OWNER)
@@ -183,5 +256,12 @@ def open_output(config: RunConfig) -> Checkpoints:
     if config.resume == "never" and folder.is_dir() and any(map(_of_a_run, folder.iterdir())):
         raise ConfigError(f"output_dir: {folder} already holds a run; pass --resume auto to go on with it, or another "
                           "--output-dir")  # fmt: skip
+    if config.resume == "auto" and not checkpoint_steps(folder / CHECKPOINTS):
+        done = [name for name in ("policy", "model") if (folder / name / "config.json").exists()]
+        require(
+            not done,
+            f"resume: {folder} holds a finished run ({''.join(done)}) that kept no checkpoint, so there is nothing to "
+            "go on from; pass another --output-dir",
+        )
     distributed.barrier()
     return Checkpoints(config)

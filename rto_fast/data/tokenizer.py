@@ -20,7 +20,7 @@ from rto_fast.errors import ConfigError, require
 def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder or Hub id. Raises ConfigError, naming `argument`, when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # transformers and huggingface_hub raise many unrelated types here
         reason = " ".join(str(e).split())
         raise ConfigError(f"{argument}: no tokenizer in {path!r}: {reason}") from e

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from rto_fast.config import expand_home
 from rto_fast.errors import ConfigError
 
 ARMS = ("PPO", "RTO")
@@ -70,6 +71,9 @@ class DemoConfig:
     """Bound on the scaled token reward; 0 = off."""
     beta2: float = 0.05
     """Scale of the KL penalty, both arms."""
+
+    def __post_init__(self) -> None:
+        expand_home(self)
 
     def validate(self) -> None:
         """Raises ConfigError on sizes that are not positive; the stages check the rest."""

@@ -70,7 +70,8 @@ def prepare(task: TinyTask, config: DemoConfig, root: Path, console: Console) ->
 
 def _stage(console: Console, root: Path, number: int, title: str, name: str, make: Callable[[], object]) -> None:
     console.rule(f"[bold]{number}/6  {title}")
-    if (root / name / "done").exists():
+    exported = name in ("sft", "rm", "dpo") and (root / name / "model").exists()  # killed before it was noted
+    if exported or (root / name / "done").exists():
         console.print(f"{root / name} is there already")
         return
     make()

@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from rto_fast.errors import StorageError
+
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 RUN = "run.json"
@@ -49,26 +53,47 @@ def write_atomic(path: Path | str, text: str) -> None:
         raise
 
 
+WRITERS = ("PytorchStreamWriter", "inline_container", "No space left", "I/O error", "File too large")
+"""How torch's and safetensors' writers begin what is an OSError elsewhere."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """StorageError where what is written inside to `target` finds no room, or cannot be written for another reason."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if not isinstance(error, OSError) and not any(sign in reason for sign in WRITERS):
+            raise
+        raise StorageError(
+            f"{target} cannot be written: {reason[:200]}. What was saved before is whole; make room and go on with "
+            "--resume auto"
+        ) from error
+
+
 @contextmanager
 def folder_aside(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into; it takes that place when the block has ended, else it is deleted.
 
-    Its files get the umask's mode, whatever wrote them: safetensors shuts out everyone but the owner.
+    Its files get the umask's mode, whatever wrote them: safetensors shuts out everyone but the owner. Raises
+    StorageError where it cannot be written.
     """
     aside, old = (folder.with_name(f"{kind}-{folder.name}") for kind in ("partial", "replaced"))
     for left in (aside, old):  # by a kill in the middle of this
         shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        yield aside
-        mask = _umask()
-        for path in aside.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-            fsync(path)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(aside, folder)
-        fsync(folder.parent)
+        with writing(folder):
+            aside.mkdir(parents=True)
+            yield aside
+            mask = _umask()
+            for path in aside.rglob("*"):
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+                fsync(path)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(aside, folder)
+            fsync(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,31 @@ from rto_fast.errors import ConfigError
 from rto_fast.models.attention import resolve_attention
 from rto_fast.models.heads import PolicyModel, ScalarModel
 
+ADAPTER = "adapter_config.json"
 SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
 
 
 def load_config(path: str, argument: str) -> PretrainedConfig:
     """The model's config, or a ConfigError that names the argument."""
+    _refuse_adapter(path, argument)
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{argument}: no model at {path!r} ({reason})") from error
+
+
+def _refuse_adapter(path: str, argument: str) -> None:
+    """ConfigError where a folder holds an adapter: with peft, transformers would put it on top of the weights."""
+    if (Path(path) / ADAPTER).exists():
+        whole = (Path(path) / "config.json").exists()
+        remedy = (
+            f"whole weights and an adapter ({ADAPTER}) beside them, which would be applied on top; if it is merged "
+            "already, delete the adapter's files"
+            if whole
+            else f"an adapter ({ADAPTER}) and no whole model; merge it into its base and give the merged folder"
+        )
+        raise ConfigError(f"{argument}: {path!r} holds {remedy}")
 
 
 def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.Module, dict[str, Any]]:
@@ -37,7 +53,7 @@ def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.
     """
     load_config(path, argument)
     try:
-        model, info = auto.from_pretrained(path, output_loading_info=True, **settings)
+        model, info = auto.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **settings)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300].strip()
         raise ConfigError(f"{argument}: {path!r} does not load: {reason}") from error
@@ -75,6 +91,7 @@ def _drop_unused_sampling(lm: torch.nn.Module) -> None:
 
 def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> ScalarModel:
     """A reward model with its stored head; a missing head is an error, never random weights."""
+    _check_statistics(load_config(path, argument), path, argument)
     classifier, info = _load(
         AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention,
         key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
@@ -100,7 +117,13 @@ def check_weights(path: str, argument: str) -> set[str]:
     if folder.is_dir() and not files and not index.exists() and not any(folder.glob("*.bin")):
         raise ConfigError(f"{argument}: {path!r} holds no weights (*.safetensors or *.bin)")
     if index.exists():
-        shards = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        try:
+            shards = {folder / str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{argument}: {str(index)!r} is no readable index of safetensors files ({type(error).__name__}); write "
+                "the model anew, or fetch the file again"
+            ) from error
         if lost := sorted(shards - files):
             raise ConfigError(f"{argument}: {path!r} lacks {_some(p.name for p in lost)}, which its index names")
     names: set[str] = set()
@@ -116,8 +139,29 @@ def check_weights(path: str, argument: str) -> set[str]:
 def check_reward_head(path: str, argument: str) -> None:
     """ConfigError when the folder's safetensors name no reward head; see `check_weights`."""
     names = check_weights(path, argument)
+    _check_statistics(load_config(path, argument), path, argument)
     if names and not any(f"{head}.weight" in names for head in SCORE_HEADS):
         raise _no_head(path, argument)
+
+
+def _check_statistics(config: PretrainedConfig, path: str, argument: str) -> None:
+    """ConfigError where the mean and std that scores are normalised by are no numbers to do it with."""
+    for name in ("mean", "std"):
+        value = getattr(config, name, 1.0)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (name == "std" and value <= 0):
+            wanted = "a number above 0" if name == "std" else "a number"
+            raise ConfigError(f"{argument}: {path!r} has {name} {value!r} in its config.json, which must be {wanted}; "
+                              "correct it, or delete mean and std: scores are not normalised then")  # fmt: skip
+
+
+def is_reward_model(path: str, argument: str) -> bool:
+    """Whether a folder or Hub id has a reward head already."""
+    names = check_weights(path, argument)
+    if names:
+        return any(f"{head}.weight" in names for head in SCORE_HEADS)
+    kinds = load_config(path, argument).architectures or ()
+    return any("SequenceClassification" in kind for kind in kinds)
 
 
 def _no_head(path: str, argument: str) -> ConfigError:

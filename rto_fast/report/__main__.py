@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.samples < 0:
             raise ValueError(f"--samples: must not be negative, got {args.samples}")
-        print(report_run(args.run_dir, title=args.title, limit=args.samples))
+        print(report_run(os.path.expanduser(args.run_dir), title=args.title, limit=args.samples))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -85,7 +85,9 @@ class TransformersEngine:
         Raises ValueError when the checkpoint lacks weights of the model, or the model has no `past_key_values`
         (pure state-space models).
         """
-        model, info = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
         if info["missing_keys"]:
             raise ValueError(f"{model_path}: the checkpoint lacks {sorted(info['missing_keys'])[:5]}")
         accepted = inspect.signature(model.forward).parameters

@@ -61,8 +61,8 @@ def run_stage(config: SupervisedConfig, common: Common, stage: Stage) -> Path:
         wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=common.found[0] if common.found else 0,
     )  # fmt: skip
-    if tight:
-        logger.warn(tight)
+    for warning in [*common.checkpoints.torn, *filter(None, [tight])]:
+        logger.warn(warning)
     return fit(
         config, stage, common.tokenizer, common.template, common.placement, common.checkpoints, logger, common.found
     )

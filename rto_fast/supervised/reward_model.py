@@ -14,7 +14,8 @@ from rto_fast.algo import preference
 from rto_fast.backend.output_lock import alone
 from rto_fast.config import RMConfig
 from rto_fast.data.load import load_preferences
-from rto_fast.models.load import load_config, new_scalar
+from rto_fast.models.heads import ScalarModel
+from rto_fast.models.load import is_reward_model, load_config, load_scalar, new_scalar
 from rto_fast.models.packing import Placement
 from rto_fast.supervised.loop import held_out_batches
 from rto_fast.supervised.pair_objectives import pair_rows
@@ -62,6 +63,18 @@ def train_rm(config: RMConfig) -> Path:
         print("warning: no pair is held out: the scores are not measured, their mean and std stay 0 and 1", flush=True)
 
     torch.manual_seed(config.seed)
-    hidden = load_config(config.model, "model").hidden_size
-    model = new_scalar(config.model, argument="model", head_std=1 / (hidden + 1), **common.loading)
-    return run_stage(config, common, RewardModel(model, train, held_out))
+    return run_stage(config, common, RewardModel(start_of(config.model, common.loading), train, held_out))
+
+
+def start_of(path: str, loading: dict[str, Any]) -> ScalarModel:
+    """A reward model goes on with its own head, on raw scores; any other model gets a new one. Says which."""
+    kept = is_reward_model(path, "model")
+    if kept:
+        model = load_scalar(path, argument="model", **loading)
+        model.mean, model.std = 0.0, 1.0  # of the scores before this training
+    else:
+        hidden = load_config(path, "model").get_text_config().hidden_size
+        model = new_scalar(path, argument="model", head_std=1 / (hidden + 1), **loading)
+    if distributed.rank() == 0:
+        print(f"reward head: {'that of the reward model' if kept else 'a new one on'} {path}", flush=True)
+    return model

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
+import launches
 import pytest
+from recipe_helpers import flags_of
+from refusal_helpers import REFUSED
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -44,3 +49,17 @@ def test_rto_checkpoint_of_another_config(refused, run):
     refused("rto_llama3.py", r"resume: .*step-00000001 was written by .* other settings: beta1=0.05 \(now 0.2\)",
             resume="auto", iterations=1, beta1=0.2)  # fmt: skip
     refused("rto_llama3.py", r"output_dir: .* already holds a run", iterations=1)
+
+
+def test_a_busy_port(settings, launch, monkeypatch):
+    """The launcher's port is taken: one line that names the port and the launcher's flag."""
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        monkeypatch.setattr(launches, "free_port", lambda: port)
+        result = launch(["recipes/rm_llama3.py", *flags_of(settings["rm_llama3.py"])])
+    assert result.returncode == REFUSED, result.output
+    assert f"error: master_port: another process listens on port {port} " in result.output
+    assert "--master_port N" in result.output
+    assert "Traceback" not in result.output

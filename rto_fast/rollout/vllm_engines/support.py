@@ -45,7 +45,7 @@ def unusable(model_path: str | Path, device: torch.device) -> str:
         return f"vLLM {version} is not one of the tested series ({', '.join(TESTED)})"
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    config = AutoConfig.from_pretrained(model_path)
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     try:
         from vllm import ModelRegistry
     except ImportError as error:

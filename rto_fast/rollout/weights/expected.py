@@ -33,7 +33,8 @@ class ExpectedWeights:
     def of(cls, model_path: str | Path) -> ExpectedWeights:
         """Of a model folder or Hub id, from its config alone."""
         with torch.device("meta"):
-            return cls(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)))
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+            return cls(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
     def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights as they come; SyncError at the first whose name or shape is not the model's."""

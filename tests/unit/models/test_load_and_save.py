@@ -22,12 +22,13 @@ from rto_fast import build, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.data.chat_template import load_template
-from rto_fast.errors import ConfigError
+from rto_fast.errors import ConfigError, StorageError
 from rto_fast.models import save
 from rto_fast.models.attention import PACKED
-from rto_fast.models.load import load_policy, load_scalar
+from rto_fast.models.load import check_reward_head, check_weights, load_policy, load_scalar
 from rto_fast.models.packing import PackedBatch
 from rto_fast.models.save import export, save_model
+from rto_fast.supervised.reward_model import start_of
 
 LOADING = {"dtype": torch.float32, "attention": PACKED, "argument": "reward_model"}
 TOKENS = [torch.tensor([1, 9, 12, 30, 31]), torch.tensor([1, 40, 41])]
@@ -70,6 +71,55 @@ def test_a_missing_head_is_an_error(tiny, tmp_path):
     headless = copy_with(tiny.reward, tmp_path / "headless", score=None)
     with pytest.raises(ConfigError, match=r"reward_model: .*headless.*no reward head.*score and value_head"):
         load_scalar(headless, **LOADING)
+
+
+@pytest.mark.parametrize("value", [None, "0.3", True, float("nan")])
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_statistics_that_are_no_numbers(tiny, tmp_path, name, value):
+    folder = tmp_path / "reward"
+    shutil.copytree(tiny.reward, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    for call in (lambda: check_reward_head(str(folder), "reward_model"), lambda: load_scalar(str(folder), **LOADING)):
+        with pytest.raises(ConfigError, match=rf"reward_model: .* has {name} .* in its config.json, .*delete mean and"):
+            call()
+
+
+def test_a_reward_model_that_is_trained_on_keeps_its_head(tiny, capsys):
+    """Its raw scores are those before; any other model gets a new head. Which one, is said."""
+    loading = {"dtype": torch.float32, "attention": PACKED}
+    kept, before = start_of(tiny.reward, loading), load_scalar(tiny.reward, **LOADING)
+    assert torch.equal(kept.classifier.score.weight, before.classifier.score.weight)
+    torch.testing.assert_close(scores(kept), scores(before) * before.std + before.mean)
+    assert f"reward head: that of the reward model {tiny.reward}" in capsys.readouterr().out
+    new = start_of(tiny.policy, loading)
+    assert not torch.equal(new.classifier.score.weight, before.classifier.score.weight)
+    assert f"reward head: a new one on {tiny.policy}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapter_files_are_refused(tiny, tmp_path, whole):
+    folder = tmp_path / "merged"
+    shutil.copytree(tiny.policy, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    remedy = "delete the adapter's files" if whole else "merge it into its base"
+    for load in (load_policy, load_scalar):
+        with pytest.raises(ConfigError, match=rf"reward_model: '.*merged' holds .*adapter_config.json.*{remedy}"):
+            load(str(folder), **LOADING)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["x"]}', "\xff", "[" * 10**5]
+)
+def test_a_malformed_index(tiny, tmp_path, text):
+    shutil.copytree(tiny.policy, tmp_path / "model")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"policy: '.*index.json' is no readable index .*fetch the file again"):
+        check_weights(str(tmp_path / "model"), "policy")
 
 
 def test_a_language_model_is_no_reward_model(tiny):
@@ -322,7 +372,9 @@ def test_an_export_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(save, "save_tokenizer", full)
         for name in ("policy", "other"):
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(
+                StorageError, match=rf"{name} cannot be written: No space left.*was saved before is whole"
+            ):
                 tiny_export(tiny, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
     assert (tmp_path / "policy" / "mark").exists()
