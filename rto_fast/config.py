@@ -14,6 +14,8 @@ from typing import Literal, TypeVar
 
 from rto_fast.errors import ConfigError, require
 
+TEMPLATE_DATE = "2024-07-26"
+"""The day that chat templates write who ask for today's date: the one that Llama-3.1's falls back to."""
 FREE = "a resumed run may change it"
 T = TypeVar("T")
 
@@ -83,10 +85,14 @@ class RunConfig:
     """Rows used of each data set, from the first; 0 = all."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, else the plain one; plain; or the path of a Jinja file."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD: the day that a chat template writes where it asks for today's date (Llama-3.1's does). One day for
+    all stages, so that they agree whenever they run."""
     overlong: Literal["refuse", "skip", "truncate"] = "skip"
     """What happens to rows over the length limit, counted either way. truncate cuts responses, never prompts."""
-    invalid_rows: Literal["refuse", "skip"] = "refuse"
-    """What happens to rows with a missing key, empty or non-string text, or chosen = rejected."""
+    invalid_rows: Literal["refuse", "skip", "skip_empty"] = "refuse"
+    """What happens to rows with a missing key, empty or non-string text, or chosen = rejected, counted either way.
+    skip_empty: those of empty text and those with chosen = rejected are left out, any other is refused."""
     data_workers: int = free(0)
     """Processes that tokenise; 0 = one a core, at most 16."""
     data_cache: bool = free(True)
