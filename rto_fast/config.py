@@ -206,6 +206,10 @@ class DPOConfig(PreferenceConfig):
     """Loss; formulas in preference.py. mppo takes all rows of one prompt and chosen as one with N negatives."""
     beta: float = 0.1
     """Strength of the pull to the reference (all but simpo and mppo)."""
+    label_smoothing: float = 0.0
+    """dpo: probability that a label is wrong (cDPO), below 0.5; 0 = off."""
+    nll_coef: float = 0.0
+    """dpo: weight of the mean negative log-prob of chosen's tokens, added to the loss; 0 = off."""
     r_dpo_alpha: float = 0.01
     """r_dpo: margin for each token that chosen is longer, nats; 0 = DPO."""
     simpo_beta: float = 2.5
@@ -229,7 +233,20 @@ class DPOConfig(PreferenceConfig):
         super().validate()
         for name in ("beta", "simpo_beta"):
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
-        for name in ("r_dpo_alpha", "simpo_gamma", "tdpo_alpha", "kto_desirable_weight", "kto_undesirable_weight"):
+        require(0 <= self.label_smoothing < 0.5, f"label_smoothing: must lie in [0, 0.5), got {self.label_smoothing}")
+        for name in ("label_smoothing", "nll_coef"):
+            require(
+                self.objective == "dpo" or not getattr(self, name),
+                f"{name}: is for --objective dpo, not {self.objective}",
+            )
+        for name in (
+            "nll_coef",
+            "r_dpo_alpha",
+            "simpo_gamma",
+            "tdpo_alpha",
+            "kto_desirable_weight",
+            "kto_undesirable_weight",
+        ):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
 
 
