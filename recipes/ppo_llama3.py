@@ -1,4 +1,6 @@
-"""PPO in the paper's setting, the same loop with the token reward off (beta1 = 0).
+"""PPO on RTO's terms: the same models, data and learning rates with the token reward off (beta1 = 0).
+
+The paper's own PPO had a reward model of 8B parameters and a learning rate of 8e-7.
 
 deepspeed recipes/ppo_llama3.py --output-dir runs/ppo
 """

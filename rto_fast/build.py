@@ -147,7 +147,7 @@ def check(config: RTOConfig) -> Inputs:
     found = checkpoints.read()
     rewards = load_reward_sources(config)
     tokenizer = load_tokenizer(config.policy, "policy")
-    template = load_template(config.chat_template, tokenizer)
+    template = load_template(config.chat_template, tokenizer, config.template_date)
     _check_models(config, tokenizer, template)
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
@@ -210,7 +210,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
     sources, readings = [], []
     for path, name in zip(config.reward_model, names, strict=True):
-        source, reading = _model_reward(path, name, keep, inputs, placement, loading)
+        source, reading = _model_reward(path, name, keep, inputs, placement, loading, config.template_date)
         sources.append(source)
         readings.append(f"reward model: {reading}")
     scorers = Scorers(
@@ -289,7 +289,7 @@ def _critic(config: RTOConfig, inputs: Inputs, loading: dict[str, Any]) -> tuple
 
 def _model_reward(
     path: str, name: str, keep: Callable[[torch.nn.Module], FrozenModel], inputs: Inputs, placement: Placement,
-    loading: dict[str, Any],
+    loading: dict[str, Any], template_date: str,
 ) -> tuple[ModelReward, str]:  # fmt: skip
     """The source, and how it reads a response."""
     model = keep(load_scalar(path, argument="reward_model", **loading))
@@ -299,7 +299,7 @@ def _model_reward(
         end = end_of_turn(inputs.tokenizer, inputs.template)
         return ModelReward(name, model, placement, end, limit), f"{path} reads the policy's tokens"
     own = load_tokenizer(path, "reward_model")
-    text = OwnText(own, load_template("auto", own), limit, inputs.prompts.prompts)
+    text = OwnText(own, load_template("auto", own, template_date), limit, inputs.prompts.prompts)
     source = ModelReward(name, model, placement, own_text=text)
     return source, f"{path} tokenises the texts anew, since {difference}"
 

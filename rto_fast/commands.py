@@ -1,6 +1,7 @@
 """The commands of `rto-fast`, and the settings that each starts from.
 
-They are the paper's for Llama-3-8B.
+They are the paper's for Llama-3-8B. PPO's are RTO's with the token reward off; the paper's own PPO had a reward model
+of 8B parameters and a learning rate of 8e-7.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ PREFERENCES: dict[str, Any] = {
     "data": "HuggingFaceH4/ultrafeedback_binarized",
     "data_split": "train_prefs",
     "eval_split": "test_prefs",
+    "invalid_rows": "skip_empty",  # which these data may hold
 }
 RTO = RTOConfig(
     policy="OpenRLHF/Llama-3-8b-sft-mixture",
@@ -37,6 +39,7 @@ SFT = SFTConfig(
     model="meta-llama/Meta-Llama-3-8B",
     data="HuggingFaceH4/ultrafeedback_binarized",
     data_split="train_sft",
+    invalid_rows="skip_empty",
     output_dir="runs/sft_llama3",
 )
 DEMO = DemoConfig()

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 from rto_fast.errors import ConfigError, require
 from rto_fast.redact import redacted, without_credentials
 
+TEMPLATE_DATE = "2024-07-26"
+"""The day that chat templates write who ask for today's date: the one that Llama-3.1's falls back to."""
 FREE = "a resumed run may change it"
 T = TypeVar("T")
 
@@ -106,10 +108,14 @@ class RunConfig:
     """Rows used of each data set, from the first; 0 = all."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, else the plain one; plain; or the path of a Jinja file."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD: the day that a chat template writes where it asks for today's date (Llama-3.1's does). One day for
+    all stages, so that they agree whenever they run."""
     overlong: Literal["refuse", "skip", "truncate"] = "skip"
     """What happens to rows over the length limit, counted either way. truncate cuts responses, never prompts."""
-    invalid_rows: Literal["refuse", "skip"] = "refuse"
-    """What happens to rows with a missing key, empty or non-string text, or chosen = rejected."""
+    invalid_rows: Literal["refuse", "skip", "skip_empty"] = "refuse"
+    """What happens to rows with a missing key, empty or non-string text, or chosen = rejected, counted either way.
+    skip_empty: those of empty text and those with chosen = rejected are left out, any other is refused."""
     data_workers: int = free(0)
     """Processes that tokenise; 0 = one a core, at most 16."""
     data_cache: bool = free(True)
@@ -237,6 +243,10 @@ class DPOConfig(PreferenceConfig):
     """Loss; formulas in preference.py. mppo takes all rows of one prompt and chosen as one with N negatives."""
     beta: float = 0.1
     """Strength of the pull to the reference (all but simpo and mppo)."""
+    label_smoothing: float = 0.0
+    """dpo: probability that a label is wrong (cDPO), below 0.5; 0 = off."""
+    nll_coef: float = 0.0
+    """dpo: weight of the mean negative log-prob of chosen's tokens, added to the loss; 0 = off."""
     r_dpo_alpha: float = 0.01
     """r_dpo: margin for each token that chosen is longer, nats; 0 = DPO."""
     simpo_beta: float = 2.5
@@ -260,7 +270,20 @@ class DPOConfig(PreferenceConfig):
         super().validate()
         for name in ("beta", "simpo_beta"):
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
-        for name in ("r_dpo_alpha", "simpo_gamma", "tdpo_alpha", "kto_desirable_weight", "kto_undesirable_weight"):
+        require(0 <= self.label_smoothing < 0.5, f"label_smoothing: must lie in [0, 0.5), got {self.label_smoothing}")
+        for name in ("label_smoothing", "nll_coef"):
+            require(
+                self.objective == "dpo" or not getattr(self, name),
+                f"{name}: is for --objective dpo, not {self.objective}",
+            )
+        for name in (
+            "nll_coef",
+            "r_dpo_alpha",
+            "simpo_gamma",
+            "tdpo_alpha",
+            "kto_desirable_weight",
+            "kto_undesirable_weight",
+        ):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
 
 

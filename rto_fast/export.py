@@ -18,6 +18,7 @@ import tyro
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from rto_fast.backend.checkpoints import find_checkpoint
+from rto_fast.config import TEMPLATE_DATE
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.tokenizer import load_tokenizer
 from rto_fast.errors import REFUSED, ConfigError, StorageError, require
@@ -53,7 +54,8 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     argument = "policy" if "policy" in settings else "model"
     base = settings[argument]
     tokenizer = load_tokenizer(base, argument)
-    template = load_template(settings["chat_template"], tokenizer)
+    day = settings.get("template_date", TEMPLATE_DATE)
+    template = load_template(settings["chat_template"], tokenizer, day)
     loading: dict[str, Any] = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
     names = sorted(p.name for p in folder.iterdir() if p.is_dir())
     with folder_aside(target) as aside:

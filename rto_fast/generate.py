@@ -31,7 +31,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rto_fast import cli
-from rto_fast.config import RTOConfig, expand_home
+from rto_fast.config import TEMPLATE_DATE, RTOConfig, expand_home
 from rto_fast.contract import Request
 from rto_fast.data.chat_template import check_template, load_template
 from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, check_text, prompt_row, row_of
@@ -69,6 +69,8 @@ class GenerateConfig:
     """Column of the prompt; auto: `turns`, `context_messages`, `prompt` or `instruction`, whichever is there first."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, else the plain one; plain; or the path of a Jinja file."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD: the day that a chat template writes where it asks for today's date."""
     temperature: float = 1.0
     """Sampling temperature (top-p 1, as in training); see also greedy."""
     greedy: bool = False
@@ -179,7 +181,7 @@ def generate(config: GenerateConfig) -> Path:
     config.validate()
     model = load_config(config.model, "model")
     tokenizer = load_tokenizer(config.model)
-    template = load_template(config.chat_template, tokenizer)
+    template = load_template(config.chat_template, tokenizer, config.template_date)
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")
     fingerprint, prompts = _prompts(config, tokenizer, template, getattr(model, "max_position_embeddings", 0))

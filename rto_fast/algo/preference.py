@@ -20,11 +20,21 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def dpo_loss(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, *, beta: float
-) -> Tensor:
-    """-log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)) (Rafailov et al. 2023, Eq. 7)."""
-    margin = (chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp)
-    return -F.logsigmoid(beta * margin)
+    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, *, beta: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """-log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected)) (Rafailov et al. 2023, Eq. 7).
+
+    label_smoothing: probability that a label is wrong, the weight of the loss with the two exchanged (cDPO); 0 = off.
+    """
+    margin = beta * ((chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp))
+    loss = -F.logsigmoid(margin)
+    return (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin) if label_smoothing else loss
+
+
+def chosen_nll(chosen_logp: Tensor, chosen_lens: Tensor) -> Tensor:
+    """Mean negative log-prob of a chosen token, a response (Pang et al. 2024, Eq. 1)."""
+    return -chosen_logp / chosen_lens
 
 
 def r_dpo_loss(

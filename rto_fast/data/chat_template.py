@@ -23,12 +23,15 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from rto_fast.config import TEMPLATE_DATE
+from rto_fast.data.bounds import CHARACTERS, bounded, printable
 from rto_fast.errors import ConfigError, require
 
 Message = dict[str, Any]
@@ -52,7 +55,10 @@ class ChatTemplate:
     source: str
     """Jinja text, or "plain"."""
     hash: str
-    """sha256 (hex) of the source and of the tokenizer's BOS and EOS, which templates write."""
+    """sha256 (hex) of the source, of the tokenizer's BOS and EOS, which templates write, and of the date where there is
+    one."""
+    day: str = ""
+    """The day (YYYY-MM-DD) that the template writes for today's; empty where it asks for none."""
 
     def encode_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         """Token ids that a response is sampled after; raises jinja2.TemplateError as the template does."""
@@ -128,11 +134,19 @@ class ChatTemplate:
                 raise jinja2.TemplateError(f"a message has {field!r}, which has no place in it")
 
     def _render(self, tokenizer: PreTrainedTokenizerBase, turns: list[Message], add_generation_prompt: bool) -> str:
+        """Raises jinja2.TemplateError as the template does, in printable text, and where it takes too much."""
         self._check_places(turns)
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return cast(str, text)
+        settings: dict[str, Any] = {"chat_template": self.source, "add_generation_prompt": add_generation_prompt}
+        if self.day:
+            settings["strftime_now"] = date.fromisoformat(self.day).strftime
+        try:
+            with bounded():
+                text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, **settings))
+        except jinja2.TemplateError as e:
+            raise jinja2.TemplateError(printable(e)) from e
+        if len(text) > CHARACTERS:
+            raise jinja2.TemplateError(f"it writes {len(text):,} characters, more than {CHARACTERS:,}")
+        return text
 
     def _with_bos(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
         """A chat template writes its own BOS; the plain one gets it here, once."""
@@ -194,13 +208,20 @@ def _to_first_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
     return tail[: ends.end(1)] if ends else tail
 
 
-def load_template(config_chat_template: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+def load_template(
+    config_chat_template: str, tokenizer: PreTrainedTokenizerBase, template_date: str = TEMPLATE_DATE
+) -> ChatTemplate:
     """The template that the `chat_template` setting names: auto, plain, or the path of a Jinja file.
 
+    template_date: YYYY-MM-DD, what a template writes that asks for today's date: one day for a run, and all its stages.
     Raises ConfigError for a missing file and for a template that fails on a conversation of two turns.
     """
+    try:
+        date.fromisoformat(template_date)
+    except ValueError as e:
+        raise ConfigError(f"template_date: {template_date!r} is no date; write it as YYYY-MM-DD") from e
     if config_chat_template == "auto":
-        source = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN
+        source = _own_template(tokenizer)
     elif config_chat_template == PLAIN:
         source = PLAIN
     else:
@@ -213,16 +234,29 @@ def load_template(config_chat_template: str, tokenizer: PreTrainedTokenizerBase)
             raise ConfigError(f"chat_template: {str(path)!r} is no readable UTF-8 text: {e}") from e
         require(bool(source.strip()), f"chat_template: {str(path)!r} is empty")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    text = json.dumps([source, special], sort_keys=True, ensure_ascii=True)
-    template = ChatTemplate(source=source, hash=hashlib.sha256(text.encode()).hexdigest())
+    day = template_date if re.search(r"\bstrftime_now\b", source) else ""
+    text = json.dumps([source, special, *([day] if day else [])], sort_keys=True, ensure_ascii=True)
+    template = ChatTemplate(source=source, hash=hashlib.sha256(text.encode()).hexdigest(), day=day)
     try:
         template.encode_pair(tokenizer, "Hello", "Hi there")
     except (jinja2.TemplateError, TypeError, ValueError) as e:
         raise ConfigError(
-            f"chat_template: template {config_chat_template!r} fails on a user and an assistant turn: {e}; "
+            f"chat_template: template {config_chat_template!r} fails on a user and an assistant turn: "
+            f"{printable(e)}; "
             "mend it, or use --chat-template plain"
         ) from e
     return template
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template, of several the one named default; "plain" where it has none."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict) and "default" not in own:
+        raise ConfigError(
+            f"chat_template: the tokenizer has the templates {printable(', '.join(own))}, and none of them is the "
+            "default; write one into a Jinja file and give its path, or use --chat-template plain"
+        )
+    return tokenizer.get_chat_template() if own else PLAIN
 
 
 def near_names(path: Path) -> str:
@@ -237,7 +271,7 @@ def save_template(folder: str | Path, template: ChatTemplate) -> None:
     path = Path(folder) / TEMPLATE_FILE
     part = path.with_suffix(".part")
     kind = "plain" if template.source == PLAIN else "jinja"
-    part.write_text(json.dumps({"hash": template.hash, "kind": kind}) + "\n", encoding="utf-8")
+    part.write_text(json.dumps({"hash": template.hash, "kind": kind, "date": template.day}) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -250,9 +284,15 @@ def check_template(folder: str | Path, template: ChatTemplate, argument: str) ->
     if not path.is_file():
         return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["hash"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        stored, day = record["hash"], record.get("date", "")
     except (ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{argument}: {str(path)!r} is not a template record ({e}); export the model again") from e
+    require(
+        stored == template.hash or not day or day == template.day,
+        f"{argument}: {str(folder)!r} was trained with the date {day} in its chat template, this run uses "
+        f"{template.day or 'none'}; pass --template-date {day}",
+    )
     require(
         stored == template.hash,
         f"{argument}: {str(folder)!r} was trained with chat template {stored}, this run uses {template.hash}"

@@ -29,6 +29,8 @@ from rto_fast.data.chat_template import (
     as_messages,
 )
 from rto_fast.data.row_formats import (
+    EMPTY,
+    SAME,
     answer_columns,
     answer_row,
     preference_columns,
@@ -248,8 +250,9 @@ def _judge(config: RunConfig, rows: TokenRows, limit: int, limit_name: str) -> t
     Raises DataError where a flag says refuse and where no row is left; prints the counts on rank 0.
     """
     reasons = rows.reasons.copy()
-    bad = [i for i, reason in enumerate(reasons) if reason]
-    if bad and config.invalid_rows == "refuse":
+    skips = {"refuse": (), "skip_empty": (EMPTY, SAME), "skip": set(reasons)}[config.invalid_rows]
+    bad = [i for i, reason in enumerate(reasons) if reason and reason not in skips]
+    if bad:
         raise DataError(
             f"{rows.at(bad[0])}: {rows.details[bad[0]]} ({reasons[bad[0]]}; the first of {len(bad):,} "
             f"unusable rows in {len(reasons):,}); mend the data, or pass --invalid-rows skip"

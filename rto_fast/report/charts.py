@@ -24,6 +24,9 @@ WIDE_IN = (7.4, 3.3)
 """Width and height of a chart; its text is set for about 72 screen pixels an inch."""
 PALETTE = 8
 """Series colours the page defines, --c0 .. --c7."""
+CHARACTERS = 20_000
+"""Characters shown of one text, such as a prompt."""
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _INK, _MUTED, _GRID = "#fe0101", "#fe0102", "#fe0103"  # placeholders for var(--ink), ...
 _SERIES = tuple(f"#fe02{i:02x}" for i in range(PALETTE))
 STYLE = {
@@ -89,6 +92,25 @@ class Chart:
     """One sentence on how to read it."""
     stacked: bool = False
     """Areas on top of each other; all curves share their x."""
+
+
+def cut(text: str, characters: int) -> str:
+    """The text's beginning, and how much of it is not shown."""
+    return text if len(text) <= characters else f"{text[:characters]}… ({len(text) - characters:,} characters more)"
+
+
+def esc(text: object) -> str:
+    """Text for HTML: cut at CHARACTERS, with what a browser would drop or let turn the writing made visible.
+
+    Control characters but newline and tab become their pictures (U+2400 ..), invisible marks of writing direction and
+    of lines their code points.
+    """
+    return html.escape(_HIDDEN.sub(_picture, cut(str(text), CHARACTERS)), quote=True)
+
+
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"[U+{code:04X}]"
 
 
 def figure_text(value: float) -> str:
@@ -223,7 +245,8 @@ def clean_svg(svg: str, key: str, description: str) -> str:
         svg = svg.replace(placeholder, f"var(--{name})")
     for i, placeholder in enumerate(_SERIES):
         svg = svg.replace(placeholder, f"var(--c{i})")
-    head = f'<svg role="img" aria-label="{html.escape(description, quote=True)}"'
+    svg = _HIDDEN.sub(_picture, svg)
+    head = f'<svg role="img" aria-label="{esc(description)}"'
     return re.sub(r'^<svg width="[^"]*" height="[^"]*"', head, svg.strip(), count=1)
 
 
@@ -255,11 +278,11 @@ def _pointer_data(ax: Axes, chart: Chart, series: dict[str, int]) -> dict:
 
 
 def _figure(chart: Chart, svg: str, series: dict[str, int], names: list[str], data: dict) -> str:
-    legend = "".join(f'<li><i style="background:var(--c{series[n]})"></i>{html.escape(n)}</li>' for n in names)
+    legend = "".join(f'<li><i style="background:var(--c{series[n]})"></i>{esc(n)}</li>' for n in names)
     legend = f'<ul class="legend">{legend}</ul>' if len(names) > 1 else ""
-    note = f"<p>{html.escape(chart.note)}</p>" if chart.note else ""
+    note = f"<p>{esc(chart.note)}</p>" if chart.note else ""
     points = html.escape(json.dumps(data, separators=(",", ":"), allow_nan=False), quote=True)
-    title = html.escape(chart.title)
+    title = esc(chart.title)
     return (
         f'<figure class="chart" data-points="{points}">'
         f"<figcaption><h3>{title}</h3>{note}{legend}</figcaption>"

@@ -8,7 +8,6 @@ whose tokens are coloured by token reward, advantage, DPO reward, KL or value.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from rto_fast.logs.files import METRICS, REPORT, RUN, SAMPLES, duration, read_metrics, write_atomic
 from rto_fast.redact import redacted
 from rto_fast.report.assets import CSP, CSS, JS
-from rto_fast.report.charts import WIDE_IN, Chart, colours_by_name, draw, figure_text
+from rto_fast.report.charts import WIDE_IN, Chart, colours_by_name, cut, draw, esc, figure_text
 from rto_fast.report.samples import TOKEN_FIELDS, ReportSample, read_samples
 from rto_fast.report.sections import sections
 
@@ -35,6 +34,8 @@ assert tuple(QUANTITIES) == TOKEN_FIELDS
 
 QUANTILE = 0.95
 """Share of the tokens inside the colour scale; the rest, such as a score at the last token, saturate."""
+TOKEN_CHARACTERS = 1_000
+"""Characters shown of one token."""
 OPACITY = 0.78
 """Of a token at the scale's end; less keeps the text readable. The page's script has the same."""
 
@@ -69,10 +70,6 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"Table {self.title!r}: {len(row)} cells for {len(self.columns)} columns: {row}")
-
-
-def esc(text: object) -> str:
-    return html.escape(str(text), quote=True)
 
 
 def _slug(text: str) -> str:
@@ -232,7 +229,7 @@ def _response(sample: ReportSample, scale: float) -> str:
     hint = "Point at a token, or step through with the arrow keys, for its figures." if sample.tokens else ""
     return (
         f'<article class="response"><header>{head}</header>'
-        f'<div class="prompt" aria-label="prompt">{esc(_visible_controls(sample.prompt))}</div>'
+        f'<div class="prompt" aria-label="prompt">{esc(sample.prompt)}</div>'
         f'<div class="tokens" role="group" aria-label="response">{tokens}</div>'
         f'<p class="readout" aria-live="polite">{hint}</p></article>'
     )
@@ -247,11 +244,11 @@ def _token(sample: ReportSample, i: int, scale: float) -> str:
     text = sample.tokens[i]
     special = " s" if re.fullmatch(r"<[^<>\s]+>|\[[A-Z_]{2,}\]", text) else ""
     figures = ", ".join(f"{label} {signed(v)}" for (label, _), v in zip(QUANTITIES.values(), values, strict=True))
-    title = f"{i + 1}/{len(sample.tokens)} {json.dumps(text, ensure_ascii=False)}: {figures}"
+    title = f"{i + 1}/{len(sample.tokens)} {json.dumps(cut(text, TOKEN_CHARACTERS), ensure_ascii=False)}: {figures}"
     data = " ".join(f"{v:.5g}" if math.isfinite(v) else "NaN" for v in values)
     return (
         f'<span class="t {kind}{special}" tabindex="{0 if i == 0 else -1}" style="--a:{opacity:.3f}" '
-        f'data-v="{data}" title="{esc(_visible_controls(title))}">{_token_html(text)}</span>'
+        f'data-v="{data}" title="{esc(title)}">{_token_html(text)}</span>'
     )
 
 
@@ -260,18 +257,13 @@ def signed(value: float) -> str:
     return f"{value:+.5g}".replace("-", "−") if math.isfinite(value) else "not finite"
 
 
-def _visible_controls(text: str) -> str:
-    """Control characters but newline and tab as their pictures (U+2400 ..), which HTML would drop or refuse."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda m: "␡" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])), text)
-
-
 def _token_html(text: str) -> str:
     """A token with its spaces, tabs and newlines made visible; a newline also breaks the line."""
     if not text:
         return "<u>∅</u>"
     # <wbr>: the line may break where the space is, since the dot in its place is a letter to the browser.
     marks = {" ": "<wbr><u>·</u>", "\t": "<u>⇥\t</u>", "\n": "<u>↵</u>\n"}
-    return "".join(marks.get(c) or esc(_visible_controls(c)) for c in text)
+    return "".join(marks.get(c) or esc(c) for c in cut(text, TOKEN_CHARACTERS))
 
 
 def pick_samples(samples: Sequence[ReportSample], limit: int) -> list[ReportSample]:

@@ -19,7 +19,17 @@ from rto_fast.errors import require
 from rto_fast.models.heads import PolicyModel
 from rto_fast.models.load import check_weights, load_config, load_policy
 from rto_fast.supervised.kto import KTO, Answers
-from rto_fast.supervised.pair_objectives import MPPO, TDPO, KLLoss, PairLoss, Referenced, SimPO, grouped_rows, pair_rows
+from rto_fast.supervised.pair_objectives import (
+    MPPO,
+    TDPO,
+    KLLoss,
+    PairLoss,
+    Pairs,
+    Referenced,
+    SimPO,
+    grouped_rows,
+    pair_rows,
+)
 from rto_fast.supervised.prepare import Common, prepare, run_stage
 from rto_fast.supervised.reference_cache import cached_reference_logps
 from rto_fast.supervised.stage import Row, Stage
@@ -107,10 +117,17 @@ def _kto(config: DPOConfig, common: Common) -> KTO:
     return KTO(model, answers, tables[::2], tables[1::2], config)
 
 
+def _dpo_loss(pairs: Pairs, config: DPOConfig) -> Tensor:
+    loss = preference.dpo_loss(
+        *pairs.logp.unbind(1), *pairs.ref_logp.unbind(1), beta=config.beta, label_smoothing=config.label_smoothing
+    )
+    return (
+        loss + config.nll_coef * preference.chosen_nll(pairs.logp[:, 0], pairs.lens[:, 0]) if config.nll_coef else loss
+    )
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "dpo": Objective(
-        _referenced, lambda p, c: preference.dpo_loss(*p.logp.unbind(1), *p.ref_logp.unbind(1), beta=c.beta)
-    ),
+    "dpo": Objective(_referenced, _dpo_loss),
     "r_dpo": Objective(
         _referenced,
         lambda p, c: preference.r_dpo_loss(*p.ratios, *p.lens.unbind(1), beta=c.beta, alpha=c.r_dpo_alpha),

@@ -40,7 +40,7 @@ def prepare(config: SupervisedConfig) -> Common:
     found = checkpoints.read()
     model = load_config(config.model, "model")
     tokenizer = load_tokenizer(config.model)
-    template = load_template(config.chat_template, tokenizer)
+    template = load_template(config.chat_template, tokenizer, config.template_date)
     check_weights(config.model, "model")
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")

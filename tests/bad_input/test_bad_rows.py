@@ -31,7 +31,25 @@ def test_bad_row(kind, refused, tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", [GOOD, GOOD, row, row])
     for recipe in ("rm_llama3.py", "dpo_llama3.py"):
         refused(recipe, rf"data: '{path}', line 3: {message}; the first of 2 .* in 4\); mend the data, or pass "
-                        r"--invalid-rows skip", data=path)  # fmt: skip
+                        r"--invalid-rows skip", data=path, invalid_rows="refuse")  # fmt: skip
+
+
+def test_recipes_skip_what_the_default_data_hold(run, refused, tmp_path):
+    """Rows of empty text or with chosen = rejected, counted; other bad rows are refused still."""
+    rows = [GOOD, BAD_ROWS["empty text"][0], BAD_ROWS["chosen = rejected"][0], *[GOOD] * 3]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    row, message = BAD_ROWS["not text"]
+    other = write_rows(tmp_path / "other.jsonl", [*rows, row])
+    for recipe in ("rm_llama3.py", "dpo_llama3.py"):
+        refused(recipe, rf"data: '{other}', line 7: {message}; the first of 1 unusable rows in 7\)", data=other)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": "A fox.", "response": ""}] * 2)
+    refused("sft_llama3.py", r"data: no usable row in .*empty text: 2", data=texts)
+    refused(
+        "rto_llama3.py", r"line 2: 'prompt' is empty", data=write_rows(tmp_path / "p.jsonl", [GOOD, {"prompt": ""}])
+    )
+    code, stdout, _ = run("rm_llama3.py", data=path, eval_fraction=0)
+    assert code == 0
+    assert f"data {path}: 6 rows, 4 kept, 2 skipped (chosen = rejected: 1, empty text: 1)\n" in stdout
 
 
 def test_half_a_character(refused, tmp_path):

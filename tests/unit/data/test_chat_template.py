@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jinja2
 import pytest
@@ -11,6 +14,8 @@ from loop_helpers import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from rto_fast.config import RunConfig
+from rto_fast.data import bounds
 from rto_fast.data.chat_template import TEMPLATE_FILE, check_template, load_template, save_template
 from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.errors import ConfigError
@@ -249,6 +254,83 @@ def test_stored_template_is_checked(tmp_path):
         (tmp_path / TEMPLATE_FILE).write_text(text)
         with pytest.raises(ConfigError, match=r"policy: .* is not a template record"):
             check_template(tmp_path, mine, "policy")
+
+
+# ---------------------------------------------------------------------------------------------- date, bounds, terminal
+
+DATED = "{{ 'Today ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+
+
+def test_a_templates_date_is_the_runs(tmp_path):
+    """Not the day's, so that stages, resumed runs and cached rows agree; a template without one knows none."""
+    tokenizer = byte_tokenizer(DATED)
+    template = load_template("auto", tokenizer, "2024-07-26")
+    assert template.text_of(tokenizer, "Who?").startswith("Today 26 Jul 2024\n<|im_start|>user")
+    later = load_template("auto", tokenizer, "2025-01-02")
+    assert later.text_of(tokenizer, "Who?").startswith("Today 02 Jan 2025\n")
+    assert (later.hash, later.day) != (template.hash, template.day)
+    assert load_template("auto", tokenizer) == load_template("auto", tokenizer, RunConfig().template_date)
+    for plain in (byte_tokenizer(CHATML), byte_tokenizer()):
+        assert load_template("auto", plain, "2024-07-26") == load_template("auto", plain, "2025-01-02")
+    save_template(tmp_path, template)
+    check_template(tmp_path, template, "policy")
+    with pytest.raises(ConfigError, match=r"policy: .* with the date 2024-07-26 .*--template-date 2024-07-26"):
+        check_template(tmp_path, later, "policy")
+    for date in ("yesterday", "2024-13-01", ""):
+        with pytest.raises(ConfigError, match=r"template_date: '.*' is no date"):
+            load_template("auto", tokenizer, date)
+
+
+ENDLESS = {
+    "time": "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "memory": "{% set x = 'a' * (20000000000 * messages | length) %}{{ x }}",
+    "size": "{{ 'a' * (20000000 * messages | length) }}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_has_bounds(kind, monkeypatch):
+    """On the first conversation, and on one that alone makes it large."""
+    monkeypatch.setattr(bounds, "SECONDS", 0.5)
+    with pytest.raises(ConfigError, match=r"template 'auto' fails.*(seconds|GiB|characters)"):
+        load_template("auto", byte_tokenizer(ENDLESS[kind] + CHATML))
+    only = "{% if messages[0].content == 'bomb' %}" + ENDLESS[kind] + "{% endif %}" + CHATML
+    tokenizer = byte_tokenizer(only)
+    template = load_template("auto", tokenizer)
+    with pytest.raises(jinja2.TemplateError, match=r"seconds|GiB|characters"):
+        template.encode_prompt(tokenizer, "bomb")
+    assert template.encode_prompt(tokenizer, "Who?")
+
+
+def test_bounds_leave_nothing_behind():
+    before = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(jinja2.TemplateError), bounds.bounded():
+        raise MemoryError
+    with bounds.bounded():
+        pass
+    assert (signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    with ThreadPoolExecutor(1) as pool:  # signals reach the main thread alone: no bound on time there
+        assert pool.submit(lambda: bounds.bounded().__enter__()).result() is None
+
+
+def test_a_templates_message_is_plain_text():
+    """Colours, line breaks and turned writing of a template's own message do not reach the terminal."""
+    shout = "{{ raise_exception('\x1b[31mred\nerror: fine\u202edlo' + 'x' * 9000) }}"
+    with pytest.raises(ConfigError) as error:
+        load_template("auto", byte_tokenizer(shout))
+    assert r"\x1b[31mred\nerror: fine\u202edlo" in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1000
+
+
+def test_several_templates():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": BARE}
+    assert load_template("auto", tokenizer).source == CHATML
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": BARE}
+    with pytest.raises(ConfigError, match=r"chat_template: .*rag, tool_use.*none of them is the default.*Jinja file"):
+        load_template("auto", tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer and model

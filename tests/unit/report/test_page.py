@@ -127,6 +127,21 @@ def test_special_characters_of_tokens_are_shown(tmp_path):
     assert "\x00" not in text
 
 
+def test_turned_writing_and_huge_texts(tmp_path):
+    """Marks that turn the writing are named wherever they stand; a token and a prompt of megabytes are cut."""
+    turned = "safe\u202eexe.txt\u2066\u200f\x9b"
+    hostile = sample([turned, "a" * 2_000_000], prompt=turned + "b" * 2_000_000, label=turned, extra={turned: 1.0})
+    _, text = write(
+        tmp_path, title=turned, subtitle=turned, summary={turned: turned}, settings={turned: "c" * 2_000_000},
+        samples=[hostile], tables=[Table(turned, [turned], [[turned]], turned)],
+        comparison=[Chart(turned, [Curve(turned, [0, 1], [0, 1])], turned, turned, turned)],
+    )  # fmt: skip
+    assert not re.search("[\x80-\x9f\u200f\u202e\u2066]", text)
+    assert text.count("[U+202E]") >= 10
+    assert "(1,999,000 characters more)" in text
+    assert len(text) < 300_000
+
+
 def test_tokens_carry_their_figures_sign_and_title(tmp_path):
     page, _ = write(tmp_path, samples=[sample(["a", "b", "c"], token_reward=[0.05, -0.1, math.nan])])
     tokens = [a for a in page.all("span") if a.get("data-v")]

@@ -102,7 +102,9 @@ def truth_loss(objective, config, model, reference, rows, kto):
         r, n, k, lp = ratio[i], lens[i], kls[i], logps[i]
         b = config.beta
         if objective == "dpo":
-            losses.append(minus_log_sigmoid(b * (r[0] - r[1])))
+            wrong = config.label_smoothing
+            right_way, other_way = (minus_log_sigmoid(sign * b * (r[0] - r[1])) for sign in (1, -1))
+            losses.append((1 - wrong) * right_way + wrong * other_way - config.nll_coef * lp[0] / n[0])
         elif objective == "r_dpo":
             losses.append(minus_log_sigmoid(b * (r[0] - r[1]) + config.r_dpo_alpha * (n[0] - n[1])))
         elif objective == "simpo":
@@ -129,12 +131,16 @@ def relative(ours, truth) -> float:
     return math.sqrt(gap / sum(float(b.square().sum()) for b in truth))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_loss_and_gradient_equal_the_fp64_formula(objective, tiny, tmp_path, one_rank, negatives):
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [*((objective, {}) for objective in OBJECTIVES), ("dpo", {"label_smoothing": 0.1}), ("dpo", {"nll_coef": 0.7})],
+)
+def test_loss_and_gradient_equal_the_fp64_formula(objective, options, tiny, tmp_path, one_rank, negatives):
     start, base = (tiny.dpo, tiny.policy) if objective == "kto" else (tiny.policy, tiny.dpo)  # KTO: baseline > 0
     reference = {} if objective in ("simpo", "mppo") else {"reference": base}
     data = negatives if objective == "mppo" else tiny.pairs
-    config = small(tiny, tmp_path / "run", model=start, objective=objective, data=data, eval_fraction=0.0, **reference)
+    config = small(tiny, tmp_path / "run", model=start, objective=objective, data=data, eval_fraction=0.0, **reference,
+                   **options)  # fmt: skip
     stage, common = make_stage(config)
     index = list(range(min(6, len(stage.train))))
     rows = [stage.train[i] for i in index]
@@ -440,5 +446,10 @@ def test_contradictory_settings_are_refused(tiny, tmp_path):
         train_dpo(small(tiny, tmp_path, objective="simpo", reference=tiny.dpo))
     with pytest.raises(ConfigError, match="simpo_beta"):
         small(tiny, tmp_path, objective="simpo", simpo_beta=0.0).validate()
+    for option in ("label_smoothing", "nll_coef"):
+        with pytest.raises(ConfigError, match=f"{option}: is for --objective dpo, not ipo"):
+            small(tiny, tmp_path, objective="ipo", **{option: 0.1}).validate()
+    with pytest.raises(ConfigError, match=r"label_smoothing: must lie in \[0, 0.5\), got 0.5"):
+        small(tiny, tmp_path, label_smoothing=0.5).validate()
     with pytest.raises(ConfigError, match="kto_desirable_weight"):
         small(tiny, tmp_path, objective="kto", kto_desirable_weight=-1.0).validate()
