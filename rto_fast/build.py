@@ -49,10 +49,10 @@ from rto_fast.rollout.engine import Sampling
 from rto_fast.rollout.make_engine import make_engine
 from rto_fast.rollout.weights.sync import WeightSync
 from rto_fast.run import Run, State
-from rto_fast.scoring.reward_function import FunctionReward, try_functions
+from rto_fast.scoring.reward_function import FunctionReward
 from rto_fast.scoring.reward_model import ModelReward, OwnText
 from rto_fast.scoring.reward_server import RemoteReward
-from rto_fast.scoring.reward_source import RewardSource
+from rto_fast.scoring.reward_source import RewardSource, try_sources
 from rto_fast.scoring.score import Scorers
 
 
@@ -134,7 +134,7 @@ def build(config: RTOConfig) -> Run:
 
 
 def check(config: RTOConfig) -> Inputs:
-    """Settings, files, models' configs, data and reward functions, in this order."""
+    """Settings, files, models' configs, data, reward functions and servers, in this order."""
     config.validate()
     device = distributed.init()
     require(
@@ -153,7 +153,7 @@ def check(config: RTOConfig) -> Inputs:
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
     delimiters = _delimiters(config, tokenizer)
     prompts = load_prompts(config, tokenizer, template)
-    try_functions(rewards, prompts.texts)
+    try_sources(rewards, prompts.texts)
     checkpoints.check_inputs(config)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)

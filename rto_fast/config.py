@@ -313,7 +313,7 @@ class RTOConfig(RunConfig):
     reward_weight: tuple[float, ...] = ()
     """Weights of the sources in the order models, functions, URLs; empty = 1 each."""
     reward_timeout_s: float = free(60.0)
-    """Seconds a remote reward request may take."""
+    """Seconds that one attempt of a remote reward request may take in all."""
     reward_retries: int = free(4)
     """Attempts after a failed remote request."""
 

@@ -1,4 +1,4 @@
-"""Addresses without their credentials, for everything that is written, printed or logged."""
+"""URLs without credentials, as they are written, printed and logged."""
 
 from __future__ import annotations
 

@@ -16,6 +16,9 @@ class Server:
         self.script: list[object] = []
         """For each request in turn: a status, seconds of silence, bytes or JSON to answer; then all goes well."""
         self.always: object = None
+        self.headers: dict[str, str] = {}
+        self.drip = ""
+        """"head" or "body": what is sent a byte every .05 s, without an end."""
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
         outer = self
@@ -54,9 +57,21 @@ class Server:
         with self.lock:
             self.busy -= 1
         try:
+            if self.drip:
+                return self._drip(request)
             request.send_response(status)
             request.send_header("Content-Length", str(len(payload)))
+            for name, value in self.headers.items():
+                request.send_header(name, value)
             request.end_headers()
             request.wfile.write(payload)
         except OSError:
             pass  # the client gave up waiting
+
+    def _drip(self, request: BaseHTTPRequestHandler) -> None:
+        request.wfile.write(
+            b"HTTP/1.1 200 OK\r\n" + (b"Content-Length: 9999\r\n\r\n" if self.drip == "body" else b"X: ")
+        )
+        for _ in range(100):
+            time.sleep(0.05)
+            request.wfile.write(b" " if self.drip == "body" else b"x")

@@ -15,38 +15,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rto_fast import distributed
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.errors import ConfigError, RewardError
-from rto_fast.scoring.reward_source import RewardSource
-
-TRIAL = "A response."
-"""What a function is tried on before a run."""
-
-
-def try_functions(sources: Sequence[RewardSource], prompts: Sequence[str]) -> None:
-    """Has rank 0 ask each Python function for scores of made-up responses to the first prompts; collective.
-
-    Raises ConfigError, before any model is loaded, where one raises or answers otherwise than with numbers.
-    """
-    some = list(prompts[:2])
-    texts = ResponseTexts(some, [TRIAL] * len(some), [[] for _ in some])
-    failure = ""
-    for source in sources if distributed.rank() == 0 else ():
-        if isinstance(source, FunctionReward) and not failure:
-            try:
-                source.score_texts(texts)
-            except RewardError as error:
-                failure = f"reward_fn: tried on the response {TRIAL!r}: {error}"
-    if failure := distributed.broadcast_object(failure):
-        raise ConfigError(failure)
 
 
 class FunctionReward:
     """A Python function, called as fn(prompts=[...], responses=[...]) -> one number a response.
 
-    Rank 0 calls it once before the run (`try_functions`), each rank once an iteration for its own responses.
+    Rank 0 calls it once before the run (`try_sources`), each rank once an iteration for its own responses.
     """
+
+    setting = "reward_fn"
 
     def __init__(self, name: str, fn: Callable[..., Sequence[float]]) -> None:
         self.name = name

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import json
-from concurrent.futures import ThreadPoolExecutor
+import logging
+import socket
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.request import proxy_bypass_environment as bypassed  # type: ignore[attr-defined]
 
 import httpx
 import tenacity
@@ -12,13 +19,26 @@ from torch import Tensor
 
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.errors import ConfigError, RewardError
+from rto_fast.redact import without_credentials
+
+ANSWER_BYTES = 4 << 20
+"""Most bytes of an answer, unpacked; its numbers take a few hundred."""
+ENCODINGS = ("", "identity", "gzip", "deflate")
+"""Of answers that are read. None is asked for; of these, what one network read holds unpacks to 64 MiB at most."""
+SHOWN = 200
+"""Characters of an answer in an error message."""
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it prints the URL of each request, password and all
 
 
 class RemoteReward:
     """A reward model on HTTP: POST {"query": [prompt + response], "prompts": [...]} -> {"rewards": [...]}.
 
-    Connection errors, time-outs, status 429 and 5xx are tried again after 1, 2, 4, ... times `wait_s`.
+    Connection errors, time-outs, status 429 and 5xx are tried again after 1, 2, 4, ... times `wait_s`. The
+    environment's proxies are used, but never for an address of this machine or of a private network.
     """
+
+    setting = "reward_url"
 
     def __init__(
         self,
@@ -31,83 +51,175 @@ class RemoteReward:
         chunk: int = 32,
         in_flight: int = 8,
     ) -> None:
-        """`timeout_s`: of each attempt; `chunk`: responses a request; `in_flight`: requests at a time.
+        """`timeout_s`: of each attempt as a whole; `chunk`: responses a request; `in_flight`: requests at a time.
 
-        Raises ConfigError when `url` is no http(s) address.
+        Raises ConfigError when `url` is no http(s) address, or the environment's proxy for it cannot be used.
         """
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"reward_url: {url!r} is no URL: {error}") from None
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ConfigError(f"reward_url: {url!r} must start with http:// or https:// and name a host")
-        self.url = url
-        self.name = str(parsed.copy_with(userinfo=b"", query=None))
+            raise ConfigError(f"reward_url: {without_credentials(url)!r} is no URL: {error}") from None
+        self.name = without_credentials(url)
         """The URL without password and query, for messages and metrics."""
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ConfigError(f"reward_url: {self.name!r} must start with http:// or https:// and name a host")
+        self.url = url
+        self.secrets = [s for s in (parsed.password, parsed.query.decode(), *parsed.params.values()) if s]
         self.timeout_s = timeout_s
         self.chunk = chunk
         self.in_flight = in_flight
         self.attempts = attempts
         self.wait = tenacity.wait_exponential(multiplier=wait_s, max=max_wait_s)
+        self.proxy = proxy_of(parsed, urllib.request.getproxies())
+        try:
+            self._transport()
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            through = f" through the proxy {without_credentials(self.proxy)} of the environment" if self.proxy else ""
+            raise ConfigError(f"reward_url: {self.name} cannot be asked{through}: {error}") from None
+
+    def _transport(self) -> httpx.AsyncHTTPTransport:
+        return httpx.AsyncHTTPTransport(proxy=self.proxy or None)
 
     def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
+        return self.score_texts(texts)
+
+    def score_texts(self, texts: ResponseTexts) -> Tensor:
         """[B] fp32. Raises RewardError after the last attempt, or at once for an answer of another form."""
+        return torch.tensor(asyncio.run(self._ask_all(texts)), dtype=torch.float32)
+
+    async def _ask_all(self, texts: ResponseTexts) -> list[float]:
         pairs = list(zip(texts.prompts, texts.responses, strict=True))
         chunks = [pairs[i : i + self.chunk] for i in range(0, len(pairs), self.chunk)]
-        with httpx.Client(timeout=self.timeout_s) as client, ThreadPoolExecutor(self.in_flight) as pool:
-            futures = [pool.submit(self._post, client, part) for part in chunks]
-            try:
-                rewards = [value for future in futures for value in future.result()]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return torch.tensor(rewards, dtype=torch.float32)
+        free = asyncio.Semaphore(self.in_flight)
+        async with httpx.AsyncClient(
+            transport=self._transport(), timeout=None, headers={"Accept-Encoding": "identity"}
+        ) as client:
 
-    def _post(self, client: httpx.Client, pairs: list[tuple[str, str]]) -> list[float]:
+            async def ask(part: list[tuple[str, str]]) -> list[float]:
+                async with free:
+                    return await self._post(client, part)
+
+            answers: list[list[float]] = await asyncio.gather(*(ask(part) for part in chunks))
+        return [reward for answer in answers for reward in answer]
+
+    async def _post(self, client: httpx.AsyncClient, pairs: list[tuple[str, str]]) -> list[float]:
         """The rewards of one chunk."""
         body = {"query": [p + r for p, r in pairs], "prompts": [p for p, _ in pairs]}
-        retrying = tenacity.Retrying(
+        retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.attempts),
             wait=self.wait,
             retry=tenacity.retry_if_exception(_temporary),
             reraise=True,
         )
         try:
-            answer = retrying(self._request, client, body)
-        except httpx.HTTPStatusError as error:
+            answer: str = await retrying(self._request, client, body)
+        except _BadStatus as error:
             tried = retrying.statistics["attempt_number"]
             raise RewardError(
-                f"remote reward {self.name}: status {error.response.status_code} after {tried} attempt(s): "
-                f"{error.response.text[:200]!r}"
-            ) from error
-        except httpx.HTTPError as error:
+                f"remote reward {self.name}: status {error.status} after {tried} attempt(s): {self._shown(error.text)}"
+            ) from None
+        except (httpx.HTTPError, TimeoutError) as error:
             tried = retrying.statistics["attempt_number"]
+            through = f" through the proxy {without_credentials(self.proxy)}" if self.proxy else ""
             raise RewardError(
-                f"remote reward {self.name}: no answer after {tried} attempt(s) "
+                f"remote reward {self.name}: no answer{through} after {tried} attempt(s) "
                 f"(time-out {self.timeout_s:g} s): {type(error).__name__}: {error}"
-            ) from error
+            ) from None
         return self._parse(answer, len(pairs))
 
-    def _request(self, client: httpx.Client, body: dict) -> httpx.Response:
-        return client.post(self.url, json=body).raise_for_status()
+    async def _request(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
+        """The text of one attempt's answer, whole within `timeout_s`."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                async with client.stream("POST", self.url, json=body) as answer:
+                    status, text = answer.status_code, (await self._read(answer)).decode(errors="replace")
+        except TimeoutError:
+            raise TimeoutError("the answer was not whole in time") from None
+        if not 200 <= status < 300:
+            raise _BadStatus(status, text)
+        return text
 
-    def _parse(self, answer: httpx.Response, count: int) -> list[float]:
+    async def _read(self, answer: httpx.Response) -> bytes:
+        encoding = answer.headers.get("Content-Encoding", "").strip().lower()
+        if encoding not in ENCODINGS:
+            raise RewardError(f"remote reward {self.name}: Content-Encoding {encoding[:SHOWN]!r} was not asked for")
+        content = bytearray()
+        async for part in answer.aiter_bytes():
+            content += part
+            if len(content) > ANSWER_BYTES:
+                raise RewardError(f"remote reward {self.name}: the answer has more than {ANSWER_BYTES:,} bytes")
+        return bytes(content)
+
+    def _parse(self, answer: str, count: int) -> list[float]:
         """The `rewards` of an answer: `count` numbers."""
         try:
-            rewards = answer.json()["rewards"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            rewards = json.loads(answer)["rewards"]
+        except (ValueError, RecursionError, KeyError, TypeError):  # ValueError: of a number with 5,000 digits, too
             raise RewardError(
-                f'remote reward {self.name}: answer is not {{"rewards": [...]}}: {answer.text[:200]!r}'
+                f'remote reward {self.name}: answer is not {{"rewards": [...]}}: {self._shown(answer)}'
             ) from None
         if not isinstance(rewards, list) or not all(type(r) in (int, float) for r in rewards):
-            raise RewardError(f"remote reward {self.name}: rewards is no flat list of numbers: {str(rewards)[:200]}")
+            raise RewardError(f"remote reward {self.name}: rewards is no flat list of numbers: {self._shown(answer)}")
         if len(rewards) != count:
             raise RewardError(f"remote reward {self.name}: {len(rewards)} rewards for {count} responses")
-        return rewards
+        try:
+            return [float(r) for r in rewards]
+        except OverflowError:
+            raise RewardError(
+                f"remote reward {self.name}: a reward is beyond every float: {self._shown(answer)}"
+            ) from None
+
+    def _shown(self, text: str) -> str:
+        """The start of a server's text, without what the URL keeps secret."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return repr(text[:SHOWN])
+
+
+class _BadStatus(Exception):
+    def __init__(self, status: int, text: str) -> None:
+        self.status, self.text = status, text
 
 
 def _temporary(error: BaseException) -> bool:
     """Whether another attempt may do better."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)
+    if isinstance(error, _BadStatus):
+        return error.status == 429 or error.status >= 500
+    return isinstance(error, httpx.TransportError | TimeoutError)
+
+
+def proxy_of(url: httpx.URL, proxies: Mapping[str, str]) -> str:
+    """The proxy to ask for `url` through, or "".
+
+    proxies: as `urllib.request.getproxies` reads them from the environment; its "no" (NO_PROXY) may hold host names,
+    addresses and ranges of addresses.
+    """
+    proxy = proxies.get(url.scheme) or proxies.get("all") or ""
+    if not proxy or _is_near(url.host) or bypassed(url.netloc.decode(), dict(proxies)):
+        return ""
+    address = _address(url.host)
+    for entry in proxies.get("no", "").split(","):
+        try:
+            if address and address in ipaddress.ip_network(entry.strip().strip("[]"), strict=False):
+                return ""
+        except ValueError:  # a host name
+            continue
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_near(host: str) -> bool:
+    """Whether a host is this machine or in a private network, where a proxy has no business."""
+    if address := _address(host):
+        return address.is_loopback or address.is_private or address.is_link_local
+    try:
+        found = [ipaddress.ip_address(i[4][0]) for i in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError, ValueError):  # a name that the proxy alone can resolve
+        return host == "localhost" or host.endswith(".localhost")
+    return all(a.is_loopback or a.is_private or a.is_link_local for a in found)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import time
+import tracemalloc
+import zlib
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -15,7 +19,8 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.scoring.reward_function import FunctionReward
-from rto_fast.scoring.reward_server import RemoteReward
+from rto_fast.scoring.reward_server import RemoteReward, proxy_of
+from rto_fast.scoring.reward_source import try_sources
 from rto_fast.scoring.score import weighted_sum
 
 WORDS = ["a", "bb", "", "dddd", "eeeee", "ff", "g"]
@@ -162,8 +167,7 @@ def test_function_spec_that_cannot_be_loaded(user_folder, spec, message):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def server():
     server = Server()
     yield server
     server.http.shutdown()
@@ -214,7 +218,7 @@ def test_remote_waits_longer_each_time(server):
     ("fault", "message"),
     [
         (503, r"http://127\.0\.0\.1:\d+/score: status 503 after 3 attempt\(s\): 'the model is loading'"),
-        (0.6, r"/score: no answer after 3 attempt\(s\) \(time-out 0\.3 s\): ReadTimeout"),
+        (0.6, r"/score: no answer after 3 attempt\(s\) \(time-out 0\.3 s\): TimeoutError"),
         ("hang up", r"/score: no answer after 3 attempt\(s\)"),
     ],
 )
@@ -245,9 +249,12 @@ def test_remote_refusal_is_not_tried_again(server, status):
     [
         (b"<html>", r"answer is not \{\"rewards\": \[...\]\}: '<html>'"),
         (b"\xff\xfe", "answer is not"),
+        (b'{"rewards": [' + b"1" * 5000 + b"]}", r"answer is not .*1111'"),
+        (b'{"rewards": [' + b"1" * 400 + b", 1, 1, 1, 1, 1, 1]}", "a reward is beyond every float"),
+        (b'{"rewards": ' + b"[" * 200_000, "answer is not"),
         ([1.0] * 7, "answer is not"),
         ({"scores": [1.0] * 7}, "answer is not"),
-        ({"rewards": 1.0}, "no flat list of numbers: 1.0"),
+        ({"rewards": 1.0}, r"no flat list of numbers: .*1\.0"),
         ({"rewards": [[1.0]] * 7}, "no flat list of numbers"),
         ({"rewards": [1.0] * 6 + [None]}, "no flat list of numbers"),
         ({"rewards": [1.0] * 6 + ["2"]}, "no flat list of numbers"),
@@ -264,6 +271,103 @@ def test_remote_with_a_wrong_answer(server, answer, message):
 def test_remote_passes_nan_on(server):
     server.always = {"rewards": [float("nan")] + [1.0] * 6}
     assert torch.isnan(remote(server).score(*case())).tolist() == [True] + [False] * 6
+
+
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_remote_deadline_bounds_an_attempt_that_drips(server, where):
+    server.drip = where
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match=r"no answer after 2 attempt\(s\) \(time-out 0\.3 s\): TimeoutError"):
+        remote(server, attempts=2, timeout_s=0.3).score(*case())
+    assert 0.6 <= time.perf_counter() - start < 2
+
+
+def test_remote_answer_has_a_size_limit_after_unpacking(server):
+    server.headers["Content-Encoding"] = "gzip"
+    packed = zlib.compressobj(wbits=31)
+    server.always = b"".join([*(packed.compress(bytes(1 << 20)) for _ in range(300)), packed.flush()])
+    assert len(server.always) < 1 << 20
+    tracemalloc.start()
+    with pytest.raises(RewardError, match=r"the answer has more than 4,194,304 bytes"):
+        remote(server).score(*case())
+    assert tracemalloc.get_traced_memory()[1] < 150 << 20
+    tracemalloc.stop()
+    assert len(server.bodies) == 1
+    server.always = gzip.compress(b'{"rewards": [0, 1, 2, 3, 4, 5, 6]}')
+    assert remote(server).score(*case()).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    server.headers["Content-Encoding"] = "gzip, gzip"
+    with pytest.raises(RewardError, match=r"Content-Encoding 'gzip, gzip' was not asked for"):
+        remote(server).score(*case())
+
+
+def test_remote_messages_hold_no_password(server, caplog):
+    url = server.url.replace("http://", "http://user:first-secret@") + "?key=second-secret"
+    server.always = b"wrong: key=second-secret, user:first-secret, second-secret"
+    source = RemoteReward(url, attempts=1, timeout_s=5.0)
+    with caplog.at_level("INFO"), pytest.raises(RewardError, match=r"wrong: \*\*\*, user:\*\*\*, \*\*\*") as error:
+        source.score(*case())
+    assert "secret" not in str(error.value) + caplog.text
+    assert error.value.__cause__ is None
+    with pytest.raises(ConfigError) as refused:
+        RemoteReward("ftp://user:secret@host/x?secret")
+    assert "secret" not in str(refused.value)
+
+
+PROXY = {"http": "http://proxy:1", "all": "socks5://proxy:2"}
+
+
+@pytest.mark.parametrize(
+    ("url", "no", "proxy"),
+    [
+        ("http://8.8.8.8/x", "", "http://proxy:1"),
+        ("https://8.8.8.8/x", "", "socks5://proxy:2"),
+        ("http://127.0.0.1:5/x", "", ""),
+        ("http://localhost:5/x", "", ""),
+        ("http://rm.localhost/x", "", ""),
+        ("http://[::1]:5/x", "", ""),
+        ("http://10.1.2.3/x", "", ""),
+        ("http://192.168.0.9/x", "", ""),
+        ("http://[fd00::9]/x", "", ""),
+        ("http://8.8.8.8/x", "8.8.0.0/16", ""),
+        ("http://[2600::9]/x", "example.org, 2600::/16", ""),
+        ("http://[2600::9]/x", "2601::/16,::1", "http://proxy:1"),
+        ("http://8.8.8.8/x", "*", ""),
+        ("http://rm.example.invalid/x", ".example.invalid", ""),
+        ("http://rm.example.invalid/x", "other.invalid", "http://proxy:1"),
+    ],
+)
+def test_which_proxy_a_server_is_asked_through(url, no, proxy):
+    assert proxy_of(httpx.URL(url), PROXY | {"no": no}) == proxy
+
+
+def test_a_proxy_of_the_environment_does_not_capture_this_machine(server, monkeypatch):
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert remote(server).score(*case()).tolist() == [len(w) for w in WORDS]
+
+
+@pytest.mark.parametrize("proxy", ["socks5://user:secret@host:1", "ftp://host:1"])
+def test_a_proxy_that_cannot_be_used_is_refused_before_the_run(monkeypatch, proxy):
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "example.org,fd00::/8")
+    with pytest.raises(
+        ConfigError, match=r"reward_url: http://8\.8\.8\.8/x cannot be asked through the proxy"
+    ) as refused:
+        RemoteReward("http://8.8.8.8/x")
+    assert "secret" not in str(refused.value)
+
+
+def test_sources_are_tried_before_the_run(server):
+    sources = [remote(server, attempts=1), FunctionReward("f", lambda prompts, responses: [0.0] * len(prompts))]
+    try_sources(sources, ["p", "q", "r"])
+    assert [body["prompts"] for body in server.bodies] == [["p", "q"]]
+    server.always = 401
+    with pytest.raises(ConfigError, match=r"reward_url: tried on the response 'A response\.': .* status 401"):
+        try_sources(sources, ["p"])
 
 
 def test_remote_name_holds_no_password():
