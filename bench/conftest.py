@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,10 +23,31 @@ def once(benchmark):
     return run
 
 
-def pytest_collection_modifyitems(items):
+def _done() -> list[str]:
+    """Names of the cases that an earlier command of gpu.py has measured."""
+    path = Path(os.environ.get("RTO_BENCH_DONE", os.devnull))
+    return path.read_text().split("\n") if path.is_file() else []
+
+
+def pytest_collection_modifyitems(config, items):
     """A large shape on a CPU takes as long as it takes; the tests' limit is not for it."""
     for item in items:
         item.add_marker(pytest.mark.timeout(0))
+    done = set(_done())
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
+
+
+def pytest_runtest_logreport(report):
+    """Note a case that was measured, for the command that goes on."""
+    if report.when == "call" and report.passed and "RTO_BENCH_DONE" in os.environ:
+        with Path(os.environ["RTO_BENCH_DONE"]).open("a") as out:
+            out.write(f"{report.nodeid}\n")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and _done():
+        session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_runtest_setup(item):

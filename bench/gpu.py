@@ -1,33 +1,41 @@
-"""Everything there is to prove and measure on a GPU, in one command that fits the minutes it is given.
+"""Everything there is to prove and measure on a GPU, in commands of a few minutes that resume one another.
 
-    python bench/gpu.py --minutes 30                        all sections, in this order
-    python bench/gpu.py --minutes 8 --sections ceilings kernels
+    python bench/gpu.py                                     9 minutes: what fits; the same command again goes on
+    python bench/gpu.py --minutes 3                         correctness alone, which comes first
+    python bench/gpu.py --sections ceilings kernels         these, in this order
+    python bench/gpu.py --sections tests --again            once more, although it is done
     python bench/gpu.py --device cpu --minutes 2            the same code at toy sizes, for testing it
 
-    tests        the kernel tests, without the interpreter
-    ceilings     copy bandwidth and the bf16 matrix product: what every floor is counted from
-    kernels      every kernel bench with its peers, a case after the other, the most telling first
-    iteration    one RTO iteration on a Llama-3.2-1B shape against the released code's data path, and the ablation
+    tests        the kernel tests, without the interpreter, those of the gradients first
     determinism  20 runs of every kernel on the same inputs
-    sanitizer    compute-sanitizer's memcheck and racecheck on small sizes
+    compile      the kernels of Llama-3-8B's lm_head and their candidate tiles, by a pool of processes
+    ceilings     copy bandwidth and the bf16 matrix product: what every floor is counted from
+    checks       what only a GPU can show: first ratio 1, host time a call, launches, CUDA graphs, new sizes
+    kernels      every kernel bench with its peers, a case after the other, the most telling first
+    iteration    one RTO iteration on a Llama-3.2-1B shape, the ablation, and the released code's data path
+    vllm         push, wake, tokens/s and sleep of a colocated vLLM engine, on the same shape
     largest      the largest batch of a Llama-3-8B shape, and a step with offload
+    sanitizer    compute-sanitizer's memcheck and racecheck on small sizes
     tune         tiles for Llama-3-8B's lm_head, into logs/tiles.json; with RTO_KERNELS_TILES naming that file
                  `--sections kernels` measures them
 
 Each section is a process of its own with a time box. It writes bench/results/<device>.json as it goes, so that a
-kill loses the case in flight at most; what did not fit is in there as not run, with the reason. Only `python
-bench/tables.py` turns that file into the tables of docs/performance.md. Results of --device cpu go to
-bench/results/toy/.
+kill loses the case in flight at most; what did not fit is in there as not run, with the reason. logs/progress.json
+says which sections are done at this commit: they are left out, and one that was cut is taken up where its last result
+stands (tests, sanitizer and tune from the beginning). Another commit starts anew. Only `python bench/tables.py` turns
+the results into the tables of docs/performance.md. Results of --device cpu go to bench/results/toy/.
 
 Clocks, power and the card's other settings are read, never set. Peers are measured where they can be imported:
 pip install liger-kernel trl verl quack-kernels cut-cross-entropy (verl without its dependencies is enough).
-`iteration` and `largest` need deepspeed.
+`iteration`, `vllm` and `largest` need deepspeed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -46,6 +54,10 @@ ROOT = BENCH.parent
 PYTHON = sys.executable
 GRACE_S = 15
 """Seconds that a section has to write its report once its time is up."""
+UNFINISHED = 75
+"""Exit status of a script whose minutes ended before its work; harness.UNFINISHED."""
+ATTEMPTS = 6
+"""A section that was cut as often is left as it is, so that the others have their turn."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,22 @@ class Section:
     """(folder for logs, each command's output) → what to record beside the status."""
 
 
+# Wrong gradients are what nothing else may be measured before; what takes the most memory comes last.
+FIRST = ("confident_tokens", "linear_ppo", "linear_logprob", "ppo_loss", "gae", "token_rewards", "logits_logprob")
+LAST = ("large",)
+# They compile for other chips or look at files alone, which needs no GPU and many minutes.
+WITHOUT_GPU = ("aot", "specialisations")
+
+
+def in_order(folder: Path) -> list[str]:
+    """Paths of the kernel tests, the most telling first."""
+    names = [path.stem.removeprefix("test_") for path in sorted(folder.glob("test_*.py"))]
+    middle = [name for name in names if name not in (*FIRST, *LAST, *WITHOUT_GPU)]
+    return [str(folder / f"test_{name}.py") for name in (*FIRST, *middle, *LAST)]
+
+
 def tests(minutes: float, folder: Path, toy: bool) -> list[Command]:
-    # test_aot compiles for other chips, which needs no GPU and many minutes.
-    chosen = ["tests/kernels/test_tiles.py"] if toy else ["tests/kernels", "--ignore=tests/kernels/test_aot.py"]
+    chosen = ["tests/kernels/test_tiles.py"] if toy else in_order(ROOT / "tests" / "kernels")
     argv = [PYTHON, "-m", "pytest", "-q", "-rf", *chosen, f"--junitxml={folder / 'tests.xml'}"]
     if not toy and importlib.util.find_spec("xdist"):
         # Most of the time goes into compiling on the host. The tests past 32 bits go to one worker, and so take the
@@ -112,6 +137,7 @@ KERNEL_BENCHES = (
     "bench_linear_logprob.py::test_token_logprobs",
     "bench_linear_logprob.py::test_cross_entropy",
     "bench_fused_rewards.py",
+    "bench_packed_attention.py",
     "bench_linear_logprob.py::test_cost_against_tokens",
 )
 
@@ -123,23 +149,54 @@ def kernels(minutes: float, folder: Path, toy: bool) -> list[Command]:
     deadline = time.time() + 60 * max(0.0, minutes - 1)
     scale = {} if toy else {"RTO_BENCH": "full"}
     argv += [str(BENCH / "kernels" / name) for name in chosen]
-    return [Command(argv, {"RTO_BENCH_DEADLINE": str(deadline), **scale})]
+    return [Command(argv, {"RTO_BENCH_DEADLINE": str(deadline), "RTO_BENCH_DONE": str(folder / CASES), **scale})]
+
+
+CASES = "cases.txt"
+"""Names of the kernel benches that were measured, a line each; conftest.py writes and heeds it."""
 
 
 def cases(folder: Path, _: list[str]) -> dict:
-    path = folder / "kernels.xml"
+    """Measured cases of every command so far, and what this one failed or had no minutes for."""
+    path, done = folder / "kernels.xml", folder / CASES
+    measured = len(done.read_text().split()) if done.exists() else 0
     if not path.exists():
-        return {"reason": "stopped inside a case; what was measured before is kept"}
+        return {"measured": measured, "stopped inside": "a case; what was measured before is kept"}
     every = list(ElementTree.parse(path).getroot().iter("testcase"))
+    late = [c.get("name") for c in every if any("no minutes left" in x.get("message", "") for x in c.iter("skipped"))]
     return {
-        "cases": len(every),
-        "not run": [c.get("name") for c in every if c.find("skipped") is not None],
+        "measured": measured,
+        "not run": late,
         "failed": [c.get("name") for c in every if c.find("failure") is not None or c.find("error") is not None],
     }
 
 
+def compile_ahead(minutes: float, folder: Path, toy: bool) -> list[Command]:
+    small = ["--hidden", "32", "--vocab", "70", "--dtype", "float32", "--processes", "2", "--most", "3"] if toy else []
+    env = {"TRITON_INTERPRET": "1"} if toy else {}
+    return [script("kernels.compile_ahead", "--minutes", f"{minutes - 0.2:.2f}", *small, **env)]
+
+
+def checks(minutes: float, folder: Path, toy: bool) -> list[Command]:
+    return [script("kernels.checks", *(["--small"] if toy else []))]
+
+
+def vllm(minutes: float, folder: Path, toy: bool) -> list[Command]:
+    return [script("iteration.vllm_engine", "--shape", "toy" if toy else "llama-1b")]
+
+
 def iteration(minutes: float, folder: Path, toy: bool) -> list[Command]:
-    return [script("iteration.measure", "--shape", "toy" if toy else "llama-1b", "--minutes", str(minutes))]
+    return [
+        script(
+            "iteration.measure",
+            "--shape",
+            "toy" if toy else "llama-1b",
+            "--minutes",
+            str(minutes),
+            "--rollout",
+            str(folder / "rollout.pt"),
+        )
+    ]
 
 
 def largest(minutes: float, folder: Path, toy: bool) -> list[Command]:
@@ -192,21 +249,70 @@ def last_lines(folder: Path, outputs: list[str]) -> dict:
     return {"reason": lines[-1].removeprefix("not run: ")} if lines else {}
 
 
+# "tests" and "determinism" fit three minutes together.
 SECTIONS = {
-    "tests": Section(7, 1, tests, counts),
+    "tests": Section(2, 1, tests, counts),
+    "determinism": Section(2, 0.5, determinism, last_lines),
+    "compile": Section(3, 0.5, compile_ahead, last_lines),
     "ceilings": Section(1, 0.3, ceilings, last_lines),
-    "kernels": Section(9, 1.5, kernels, cases),
-    "iteration": Section(10, 3, iteration, last_lines),
-    "determinism": Section(4, 0.5, determinism, last_lines),
-    "sanitizer": Section(4, 2, sanitizer, hazards),
+    "checks": Section(3, 0.5, checks, last_lines),
+    "kernels": Section(8.5, 1.5, kernels, cases),
+    "iteration": Section(8.5, 3, iteration, last_lines),
+    "vllm": Section(6, 3, vllm, last_lines),
     "largest": Section(6, 2, largest, last_lines),
+    "sanitizer": Section(4, 2, sanitizer, hazards),
     "tune": Section(4, 1.5, tune, found_tiles),
 }
 
 
-def _heed_interrupts() -> None:
-    """A shell's background jobs ignore SIGINT, and what they start would too."""
+class Progress:
+    """Which sections are done at this commit, in a file that every command reads and writes."""
+
+    def __init__(self, path: Path, commit: str) -> None:
+        self.path, self.sections = path, {}
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError):
+            before = {}
+        if before.get("commit") == commit:
+            self.sections = before["sections"]
+        self.commit = commit
+
+    def keep(self) -> None:
+        """A kill at any moment leaves the old file or the new one."""
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps({"commit": self.commit, "sections": self.sections}, indent=1) + "\n")
+        os.replace(aside, self.path)
+
+    def done(self, name: str) -> bool:
+        return self.sections.get(name, {}).get("done", False)
+
+    def attempts(self, name: str) -> int:
+        """How often the section was started and cut."""
+        return self.sections.get(name, {}).get("attempts", 0)
+
+    def forget(self, name: str) -> None:
+        self.sections.pop(name, None)
+
+    def start(self, name: str) -> None:
+        self.sections[name] = {"done": False, "attempts": self.attempts(name) + 1}
+        self.keep()
+
+    def end(self, name: str, record: dict) -> None:
+        """A section that had no minutes, or not enough, is for the next command."""
+        late = record["status"] == "stopped" and self.attempts(name) < ATTEMPTS
+        self.sections[name]["done"] = not late
+        self.keep()
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _as_a_child() -> None:
+    """A shell's background jobs ignore SIGINT, and what they start would too; and no section outlives its command."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with suppress(OSError, AttributeError):  # where there is no prctl, a killed command leaves its section running
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(command: Command, seconds: float, log: Path) -> tuple[int | None, str]:
@@ -214,7 +320,7 @@ def run(command: Command, seconds: float, log: Path) -> tuple[int | None, str]:
     with log.open("a") as out:
         process = subprocess.Popen(
             command.argv, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **command.env}, stdout=out,
-            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_as_a_child,
         )  # fmt: skip
         try:
             status = process.wait(timeout=max(1.0, seconds))
@@ -231,11 +337,22 @@ def run(command: Command, seconds: float, log: Path) -> tuple[int | None, str]:
     return status, log.read_text()
 
 
+def lacks_minutes(name: str, minutes: float, toy: bool) -> dict:
+    """The record of a section that is not started for want of time; {} where there is enough."""
+    worth = SECTIONS[name].worth
+    if minutes >= (0.05 if toy else worth):
+        return {}
+    return {"status": "not run", "reason": f"{minutes:.1f} minutes are left, it wants {worth}"}
+
+
 def run_section(name: str, minutes: float, folder: Path, toy: bool) -> dict:
-    """The section's record: status (passed, failed, stopped, not run), seconds, and what it counted."""
+    """The section's record: status (passed, failed, stopped, not run), seconds, and what it counted.
+
+    "stopped" has more to do.
+    """
     section, start = SECTIONS[name], time.monotonic()
-    if minutes < section.worth and not toy:
-        return {"status": "not run", "reason": f"{minutes:.1f} minutes are left, it wants {section.worth}"}
+    for old in (*folder.glob(f"{name}-*.log"), folder / f"{name}.xml"):
+        old.unlink(missing_ok=True)
     minutes = min(minutes, section.box)
     statuses, outputs = [], []
     for i, command in enumerate(section.commands(minutes, folder, toy)):
@@ -246,10 +363,10 @@ def run_section(name: str, minutes: float, folder: Path, toy: bool) -> dict:
         if status is None:
             break
     found = section.read(folder, outputs)
-    if not statuses or (statuses[-1] and "reason" in found):
-        status = "not run"
-    elif None in statuses:
+    if None in statuses or UNFINISHED in statuses or found.get("not run"):
         status = "stopped"
+    elif not statuses or (statuses[-1] and "reason" in found):
+        status = "not run"
     else:
         status = "passed" if not any(statuses) else "failed"
     if status == "failed" and outputs:
@@ -257,22 +374,25 @@ def run_section(name: str, minutes: float, folder: Path, toy: bool) -> dict:
     return {"status": status, "seconds": round(time.monotonic() - start, 1), **found}
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, required=True, help="wall-clock minutes for all of it")
+    parser.add_argument("--minutes", type=float, default=9, help="wall-clock minutes of this command")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--again", action="store_true", help="run the sections although they are done")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="folder of the results; default bench/results, for cpu its toy/")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     end = time.monotonic() + 60 * args.minutes
     toy = args.device == "cpu"
     out = (args.out or BENCH / "results" / ("toy" if toy else "")).resolve()
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for left in (*logs.glob("*.log"), *logs.glob("*.xml")):
-        left.unlink()
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     os.environ |= {"RTO_BENCH_RESULTS": str(out), "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     if toy:
@@ -282,7 +402,10 @@ def main() -> int:
     from bench import harness  # reads the environment that was just set
 
     if not toy and not harness.ON_GPU:
-        parser.error("no CUDA GPU is here; --device cpu tries the same code at toy sizes")
+        sys.exit("gpu.py: no CUDA GPU is here; --device cpu tries the same code at toy sizes")
+    progress = Progress(logs / "progress.json", f"{harness.commit()} on {harness.device_name()}")
+    for name in args.sections if args.again else ():
+        progress.forget(name)
     header = {
         "commit": harness.commit(),
         "versions": harness.versions(),
@@ -291,15 +414,32 @@ def main() -> int:
     }
     for key, value in header.items():
         harness.save(harness.RUN, key, value)
-    records = {}
+    failed = False
     for name in args.sections:
-        print(f"{name} ...", flush=True)
-        records[name] = run_section(name, (end - time.monotonic()) / 60, logs, toy)
-        harness.save("sections", name, records[name])
-        shown = ", ".join(f"{k} {v}" for k, v in records[name].items() if k != "status" and v not in ([], ""))
-        print(f"{name}: {records[name]['status']} ({shown})", flush=True)
+        if progress.done(name):
+            print(f"{name}: done at this commit", flush=True)
+            continue
+        minutes = (end - time.monotonic()) / 60
+        record = lacks_minutes(name, minutes, toy)
+        if record and progress.attempts(name):
+            continue  # what it had measured when it was cut stays in the results
+        if not record:
+            print(f"{name} ...", flush=True)
+            begun = progress.attempts(name) > 0
+            if name == "kernels" and not begun:
+                (logs / CASES).unlink(missing_ok=True)
+            os.environ["RTO_BENCH_RESUME"] = str(int(begun))
+            progress.start(name)
+            record = run_section(name, minutes, logs, toy)
+            progress.end(name, record)
+        harness.save("sections", name, record)
+        failed |= record["status"] == "failed"
+        shown = ", ".join(f"{k} {v}" for k, v in record.items() if k != "status" and v not in ([], ""))
+        print(f"{name}: {record['status']} ({shown})", flush=True)
     print(f"results: {harness.results_path()}; logs: {logs}; tables: python bench/tables.py")
-    return 1 if any(r["status"] == "failed" for r in records.values()) else 0
+    left = [name for name in args.sections if not progress.done(name)]
+    print(f"left for the same command: {', '.join(left)}" if left else "nothing is left at this commit")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

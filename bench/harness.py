@@ -37,6 +37,9 @@ ROUNDS = int(os.environ.get("RTO_BENCH_ROUNDS", "30" if ON_GPU else "5"))
 # Names of peers, comma-separated, to be measured beside ours; empty: all.
 ONLY = tuple(filter(None, os.environ.get("RTO_BENCH_ONLY", "").split(",")))
 
+# A script whose minutes ended before its work ends with this status; gpu.py's next command takes it up.
+UNFINISHED = 75
+
 RUN = "run"  # in the results: what is no kernel's, such as the ceilings and the end-to-end times
 
 Contender = Callable[[], dict[str, Tensor]]
@@ -289,6 +292,11 @@ def save(kernel: str, case: str, record: object) -> None:
     aside = results_path().with_suffix(".tmp")
     aside.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
     os.replace(aside, results_path())
+
+
+def resumed(key: str) -> dict:
+    """What an earlier command has put under this key of the run, where gpu.py goes on with it; else {}."""
+    return read_results().get(RUN, {}).get(key, {}) if os.environ.get("RTO_BENCH_RESUME") == "1" else {}
 
 
 def show(kernel: str, case: str, record: dict) -> None:

@@ -2,10 +2,12 @@
 
     python -m bench.iteration.measure --minutes 10      writes run/iteration of bench/results/<device>.json
 
+gpu.py goes on with what an earlier command had no minutes for: the rollout is kept in a file, and paths that are
+in the results are left as they are.
 Weights are random: time and memory do not depend on them, what is sampled means nothing. Response lengths are
 drawn beforehand (`LENGTHS`) and forced on every engine, so that all of them sample the same number of tokens.
-The released path (released.py) runs on the first sequences only, since its cost is the same for every
-micro-batch of 4; rates are per token of prompt and response, and the optimiser's step stands apart.
+The released path (released.py) runs on the first sequences only, and samples the first micro-batch of 4, since its
+cost is the same for every one; rates are per token of prompt and response, and the optimiser's step stands apart.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.harness import ON_GPU, RUN, clocks, commit, save, versions
+from bench.harness import ON_GPU, RUN, UNFINISHED, clocks, commit, resumed, save, versions
 from bench.iteration.workload import (
     LENGTHS,
     MISSING,
@@ -40,10 +42,7 @@ from bench.iteration.workload import (
     attempt,
     build,
     draw,
-    freed,
     transformers_engine,
-    vllm_engine,
-    vllm_lengths,
 )  # fmt: skip
 
 if not MISSING:
@@ -177,44 +176,64 @@ def rollouts(parts: Parts, engine: Any, clock: Clock, requests: list, lengths: l
     return rollout
 
 
-def iteration(shape: Shape, minutes: float) -> dict[str, Any]:
-    """Ours with each rollout engine, the released path, the ablation; saved after each of them."""
-    budget, (requests, lengths) = Minutes(minutes), draw(shape)
-    record: dict[str, Any] = {
+LATE = "no minutes left"
+
+
+def new_record(shape: Shape, requests: list, lengths: list) -> dict[str, Any]:
+    return {
         "shape": asdict(shape), "weights": "random", "lengths": LENGTHS, "commit": commit(), "versions": versions(),
         "clocks": clocks(), "response_tokens": sum(lengths),
         "tokens": sum(lengths) + sum(len(q.prompt) for q in requests), "paths": {}, "not_run": {},
     }  # fmt: skip
 
+
+def iteration(shape: Shape, minutes: float, kept: Path | None = None) -> dict[str, Any]:
+    """Ours, the ablation and the released path; saved after each of them.
+
+    `kept` is a file for the rollout: with it and a record of an earlier command only what that lacks is run.
+    """
+    budget, (requests, lengths) = Minutes(minutes), draw(shape)
+    before = resumed("iteration") if kept and kept.exists() else {}
+    record = before if before.get("shape") == json.loads(json.dumps(asdict(shape))) else {}
+    record = record or new_record(shape, requests, lengths)
+    record["not_run"] = {k: v for k, v in record["not_run"].items() if not v.startswith(LATE)}
+
     def keep() -> None:
         save(RUN, "iteration", record)
+
+    def wanted(path: str) -> bool:
+        """Whether the path is still to be run; says so in the record where there are no minutes for it."""
+        if path in record["paths"] or path in record["not_run"]:
+            return False
+        if budget.left < 0:
+            record["not_run"][path] = LATE
+        return budget.left >= 0
 
     with tempfile.TemporaryDirectory() as folder:
         parts = build(shape, Path(folder))
         engine = transformers_engine(parts, lengths)
         warm(parts, engine, requests, lengths)
-
         clock = Clock()
-        rollout = rollouts(parts, engine, clock, requests, lengths)
-        assert rollout.response_lens.tolist() == lengths
-        ours(parts, rollout, clock, record, "ours", 3)
-        keep()
-
-        took = sum(p.seconds for p in clock.phases["rollout"])
-        released_path(parts, engine, rollout, requests, lengths, record, budget, took)
-        keep()
-
-        for variant, switched_off in list(ABLATION.items())[1:]:
-            if budget.left < 0:
-                record["not_run"][variant] = "no minutes left"
-                continue
-            with switched_off():
-                attempt(record, variant, lambda variant=variant: ours(parts, rollout, Clock(), record, variant, 3))
+        if "ours" in record["paths"]:
+            rollout = torch.load(kept, weights_only=False)
+        else:
+            rollout = rollouts(parts, engine, clock, requests, lengths)
+            assert rollout.response_lens.tolist() == lengths
+            if kept:
+                torch.save(rollout, kept)
+            ours(parts, rollout, clock, record, "ours", 3)
             keep()
-
-        del engine
-        freed()
-        attempt(record, "ours, vLLM", lambda: with_vllm(parts, requests, lengths, record))
+        for variant, switched_off in list(ABLATION.items())[1:]:
+            if wanted(variant):
+                with switched_off():
+                    attempt(record, variant, lambda v=variant: ours(parts, rollout, Clock(), record, v, 3))
+            keep()
+        if wanted("released"):
+            attempt(record, "released", lambda: released_score_and_train(parts, rollout, record))
+            keep()
+        released = record["paths"].get("released")
+        if released and "rollout" not in released["phases"]:
+            released_rollout(parts, engine, requests, lengths, record, budget)
     record["comparison"] = comparison(record)
     keep()
     return record
@@ -248,61 +267,41 @@ def apart(losses: dict[str, float], others: dict[str, float]) -> float:
     return max(abs(losses[k] - others[k]) / (others[k] if k.endswith("norm") else 1.0) for k in others)
 
 
-def with_vllm(parts: Parts, requests: list, lengths: list, record: dict) -> None:
-    """The rollout alone; the other phases are those of ours."""
-    engine, clock = vllm_engine(parts), Clock()
-    with vllm_lengths(requests, lengths):
-        rollouts(parts, engine, Clock(), requests[:4], lengths[:4])
-        rollout = rollouts(parts, engine, clock, requests, lengths)
-    assert rollout.response_lens.tolist() == lengths
-    record["paths"]["ours, vLLM"] = {"sequences": len(rollout), "phases": clock.record()}
-
-
-def released_path(
-    parts: Parts,
-    engine: Any,
-    rollout: Rollout,
-    requests: list,
-    lengths: list,
-    record: dict,
-    budget: Minutes,
-    took: float,
-) -> None:
-    """The released path on the first sequences; generation last, and only where it fits."""
+def released_score_and_train(parts: Parts, rollout: Rollout, record: dict) -> None:
+    """The released path's scoring and updates of the first sequences, and ours beside it."""
     count = min(parts.shape.released, len(rollout)) // released.MICRO * released.MICRO
     part, clock = rollout.select(range(count)), Clock()
-    tokens = len(part.tokens)
+    with released_forwards(parts):
+        for _ in range(2):
+            experiences = released_experience(parts, part, clock)
+            losses = released_updates(parts, experiences, len(part.tokens), clock)
+    far = apart(losses, our_losses(parts, part))
+    if far > ROUNDING[parts.shape.dtype]:
+        raise RuntimeError(f"losses or gradient norms are {far:.2g} from ours on the same sequences")
+    record["paths"]["released"] = {"sequences": count, "phases": clock.record(), "losses": losses, "apart": far}
 
-    def score_and_train() -> None:
-        with released_forwards(parts):
-            for _ in range(2):
-                experiences = released_experience(parts, part, clock)
-                losses = released_updates(parts, experiences, tokens, clock)
-        far = apart(losses, our_losses(parts, part))
-        if far > ROUNDING[parts.shape.dtype]:
-            raise RuntimeError(f"losses or gradient norms are {far:.2g} from ours on the same sequences")
-        record["paths"]["released"] = {"sequences": count, "phases": clock.record(), "losses": losses, "apart": far}
+
+def released_rollout(parts: Parts, engine: Any, requests: list, lengths: list, record: dict, budget: Minutes) -> None:
+    """The released path's sampling of one micro-batch, where it fits: a step of it takes as long as one of ours."""
+    count, clock = released.MICRO, Clock()
+    requests, lengths = requests[:count], lengths[:count]
+    took = record["paths"]["ours"]["phases"]["rollout"]["seconds"]
+    predicted = took * max(lengths) / parts.shape.response
+    if predicted > budget.left:
+        record["not_run"]["released rollout"] = f"{LATE}: {count} sequences would take about {predicted:.0f} s"
+        return
 
     def generate() -> None:
         engine.wake()
         before = engine.model.config._attn_implementation
         engine.model.set_attn_implementation("sdpa")
-        with clock.phase("rollout", sum(lengths[:count])):
-            sampled = released.generate(engine.model, requests[:count], lengths[:count], STOP, PAD)
+        with clock.phase("rollout", sum(lengths)):
+            sampled = released.generate(engine.model, requests, lengths, STOP, PAD)
         engine.model.set_attn_implementation(before)
         engine.sleep()
-        assert sampled == sum(lengths[:count])
-        record["paths"]["released"]["phases"] = clock.record()
+        assert sampled == sum(lengths)
+        record["paths"]["released"]["phases"] |= clock.record()
 
-    attempt(record, "released", score_and_train)
-    micro = count // released.MICRO
-    steps = sum(max(lengths[i : i + released.MICRO]) for i in range(0, count, released.MICRO))
-    predicted = took * steps / max(lengths)
-    if "released" not in record["paths"]:
-        return
-    if predicted > budget.left:
-        record["not_run"]["released rollout"] = f"{micro} micro-batches would take about {predicted:.0f} s"
-        return
     attempt(record, "released rollout", generate)
 
 
@@ -336,10 +335,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--rollout", type=Path, help="file that keeps the rollout for the command that goes on")
     args = parser.parse_args()
     if MISSING:
         sys.exit(f"not run: {MISSING}")
-    print(json.dumps(iteration(SHAPES[args.shape], args.minutes), indent=1))
+    record = iteration(SHAPES[args.shape], args.minutes, args.rollout)
+    print(json.dumps(record, indent=1))
+    if any(why.startswith(LATE) for why in record["not_run"].values()):
+        sys.exit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,100 @@ def test_sections_run_and_report_on_a_cpu(tmp_path):
     assert path.read_text() not in [p.read_text() for p in before]
 
 
+def gpu_command(out, *sections: str, minutes: float = 8) -> list:
+    argv = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--minutes", str(minutes), "--out", out]
+    return [*map(str, argv), "--sections", *sections]
+
+
+def results_of(out) -> dict:
+    (path,) = out.glob("cpu-*.json")
+    return json.loads(path.read_text())
+
+
+def lives(pid: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_killed_command_goes_on_where_it_was(tmp_path):
+    sections, logs = ("ceilings", "kernels"), tmp_path / "logs"
+    first = subprocess.Popen(gpu_command(tmp_path, *sections), stdout=subprocess.DEVNULL)
+    end = time.time() + 300
+    while time.time() < end and not ((logs / "cases.txt").exists() and "gae" in (logs / "cases.txt").read_text()):
+        time.sleep(0.02)
+    cut = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
+    first.kill()
+    first.wait()
+    time.sleep(0.5)
+    assert cut
+    assert not [pid for pid in cut if lives(pid)], "a section outlived its command"
+    before = results_of(tmp_path)
+    assert "gae" in before
+    assert "ppo_loss" not in before
+    state = json.loads((logs / "progress.json").read_text())["sections"]
+    assert state["ceilings"]["done"]
+    assert not state["kernels"]["done"]
+    second = subprocess.run(gpu_command(tmp_path, *sections), capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "ceilings: done at this commit" in second.stdout
+    assert "nothing is left" in second.stdout
+    after = results_of(tmp_path)
+    assert after["run"]["ceilings"] == before["run"]["ceilings"]
+    assert after["gae"] == before["gae"]
+    assert {"ppo_loss", "rewards_gae"} <= set(after)
+    assert after["sections"]["kernels"]["status"] == "passed"
+    assert after["sections"]["kernels"]["measured"] == 3
+
+
+def test_another_commit_starts_anew(bench, tmp_path):
+    gpu, path = bench("gpu"), tmp_path / "progress.json"
+    progress = gpu.Progress(path, "abc")
+    progress.start("tests")
+    assert not gpu.Progress(path, "abc").done("tests")  # as a kill leaves it
+    progress.end("tests", {"status": "stopped"})
+    assert not gpu.Progress(path, "abc").done("tests")
+    progress.end("tests", {"status": "passed"})
+    assert gpu.Progress(path, "abc").done("tests")
+    assert not gpu.Progress(path, "other").done("tests")
+    path.write_text("{")
+    assert not gpu.Progress(path, "abc").done("tests")
+
+
+def test_a_section_that_never_ends_lets_the_others_go_first(bench, tmp_path):
+    progress = bench("gpu").Progress(tmp_path / "progress.json", "abc")
+    for _ in range(bench("gpu").ATTEMPTS):
+        assert not progress.done("tests")
+        progress.start("tests")
+        progress.end("tests", {"status": "stopped"})
+    assert progress.done("tests")
+
+
+def test_kernel_tests_run_in_order_of_what_they_tell(bench):
+    files = [os.path.basename(path) for path in bench("gpu").in_order(ROOT / "tests" / "kernels")]
+    assert files[0] == "test_confident_tokens.py"
+    assert files[-1] == "test_large.py"
+    assert len(files) == len(set(files))
+    there = {path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    assert there - set(files) == {"test_aot.py", "test_specialisations.py"}
+
+
+def test_every_check_and_candidate_is_tried(tmp_path):
+    run = subprocess.run(gpu_command(tmp_path, "compile", "checks"), capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = results_of(tmp_path)
+    compiled = results["run"]["compiled"]
+    assert len(compiled) == 3
+    assert all("seconds" in record for record in compiled.values())
+    checks = results["run"]["checks"]
+    assert len(checks) == 7
+    assert all(record["ok"] for record in checks.values()), checks
+    assert checks["launches"]["launches"]["gae"]["ours"] == {}  # off a GPU nothing is launched
+    assert checks["token_kl"]["ratio"] > 0
+
+
 def test_a_section_is_stopped_at_its_box_and_leaves_no_process(bench, tmp_path, monkeypatch):
     gpu = bench("gpu")
     mark, script = tmp_path / "pid", tmp_path / "sleeper.py"
@@ -96,8 +190,9 @@ def test_tests_that_are_stopped_still_report_what_they_found(bench, tmp_path):
 
 
 def test_a_section_without_minutes_is_not_started(bench, tmp_path):
-    record = bench("gpu").run_section("iteration", 0.5, tmp_path, toy=False)
+    record = bench("gpu").lacks_minutes("iteration", 0.5, toy=False)
     assert record["status"] == "not run"
+    assert not bench("gpu").lacks_minutes("iteration", 5, toy=False)
     assert "0.5 minutes are left" in record["reason"]
 
 
@@ -253,7 +348,7 @@ def test_lengths_are_those_drawn_whatever_the_engine(paths):
 
 
 def test_vllm_is_given_each_requests_own_length(bench, one_rank, monkeypatch):
-    iteration = bench("iteration.measure")
+    iteration = bench("iteration.workload")
     fake = types.ModuleType("vllm")
     fake.SamplingParams = lambda **settings: settings
     monkeypatch.setitem(sys.modules, "vllm", fake)
