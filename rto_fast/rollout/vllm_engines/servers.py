@@ -28,7 +28,7 @@ from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
 from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
-from rto_fast.rollout.vllm_engines.support import TESTED, cpu_cache_bytes, temperature_of, unusable
+from rto_fast.rollout.vllm_engines.support import OLDEST_SERVED, cpu_cache_bytes, temperature_of, too_old, unusable
 from rto_fast.rollout.weights import stream
 from rto_fast.rollout.weights.expected import ExpectedWeights
 
@@ -266,7 +266,7 @@ class VLLMServeEngine:
 
     def _check_own(self, model_path: str | Path, devices: Sequence[str]) -> None:
         """ConfigError where no server can be started here."""
-        if reason := unusable(model_path, self.device):
+        if reason := unusable(model_path, self.device, OLDEST_SERVED):
             raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
         if self.device.type != "cpu" and not devices:
             raise ConfigError("vllm_devices: name the servers' devices, which the trainer must not use")
@@ -274,8 +274,8 @@ class VLLMServeEngine:
     def _check_settings(self, url: str) -> None:
         """ConfigError where the server cannot be what the trainer needs."""
         version = str(self.api.get(url + "/version").json()["version"])
-        if not any(version.startswith(f"{series}.") for series in TESTED):
-            raise ConfigError(f"vllm_url: {url} runs vLLM {version}, not one of the tested series {', '.join(TESTED)}")
+        if refused := too_old(version, OLDEST_SERVED):
+            raise ConfigError(f"vllm_url: {url}: {refused}")
         try:
             workers = self._call_all(url, "rto_describe")
         except EngineFailure as error:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from transformers import AutoConfig
 
 from rto_fast import distributed
 from rto_fast.rollout.engine import GREEDY, Sampling
 
-TESTED = ("0.32",)
-"""Series of vLLM that the tests of these files have passed on."""
+OLDEST, OLDEST_SERVED, NEWEST = "0.26", "0.32", "0.33"
+"""Series of vLLM that may sample here, in the training process and as servers, and the newest that was read or tried.
+Servers must tell the version of their weights, which they do from 0.32 on."""
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else the trainer's threads would be bound too
@@ -36,13 +39,29 @@ def installed() -> str:
     return ""
 
 
-def unusable(model_path: str | Path, device: torch.device) -> str:
-    """Why vLLM cannot sample from this model here; empty when it can."""
+def too_old(version: str, oldest: str = OLDEST) -> str:
+    """Why this version of vLLM is refused; empty when it is not. Warns where it is newer than all that were tried.
+
+    A newer one that loads weights in another way is found by the proof at the start of a run.
+    """
+    try:
+        series = Version(version).release[:2]
+    except InvalidVersion:
+        return f"vLLM's version {version!r} does not say its series ({oldest} or newer is needed)"
+    if series < Version(oldest).release:
+        return f"vLLM {version} is too old ({oldest} or newer is needed)"
+    if series > Version(NEWEST).release:
+        warnings.warn(f"vLLM {version} is newer than {NEWEST}, the newest that was tried", stacklevel=2)
+    return ""
+
+
+def unusable(model_path: str | Path, device: torch.device, oldest: str = OLDEST) -> str:
+    """Why vLLM cannot sample from this model here; empty when it can. oldest: series that may."""
     version = installed()
     if not version:
         return "vLLM is not installed"
-    if not any(version.startswith(f"{series}.") for series in TESTED):
-        return f"vLLM {version} is not one of the tested series ({', '.join(TESTED)})"
+    if refused := too_old(version, oldest):
+        return refused
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
