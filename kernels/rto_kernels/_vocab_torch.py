@@ -24,6 +24,25 @@ BLOCK_VOCAB = 2048
 FLOOR = -1.0e5
 
 
+class Extras(NamedTuple):
+    """By-products of the pass that a caller may ask for, each without a gradient."""
+
+    mean_logits: bool = False
+    is_top1: bool = False
+    log_sum_sq_probs: bool = False
+
+
+NO_EXTRAS = Extras()
+
+
+class Found(NamedTuple):
+    """What `Extras` asked for; [0] where it did not."""
+
+    mean_logits: Tensor  # [N] Σ z / V, 0 where ignored
+    is_top1: Tensor  # [N] bool, whether the target is the arg max of z, of equals the first; False where ignored
+    log_sum_sq_probs: Tensor  # [N] log Σ p², 0 where ignored
+
+
 class LinearStats(NamedTuple):
     """One pass over the vocabulary. `saved` and `shift` hold exp(z − shift) where probabilities are kept."""
 
@@ -32,6 +51,7 @@ class LinearStats(NamedTuple):
     lse: Tensor  # [N], anything where ignored
     saved: Tensor  # [N, K] bf16 or the compute dtype, K the first columns that are kept; or [0]
     shift: Tensor  # [vocabulary blocks, N], the K columns' first, or [0]
+    found: Found | None = None  # after a forward pass
 
 
 class Head(NamedTuple):
@@ -138,19 +158,21 @@ def linear_forward(
     want_entropy: bool = False,
     save_dtype: torch.dtype | None = None,
     save_share: float = 1.0,
+    extras: Extras = NO_EXTRAS,
 ) -> LinearStats:
     """hidden [N, H], targets [N] → the rows' statistics in the compute dtype."""
     ignored = targets == ignore_index
     # Kept probabilities stay [N, V]: leaving rows out would need a second copy of them.
     if save_dtype is None and bool(ignored.any()):
         rows = (~ignored).nonzero()[:, 0]
-        stats = linear_forward(hidden[rows], targets[rows], head, ignore_index, want_entropy)
+        stats = linear_forward(hidden[rows], targets[rows], head, ignore_index, want_entropy, extras=extras)
 
-        def spread(x: Tensor) -> Tensor:
-            return x.new_zeros(hidden.shape[0]).index_copy_(0, rows, x)
+        def spread(x: Tensor, wanted: bool = True) -> Tensor:
+            return x.new_zeros(hidden.shape[0]).index_copy_(0, rows, x) if wanted else x
 
-        entropy = spread(stats.entropy) if want_entropy else stats.entropy
-        return LinearStats(spread(stats.logp), entropy, spread(stats.lse), stats.saved, stats.shift)
+        found = Found(*map(spread, stats.found, extras))
+        entropy = spread(stats.entropy, want_entropy)
+        return LinearStats(spread(stats.logp), entropy, spread(stats.lse), stats.saved, stats.shift, found)
     n, vocab = hidden.shape[0], head.weight.shape[0]
     dtype = compute_dtype(hidden)
     h = head.scaled(hidden)
@@ -158,6 +180,9 @@ def linear_forward(
     total = h.new_zeros(n)
     weighted = h.new_zeros(n if want_entropy else 0)  # Σ exp(z − peak)·(z − peak)
     target_logit = h.new_full((n,), torch.nan)
+    summed = h.new_zeros(n if extras.mean_logits else 0)
+    best = targets.new_full((n if extras.is_top1 else 0,), -1)  # the arg max
+    squares = h.new_zeros(n if extras.log_sum_sq_probs else 0)  # Σ exp(z − peak)²
     shape, shifts = saved_shapes(hidden, head, save_share) if save_dtype else ((0, 0), 0)
     saved = h.new_empty(shape if save_dtype else 0, dtype=save_dtype or torch.bfloat16)
     shift = h.new_empty(shifts)
@@ -171,6 +196,11 @@ def linear_forward(
             local, here = _columns_of(targets[rows], columns)
             picked = z.gather(1, local.clamp(0, size[1] - 1).long()[:, None])[:, 0]
             target_logit[rows] = torch.where(here, picked, target_logit[rows])
+            if extras.mean_logits:
+                summed[rows] += z.sum(1)
+            if extras.is_top1:
+                highest, at = z.max(1)  # of equals the first
+                best[rows] = torch.where(highest > peak[rows], (at + columns.start).to(best.dtype), best[rows])
             old, new = peak[rows], torch.maximum(peak[rows], z.amax(1))
             base = torch.where(new == -torch.inf, 0.0, new)  # a row of −inf alone must not give NaN here
             z.sub_(base[:, None])
@@ -183,6 +213,8 @@ def linear_forward(
                 weighted[rows] = decay * (weighted[rows] + total[rows] * moved) + z.mul_(e).sum(1)
             else:
                 e = z.exp_()
+            if extras.log_sum_sq_probs:
+                squares[rows] = squares[rows] * decay.square() + e.square().sum(1)
             total[rows] = total[rows] * decay + e.sum(1)
             peak[rows] = new
             if kept:
@@ -193,7 +225,12 @@ def linear_forward(
     entropy = torch.log(total) - weighted / total if want_entropy else weighted
     logp = (target_logit - peak - torch.log(total)).masked_fill_(ignored, 0)
     entropy = entropy.masked_fill_(ignored, 0) if want_entropy else entropy
-    return LinearStats(logp, entropy, peak + torch.log(total), saved, shift)
+    found = Found(
+        (summed / vocab).masked_fill_(ignored, 0) if extras.mean_logits else summed,
+        (best == targets) & ~ignored if extras.is_top1 else ignored.new_empty(0),
+        (squares.log() - 2 * total.log()).masked_fill_(ignored, 0) if extras.log_sum_sq_probs else squares,
+    )
+    return LinearStats(logp, entropy, peak + torch.log(total), saved, shift, found)
 
 
 class LinearGrads(NamedTuple):

@@ -1,7 +1,8 @@
 """The Triton forward pass of linear_logprob.py and linear_ppo.py, and what the backward pass shares with it.
 
     A program takes a block of rows through one split of the vocabulary, tile by tile, with the running
-    (max, Σ exp, Σ exp·z, target logit) in registers; the splits are then merged in order.
+    (max, Σ exp, Σ exp·z, target logit) in registers; the splits are then merged in order. What `Extras` asks for,
+    Σ z, the arg max and Σ exp², is carried beside them where it is asked for.
 
 Logits exist in fp32 registers, in base-2 units (z·log₂e), and never in memory. Nothing is added atomically,
 and the tiles and splits do not depend on the number of rows: a row's bits do not either.
@@ -16,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiles
 from ._dispatch import INTERPRET, launching
 from ._math import FLOOR, LN2, LOG2E, NEG_INF, log2, tanh
-from ._vocab_torch import Head, LinearStats, kept_columns
+from ._vocab_torch import NO_EXTRAS, Extras, Found, Head, LinearStats, kept_columns
 
 # The interpreter keeps bf16 as its bits and would multiply those; there the operands are widened first.
 WIDEN = tl.constexpr(INTERPRET)
@@ -90,13 +91,15 @@ def tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS: tl.const
 
 @triton.jit
 def _absorb(
-    acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
+    acc, row0, col0, target, peak, total, weighted, picked, summed, best, squares, bias_ptr, saved, shift_ptr,
     rows, vocab, kept_columns, stride_saved, temperature, softcap,
     given, ENTROPY: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    MEAN: tl.constexpr, TOP1: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc.
+    """The running (max, Σ 2^(z − max), Σ 2^(z − max)·(z − max), target logit) after the columns of acc, and with MEAN
+    Σ z, with TOP1 the first column of the max, with SQUARES Σ 4^(z − max).
 
-    max and the target's logit are kept as z·temperature. They are subtracted before anything is scaled to base-2
+    Sum, max and the target's logit are kept as z·temperature. They are subtracted before anything is scaled to base-2
     units: of the largest logit that leaves exactly 0, where a fused multiply-add would leave the product's rounding.
     """
     WIDTH: tl.constexpr = acc.shape[1]
@@ -104,7 +107,13 @@ def _absorb(
     scale = LOG2E / temperature
     z, _ = tile_logits(acc, cols, bias_ptr, vocab, temperature, softcap, BIAS, SOFTCAP)
     picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
-    new = tl.maximum(peak, tl.max(z, 1))
+    if MEAN:
+        summed += tl.sum(tl.where((cols < vocab)[None, :], z, 0.0), 1)
+    highest = tl.max(z, 1)
+    if TOP1:
+        first = tl.min(tl.where(z == highest[:, None], cols[None, :], vocab), 1)
+        best = tl.where(highest > peak, first, best)
+    new = tl.maximum(peak, highest)
     base = tl.where(new == NEG_INF, 0.0, new)  # a row of −inf alone must not give NaN here
     moved = tl.maximum((peak - base) * scale, FLOOR)
     decay = tl.exp2(moved)
@@ -114,6 +123,8 @@ def _absorb(
     if ENTROPY:
         weighted = decay * (weighted + total * moved) + tl.sum(e * tl.maximum(z, FLOOR), 1)
     total = total * decay + tl.sum(e, 1)
+    if SQUARES:
+        squares = squares * decay * decay + tl.sum(e * e, 1)
     if SAVE == 2:
         # One shift a row, the caller's. Where it is absurdly low, the product with the kept numbers stays finite.
         e *= tl.exp2(tl.minimum(base - given, HIGHEST))[:, None]
@@ -124,7 +135,7 @@ def _absorb(
         store_block(saved, e, row0, col0, rows, kept_columns, stride_saved, TMA)
         r = row0 + tl.arange(0, acc.shape[0])
         tl.store(shift_ptr + tl.cast(col0 // WIDTH, tl.int64) * rows + r, base, mask=r < rows)
-    return new, total, weighted, picked
+    return new, total, weighted, picked, summed, best, squares
 
 
 @triton.jit
@@ -144,8 +155,10 @@ def linear_stats_kernel(
     SPLITS: tl.constexpr, PER_SPLIT: tl.constexpr, ENTROPY: tl.constexpr, SAVE: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    MEAN: tl.constexpr, TOP1: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """parts [3 or 4, SPLITS, rows]: max, Σ 2^(z − max), target logit, (ENTROPY) Σ 2^(z − max)·(z − max).
+    """parts [3 or more, SPLITS, rows]: max, Σ 2^(z − max), target logit, (ENTROPY) Σ 2^(z − max)·(z − max), (MEAN)
+    Σ z·temperature, (TOP1) max·temperature and the bits of its first column, (SQUARES) Σ 4^(z − max).
 
     SAVE 1 keeps 2^(z − max so far) and writes that max to shift [tiles · PARTS, rows]; SAVE 2 keeps 2^(z − shift) with
     shift [rows] given.
@@ -160,6 +173,9 @@ def linear_stats_kernel(
     total = tl.zeros((BM,), tl.float32)
     weighted = tl.zeros((BM,), tl.float32)
     picked = tl.zeros((BM,), tl.float32)
+    summed = tl.zeros((BM,), tl.float32)
+    best = tl.zeros((BM,), tl.int32)
+    squares = tl.zeros((BM,), tl.float32)
     given = total
     if SAVE == 2:
         given = tl.load(shift_ptr + r, mask=r < rows, other=0.0)
@@ -169,14 +185,16 @@ def linear_stats_kernel(
         acc = tile_product(h, w, row0, col0, rows, vocab, width, stride_h, stride_w, BM, BN, BK, TMA, PRECISION)
         if PARTS == 2:
             acc, right = halves(acc, BM, BN)
-        peak, total, weighted, picked = _absorb(
-            acc, row0, col0, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-            rows, vocab, kept_columns, stride_saved, temperature, softcap, given, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+        peak, total, weighted, picked, summed, best, squares = _absorb(
+            acc, row0, col0, target, peak, total, weighted, picked, summed, best, squares,
+            bias_ptr, saved, shift_ptr, rows, vocab, kept_columns, stride_saved, temperature, softcap,
+            given, ENTROPY, SAVE, TMA, BIAS, SOFTCAP, MEAN, TOP1, SQUARES,
         )  # fmt: skip
         if PARTS == 2:
-            peak, total, weighted, picked = _absorb(
-                right, row0, col0 + PART, target, peak, total, weighted, picked, bias_ptr, saved, shift_ptr,
-                rows, vocab, kept_columns, stride_saved, temperature, softcap, given, ENTROPY, SAVE, TMA, BIAS, SOFTCAP,
+            peak, total, weighted, picked, summed, best, squares = _absorb(
+                right, row0, col0 + PART, target, peak, total, weighted, picked, summed, best, squares,
+                bias_ptr, saved, shift_ptr, rows, vocab, kept_columns, stride_saved, temperature, softcap,
+                given, ENTROPY, SAVE, TMA, BIAS, SOFTCAP, MEAN, TOP1, SQUARES,
             )  # fmt: skip
     scale = LOG2E / temperature
     out = parts_ptr + tl.cast(split, tl.int64) * rows + r
@@ -186,6 +204,14 @@ def linear_stats_kernel(
     tl.store(out + 2 * plane, picked * scale, mask=r < rows)
     if ENTROPY:
         tl.store(out + 3 * plane, weighted, mask=r < rows)
+    extra = out + (3 + ENTROPY) * plane
+    if MEAN:
+        tl.store(extra, summed, mask=r < rows)
+    if TOP1:
+        tl.store(extra + MEAN * plane, peak, mask=r < rows)
+        tl.store(extra + (MEAN + 1) * plane, best.to(tl.float32, bitcast=True), mask=r < rows)
+    if SQUARES:
+        tl.store(extra + (MEAN + 2 * TOP1) * plane, squares, mask=r < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -225,6 +251,53 @@ def linear_merge_kernel(
     if ENTROPY:
         entropy = (log_total - weighted / total) * LN2
         tl.store(entropy_ptr + r, tl.where(ignored, 0.0, entropy), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_extras_kernel(
+    parts_ptr, targets_ptr, mean_ptr, top1_ptr, squares_ptr, rows, vocab, temperature, ignore_index,
+    SPLITS: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr, SQUARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the splits' parts hold beside log p, merged in order: mean z, whether the target is the arg max (of equals
+    the first), log Σ p²; all 0 at ignored rows."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < rows
+    plane = tl.cast(rows, tl.int64) * SPLITS
+    peak = tl.full((BLOCK,), NEG_INF, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    highest = tl.full((BLOCK,), NEG_INF, tl.float32)
+    best = tl.full((BLOCK,), -1, tl.int32)
+    for split in range(SPLITS):
+        part = parts_ptr + tl.cast(rows, tl.int64) * split + r
+        extra = part + (3 + ENTROPY) * plane
+        if MEAN:
+            summed += tl.load(extra, mask=inside, other=0.0)
+        if TOP1:
+            theirs = tl.load(extra + MEAN * plane, mask=inside, other=NEG_INF)
+            column = tl.load(extra + (MEAN + 1) * plane, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+            best = tl.where(theirs > highest, column, best)
+            highest = tl.maximum(highest, theirs)
+        if SQUARES:
+            their_peak = tl.load(part, mask=inside, other=NEG_INF)
+            new = tl.maximum(peak, their_peak)
+            base = tl.where(new == NEG_INF, 0.0, new)
+            mine, theirs = tl.exp2(peak - base), tl.exp2(their_peak - base)
+            their_squares = tl.load(extra + (MEAN + 2 * TOP1) * plane, mask=inside, other=0.0)
+            squares = squares * mine * mine + their_squares * theirs * theirs
+            total = total * mine + tl.load(part + plane, mask=inside, other=0.0) * theirs
+            peak = new
+    target = tl.load(targets_ptr + r, mask=inside, other=0)
+    counts = target != ignore_index
+    if MEAN:
+        tl.store(mean_ptr + r, tl.where(counts, summed / temperature / vocab, 0.0), mask=inside)
+    if TOP1:
+        tl.store(top1_ptr + r, (counts & (best == target)).to(tl.uint8), mask=inside)
+    if SQUARES:
+        logs = (log2(squares) - 2.0 * log2(total)) * LN2
+        tl.store(squares_ptr + r, tl.where(counts, logs, 0.0), mask=inside)
 
 
 class LinearLaunch:
@@ -289,6 +362,7 @@ def linear_forward_triton(
     save_dtype: torch.dtype | None = None,
     save_share: float = 1.0,
     row_shift: Tensor | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> LinearStats:
     """hidden [N, H], targets [N] → the rows' statistics, fp32.
 
@@ -301,6 +375,12 @@ def linear_forward_triton(
     splits, per_split = tiles.splits_of(vocab, tile)
     logp, lse = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty(n if want_entropy else 0, dtype=torch.float32, device=hidden.device)
+    mean, squares = (
+        torch.empty(n if want else 0, dtype=torch.float32, device=hidden.device)
+        for want in (extras.mean_logits, extras.log_sum_sq_probs)
+    )
+    top1 = torch.empty(n if extras.is_top1 else 0, dtype=torch.uint8, device=hidden.device)
+    wanted = {"MEAN": extras.mean_logits, "TOP1": extras.is_top1, "SQUARES": extras.log_sum_sq_probs}
     shape, shifts = saved_shapes_triton(hidden, head, save_share) if save_dtype else ((0, 8), 0)
     columns = min(shape[1], vocab)
     saved = torch.empty(shape, dtype=save_dtype or torch.bfloat16, device=hidden.device)
@@ -313,7 +393,8 @@ def linear_forward_triton(
         kept = saved[:, :columns]
         if save_dtype is not None:
             kept = run.operand(kept, [tile.rows, tile.part])
-        parts = torch.empty((3 + want_entropy, splits, rows), dtype=torch.float32, device=hidden.device)
+        planes = 3 + want_entropy + extras.mean_logits + 2 * extras.is_top1 + extras.log_sum_sq_probs
+        parts = torch.empty((planes, splits, rows), dtype=torch.float32, device=hidden.device)
         with launching("linear_stats", hidden.device):
             linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
                 run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
@@ -321,7 +402,7 @@ def linear_forward_triton(
                 rows, vocab, run.width, columns, h.stride(0), run.weight.stride(0), saved.stride(0),
                 head.temperature, head.softcap,
                 SPLITS=splits, PER_SPLIT=per_split, ENTROPY=want_entropy,
-                SAVE=save, GROUP=GROUP,
+                SAVE=save, GROUP=GROUP, **wanted,
                 **run.flags, **block_constants(tile),
             )  # fmt: skip
         with launching("linear_merge", hidden.device):
@@ -329,4 +410,11 @@ def linear_forward_triton(
                 parts, t, logp[n0:], entropy[n0:], lse[n0:], rows, vocab, ignore_index,
                 SPLITS=splits, ENTROPY=want_entropy, BLOCK=128, num_warps=4, **tiles.FUSION,
             )  # fmt: skip
-    return LinearStats(logp, entropy, lse, saved if save_dtype else shift.to(saved.dtype), shift)
+        if any(extras):
+            with launching("linear_extras", hidden.device):
+                linear_extras_kernel[(triton.cdiv(rows, 128),)](
+                    parts, t, mean[n0:], top1[n0:], squares[n0:], rows, vocab, head.temperature, ignore_index,
+                    SPLITS=splits, ENTROPY=want_entropy, **wanted, BLOCK=128, num_warps=4, **tiles.FUSION,
+                )  # fmt: skip
+    found = Found(mean, top1.view(torch.bool), squares)
+    return LinearStats(logp, entropy, lse, saved if save_dtype else shift.to(saved.dtype), shift, found)

@@ -5,10 +5,13 @@
     H_i     = −Σ_v p_iv · log p_iv,       p_iv  = exp(z_iv − lse_i)
     dz_iv   = g_i·(onehot_iv − p_iv) − gH_i·p_iv·(log p_iv + H_i)      g, gH: upstream gradients
 
-The backward pass computes z again, block by block, or reads the probabilities that `save_probs` kept.
+The backward pass computes z again, block by block, or reads the probabilities that `save_probs` kept. By-products of
+the forward pass, without a gradient, where `extras` asks for them:
+
+    mean_logits_i = Σ_v z_iv / V,   is_top1_i = (arg max_v z_iv = target_i),   log_sum_sq_probs_i = log Σ_v p_iv²
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +30,7 @@ from ._dispatch import (
     values_checked,
 )
 from ._layout import compute_dtype
-from ._vocab_torch import Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
+from ._vocab_torch import Extras, Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
 from .linear_backward import linear_backward_triton
 from .linear_forward import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
 
@@ -37,7 +40,7 @@ IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column
 class Passes(NamedTuple):
     """The two vocabulary-sized passes of a backend, and how much of exp(z) may be held between them."""
 
-    # (hidden, targets, head, ignore_index, want_entropy, save_dtype, save_share)
+    # (hidden, targets, head, ignore_index, want_entropy, save_dtype, save_share, extras=)
     forward: Callable[..., LinearStats]
     backward: Callable[..., LinearGrads]  # (hidden, targets, head, stats, grad_logp, grad_entropy, needs, into)
     saved_shapes: Callable[[Tensor, Head, float], tuple]  # (hidden, head, share) → shapes of what is kept
@@ -89,14 +92,18 @@ def _linear_logprob(
     save_share: float,
     by_row: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    extras: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, temperature, softcap, by_row)
     keep = kept_dtype(hidden) if save_share else None
-    return tuple(linear_passes(backend).forward(hidden, targets, head, ignore_index, entropy, keep, save_share))
+    stats = linear_passes(backend).forward(
+        hidden, targets, head, ignore_index, entropy, keep, save_share, extras=Extras(*extras)
+    )
+    return *stats[:5], *stats.found
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_share, by_row, backend):
+def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy, save_share, by_row, backend, extras):
     row = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     head = Head(weight, bias, temperature, softcap, by_row)
     saved, shift = linear_passes(backend).saved_shapes(hidden, head, save_share) if save_share else ((0,), (0,))
@@ -106,6 +113,10 @@ def _(hidden, weight, targets, bias, temperature, softcap, ignore_index, entropy
         torch.empty_like(row),
         row.new_empty(saved, dtype=kept_dtype(hidden)),
         row.new_empty(shift),
+        *(
+            row.new_empty(row.shape if want else 0, dtype=torch.bool if name == "is_top1" else row.dtype)
+            for name, want in zip(Extras._fields, extras, strict=True)
+        ),
     )
 
 
@@ -143,10 +154,10 @@ def _(hidden, weight, targets, bias, temperature, softcap, logp, lse, entropy, g
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, _, backend = inputs
-    logp, entropy, lse, saved, shift = output
+    hidden, weight, targets, bias, temperature, softcap, ignore_index, want_entropy, _, _, backend, _ = inputs
+    logp, entropy, lse, saved, shift, *found = output
     ctx.save_for_backward(hidden, weight, targets, bias, logp, lse, entropy, saved, shift)
-    ctx.mark_non_differentiable(lse, saved, shift, *(() if want_entropy else (entropy,)))
+    ctx.mark_non_differentiable(lse, saved, shift, *found, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.args = temperature, softcap, ignore_index, backend
     ctx.size = weight.numel()
@@ -161,7 +172,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     temperature, softcap, ignore_index, backend = ctx.args
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
-        return (None,) * 11
+        return (None,) * 12
     check_unreleased("weight", weight, ctx.size)
     ignored = targets == ignore_index
     grads = _linear_logprob_backward(
@@ -170,7 +181,7 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
         saved, shift, needs, backend,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return d_hidden, d_weight, None, d_bias, *(None,) * 7
+    return d_hidden, d_weight, None, d_bias, *(None,) * 8
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -280,20 +291,23 @@ def token_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    extras: Sequence[str] = (),
     save_probs: bool | torch.dtype = False,
     save_share: float = 1.0,
     process_group=None,
     vocab_start: int | None = None,
     deterministic: str | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each target token: `log_softmax(z)[i, targets[i]]`, z as at the top of this file.
 
     hidden   [N, H] bf16, fp16 or fp32 (fp64 on the PyTorch path)
     weight   [V, H] of hidden's dtype; with `process_group` this rank's rows, shards may differ in size
     targets  [N] int32 or int64; rows at `ignore_index` give 0 and take no gradient
     bias     [V] or None
-    returns  logp [N] fp32 (fp64 for fp64), and with `return_entropy` also the entropy [N]
+    returns  logp [N] fp32 (fp64 for fp64), and with `return_entropy` also the entropy [N]; then [N] each, in the order
+             of `extras`, what that names among "mean_logits", "is_top1" (bool: the target has the highest logit, of
+             equals it is the first) and "log_sum_sq_probs", without gradients and 0 at ignored rows
 
     Differentiable in hidden, weight and bias, through logp and entropy both; a gradient nobody needs (a
     frozen weight) is not computed, and rows with a zero upstream gradient are skipped.
@@ -311,7 +325,8 @@ def token_logprobs(
     have the same bits whatever rows stand beside it. The Triton path does that anyway; the PyTorch path then
     gives up the vendor's matrix product in the forward pass for one row at a time, several times slower.
 
-    Raises ValueError for a wrong shape, dtype or device, for a DTensor or a ZeRO-3 partitioned weight (in the
+    Raises ValueError for a wrong shape, dtype or device, for an unknown name in `extras` or any with
+    `process_group`, for a DTensor or a ZeRO-3 partitioned weight (in the
     backward pass too, where one was released in between), and, where values can be read without stalling a GPU, for
     a target outside the vocabulary (on a GPU: NaN).
     """
@@ -329,11 +344,33 @@ def token_logprobs(
         raise ValueError(f"save_probs must be True, False or torch.bfloat16, got {save_probs!r}")
     if not 0 < save_share <= 1:
         raise ValueError(f"save_share must be in (0, 1], got {save_share}")
+    unknown = [name for name in extras if name not in Extras._fields]
+    if unknown or (extras and sharded):
+        raise ValueError(
+            f"extras must be empty with process_group, got {tuple(extras)}: a shard of the vocabulary knows them not"
+            if sharded
+            else f"extras must be among {', '.join(Extras._fields)}, got {', '.join(map(repr, unknown))}"
+        )
     temperature, softcap, save = float(temperature), float(softcap or 0.0), float(save_share) if save_probs else 0.0
     if not sharded:
-        logp, entropy, *_ = _linear_logprob(
-            hidden, weight, targets, bias, temperature, softcap, ignore_index, return_entropy, save, by_row, backend
+        asked = [name in extras for name in Extras._fields]
+        logp, entropy, _, _, _, *found = _linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature,
+            softcap,
+            ignore_index,
+            return_entropy,
+            save,
+            by_row,
+            backend,
+            asked,
         )
+        if extras:
+            by_name = dict(zip(Extras._fields, found, strict=True))
+            return logp, *((entropy,) if return_entropy else ()), *(by_name[name] for name in extras)
     else:
         start = _shard_start(weight.shape[0], process_group) if vocab_start is None else vocab_start
         local = targets.long() - start

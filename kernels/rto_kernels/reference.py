@@ -5,6 +5,7 @@ fp32, or in fp64 where an input is fp64. Arguments mean what they mean in the pu
 only choose how a result is computed (backend, save_probs, process_group, ...) are left out.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -64,7 +65,8 @@ def token_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    extras: Sequence[str] = (),
+) -> Tensor | tuple[Tensor, ...]:
     """The logits of a linear head, soft-capped, then `logprobs_from_logits`."""
     dtype = _real(hidden, weight)
     z = hidden.to(dtype) @ weight.to(dtype).T
@@ -72,9 +74,18 @@ def token_logprobs(
         z = z + bias.to(dtype)
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    return logprobs_from_logits(
+    out = logprobs_from_logits(
         z, targets, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
     )
+    if not extras:
+        return out
+    z, ignored = z.detach() / temperature, targets == ignore_index
+    found = {
+        "mean_logits": z.mean(-1).masked_fill(ignored, 0),
+        "is_top1": (z.argmax(-1) == targets) & ~ignored,
+        "log_sum_sq_probs": torch.log_softmax(z, -1).mul(2).logsumexp(-1).masked_fill(ignored, 0),
+    }
+    return *(out if return_entropy else (out,)), *(found[name] for name in extras)
 
 
 def token_kl(

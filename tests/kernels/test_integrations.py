@@ -88,13 +88,17 @@ def graded(function, *inputs):
     return outs, torch.autograd.grad(total, leaves)
 
 
-def tiny_grpo(folder, tokens: int = 24):
-    """A GRPO trainer on a two-layer Llama and a word tokenizer, both made on the spot."""
+def counted(monkeypatch) -> list:
+    """Into this list go the arguments of every call of token_logprobs that the patched TRL makes."""
+    calls = []
+    monkeypatch.setattr(on_trl, "token_logprobs", lambda *a, **k: calls.append(k) or token_logprobs(*a, **k))
+    return calls
+
+
+def tiny_model(folder, tokens: int = 24):
+    """(path of a two-layer Llama, word tokenizer), both made on the spot."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    datasets = pytest.importorskip("datasets")
-    from trl import GRPOConfig, GRPOTrainer
-
     words = {f"w{i}": i for i in range(tokens - 2)} | {"<pad>": tokens - 2, "<eos>": tokens - 1}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -107,7 +111,12 @@ def tiny_grpo(folder, tokens: int = 24):
         max_position_embeddings=64, pad_token_id=tokens - 2, eos_token_id=tokens - 1, bos_token_id=None,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")  # TRL loads its reference from there
-    seen = {}
+    return str(folder / "model"), tokenizer
+
+
+def recorder(seen: dict):
+    """A callback that keeps the last step's gradients and the first one's logs."""
+    transformers = pytest.importorskip("transformers")
 
     class Recorder(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -116,11 +125,22 @@ def tiny_grpo(folder, tokens: int = 24):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.setdefault("logs", dict(logs))
 
+    return Recorder()
+
+
+def tiny_grpo(folder):
+    """What a step of TRL's GRPO on the tiny model did."""
+    model, tokenizer = tiny_model(folder)
+    datasets = pytest.importorskip("datasets")
+    from trl import GRPOConfig, GRPOTrainer
+
+    seen = {}
+
     def many_even_words(completion_ids, **kwargs):
         return [float(sum(i % 2 == 0 for i in ids)) for ids in completion_ids]
 
     trainer = GRPOTrainer(
-        model=str(folder / "model"),
+        model=model,
         args=GRPOConfig(
             output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, num_generations=4, seed=3,
             logging_steps=1, max_completion_length=6, report_to=[], use_cpu=DEVICE == "cpu", beta=0.1,
@@ -129,17 +149,76 @@ def tiny_grpo(folder, tokens: int = 24):
         reward_funcs=many_even_words,
         train_dataset=datasets.Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5"]}),
         processing_class=tokenizer,
-        callbacks=[Recorder()],
+        callbacks=[recorder(seen)],
     )  # fmt: skip
     trainer.train()
     return seen
 
 
+ROWS = {
+    "SFT": {"text": ["w1 w2 w3 w4 w5", "w4 w5 w6", "w7 w1 w9 w2", "w3 w3 w8"]},
+    "DPO": {"prompt": ["w1 w2", "w4 w5"] * 2, "chosen": [" w6 w7 w8"] * 4, "rejected": [" w9", " w2 w3"] * 2},
+    "KTO": {
+        "prompt": ["w1 w2", "w4"] * 2,
+        "completion": [" w6 w7", " w2", " w8 w9", " w3"],
+        "label": [True, False] * 2,
+    },
+}
+
+
+def tiny_trainer(folder, name: str, **settings):
+    """What two steps of TRL's SFT, DPO or KTO on the tiny model did."""
+    model, tokenizer = tiny_model(folder)
+    datasets = pytest.importorskip("datasets")
+    trl = importlib.import_module("trl")
+    seen = {}
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model,
+        args=getattr(trl, f"{name}Config")(
+            output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, seed=3, logging_steps=1, report_to=[],
+            use_cpu=DEVICE == "cpu", learning_rate=1e-2, bf16=False, save_strategy="no", gradient_checkpointing=False,
+            **settings,
+        ),
+        train_dataset=datasets.Dataset.from_dict(ROWS[name]),
+        processing_class=tokenizer,
+        callbacks=[recorder(seen)],
+    )  # fmt: skip
+    trainer.train()
+    seen["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "settings", "asks", "logged"),
+    [
+        ("SFT", {}, {"is_top1"}, ["mean_token_accuracy", "entropy"]),
+        ("DPO", {}, {"is_top1", "mean_logits"}, ["mean_token_accuracy", "logits/chosen", "logits/rejected"]),
+        ("DPO", {"use_weighting": True}, {"is_top1", "mean_logits", "log_sum_sq_probs"}, ["rewards/margins"]),
+        ("KTO", {}, {"mean_logits"}, ["logits/chosen", "logits/rejected"]),
+    ],
+    ids=["SFT", "DPO", "WPO", "KTO"],
+)
+def test_trl_trainers_run_through_our_head(trl, tmp_path, monkeypatch, name, settings, asks, logged):
+    expected = tiny_trainer(tmp_path / "theirs", name, **settings)
+    calls = counted(monkeypatch)
+    on_trl.patch()
+    got = tiny_trainer(tmp_path / "ours", name, **settings)
+    # Both steps' policies ask for by-products; a call without them scores the reference.
+    assert sum(set(call["extras"]) == asks for call in calls) >= 2
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-4, abs=1e-6)
+    assert len(got["losses"]) == 2
+    assert got["grads"].keys() == expected["grads"].keys()
+    for key, grad in expected["grads"].items():
+        torch.testing.assert_close(got["grads"][key], grad, rtol=1e-3, atol=1e-5)
+    for key in logged:
+        assert got["logs"][key] == pytest.approx(expected["logs"][key], rel=1e-4, abs=1e-5), key
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_trl_grpo_takes_the_same_step(trl, tmp_path, monkeypatch):
     expected = tiny_grpo(tmp_path / "theirs")
-    calls = []
-    monkeypatch.setattr(on_trl, "token_logprobs", lambda *a, **k: calls.append(k) or token_logprobs(*a, **k))
+    calls = counted(monkeypatch)
     on_trl.patch()
     got = tiny_grpo(tmp_path / "ours")
     assert calls, "the patched trainer never called token_logprobs"
@@ -174,13 +253,40 @@ def test_trl_fused_head(trl, kind):
     assert trl._ChunkedLogProbFunction is original
 
 
-def test_trl_other_outputs_fall_through(trl):
-    hidden, weight, targets = random(5, 6), random(9, 6, seed=1), torch.arange(5, device=DEVICE)
-    args = (hidden, weight, None, targets, 1.0, 4, None, 1.0, ("log_probs", "is_top1"))
-    expected = trl._ChunkedLogProbFunction.apply(*args)
+# Tokens, width, vocabulary and vocabulary block of TRL's own tests of its head; then sizes that nothing divides.
+HEADS = [(64, 32, 128, 32), (64, 32, 100, 32), (7, 6, 11, 4), (0, 6, 11, 4)]
+OUTPUTS = [
+    None,
+    ("log_probs",),
+    ("log_probs", "entropy"),
+    ("log_probs", "entropy", "is_top1"),
+    ("log_probs", "entropy", "mean_logits"),
+    ("log_probs", "entropy", "mean_logits", "is_top1"),
+    ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"),
+]
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS, ids=str)
+@pytest.mark.parametrize("size", HEADS, ids=str)
+@pytest.mark.parametrize("how", [(1.0, None, 1.0), (0.7, 20.0, 0.3)], ids=["plain", "bent"])
+def test_trl_head_gives_every_output(trl, monkeypatch, outputs, size, how):
+    (n, width, vocab, chunk), (temperature, softcap, scale) = size, how
+    targets = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    extra = () if outputs is None else (outputs,)
+    inputs = random(n, width), random(vocab, width, seed=1), random(vocab, seed=2)
+
+    def run(h, w, b):
+        return trl._ChunkedLogProbFunction.apply(h, w, b, targets, temperature, chunk, softcap, scale, *extra)
+
+    with torch.no_grad():
+        there = [x is not None for x in run(*inputs)]
+    expected = graded(run, *inputs)
+    calls = counted(monkeypatch)
     on_trl.patch()
-    got = trl._ChunkedLogProbFunction.apply(*args)
-    assert (got[4] == expected[4]).all()
+    with torch.no_grad():
+        assert [x is not None for x in run(*inputs)] == there
+    torch.testing.assert_close(graded(run, *inputs), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
 
 
 def test_trl_head_that_is_told_no_outputs_gives_all_five(trl):

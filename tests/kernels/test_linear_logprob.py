@@ -5,7 +5,7 @@ import json
 import pytest
 import rto_kernels as rk
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, bits, check_error
 from rto_kernels import _dispatch, _vocab_torch, linear_backward, linear_forward, reference, tiles
@@ -93,6 +93,75 @@ def test_equals_fp64_truth(backend, n, width, vocab, dtype, bias, entropy, tempe
     if not entropy:
         still = (problem.upstream[0] == 0) | problem.ignored
         assert not bool((got[1][still] != 0).any())
+
+
+EXTRAS = ("mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=8 if INTERPRET else 40)
+@given(
+    n=st.sampled_from([0, 1, 17]),
+    vocab=st.sampled_from([1, 33, 64, 129]),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    entropy=st.booleans(),
+    temperature=st.sampled_from([1.0, 0.7]),
+    softcap=st.sampled_from([None, 2.0]),
+    save=st.booleans(),
+    extras=st.permutations(EXTRAS).flatmap(lambda names: st.integers(1, 3).map(lambda k: tuple(names[:k]))),
+    seed=st.integers(0, 2**16),
+)
+def test_by_products_equal_fp64_truth_and_change_nothing(
+    backend, n, vocab, dtype, bias, entropy, temperature, softcap, save, extras, seed
+):
+    problem = Problem(n, 13, vocab, dtype, bias, seed)
+    kw = {"temperature": temperature, "softcap": softcap}
+    run = {**kw, "entropy": entropy, "backend": backend, "save_probs": torch.bfloat16 if save else False}
+    found = []
+
+    def with_extras(*args, **kwargs):
+        out = rk.token_logprobs(*args, extras=extras, **kwargs)
+        found[:] = out[1 + entropy :]
+        return out[:2] if entropy else out[0]
+
+    # What is computed anyway keeps its bits, gradients too.
+    assert bits(*problem.run(with_extras, **run)) == bits(*problem.run(rk.token_logprobs, **run))
+    assert not any(x.requires_grad for x in found)
+    hidden, weight = problem.hidden.double(), problem.weight.double()
+    bias = None if problem.bias is None else problem.bias.double()
+    truth = reference.token_logprobs(hidden, weight, problem.targets, bias=bias, extras=extras, **kw)[1:]
+    for name, a, b in zip(extras, found, truth, strict=True):
+        assert a.dtype == (torch.bool if name == "is_top1" else torch.float32)
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_equal_logits_the_first_is_the_top(backend):
+    # The largest logit stands in three columns, of several tiles and splits.
+    hidden, weight = torch.ones(3, 8, device=DEVICE), torch.zeros(150, 8, device=DEVICE)
+    weight[[20, 90, 149]] = 1.0
+    targets = torch.tensor([20, 90, 149], device=DEVICE)
+    _, top = rk.token_logprobs(hidden, weight, targets, extras=["is_top1"], backend=backend)
+    assert top.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("backend", TRITON_ONLY)  # the PyTorch path scales hidden states before its product
+def test_neighbouring_logits_are_told_apart_at_every_temperature(backend):
+    # A product with log₂e / temperature rounds some of these pairs to one number.
+    weight, hidden = torch.zeros(150, 1, device=DEVICE), torch.ones(2, 1, device=DEVICE)
+    targets = torch.tensor([20, 120], device=DEVICE)
+    for x in torch.linspace(1, 2, 4 if INTERPRET else 16, device=DEVICE):
+        weight[20], weight[120] = x, torch.nextafter(x, x + 1)
+        _, top = rk.token_logprobs(hidden, weight, targets, temperature=0.7, extras=["is_top1"], backend=backend)
+        assert top.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unknown_by_product(backend):
+    problem = Problem(2, 4, 8)
+    with pytest.raises(ValueError, match="extras must be among mean_logits, is_top1, log_sum_sq_probs, got 'top1'"):
+        rk.token_logprobs(problem.hidden, problem.weight, problem.targets, extras=["top1"], backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -312,7 +381,8 @@ def test_opcheck(backend):
     leaves = [x.requires_grad_() for x in problem.leaves]
     args = (*leaves[:2], problem.targets, leaves[2], 0.9, 0.0, -100)
     for entropy, save in ((False, 0.0), (True, 1.0), (True, 0.5)):
-        torch.library.opcheck(module._linear_logprob, (*args, entropy, save, save == 0.5, backend))
+        asked = [entropy, True, save == 0.5]
+        torch.library.opcheck(module._linear_logprob, (*args, entropy, save, save == 0.5, backend, asked))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -66,6 +66,11 @@ def test_vocabulary_sized_twins_agree():
     ours = rk.token_logprobs(h, w, targets, return_entropy=True, **kw, **on)
     twin = reference.token_logprobs(h, w, targets, return_entropy=True, **kw)
     torch.testing.assert_close(ours, twin)
+    extras = ("is_top1", "log_sum_sq_probs", "mean_logits")
+    torch.testing.assert_close(
+        rk.token_logprobs(h, w, targets, extras=extras, **kw, **on),
+        reference.token_logprobs(h, w, targets, extras=extras, **kw),
+    )
     up = random(2, n)
     for a, b in zip(
         torch.autograd.grad((torch.stack(ours) * up).sum(), (h, w)),

@@ -17,8 +17,8 @@ from ..ppo_loss import ppo_loss
 from ._swap import Swaps, bounded_logp, once, supported
 
 FALLS_THROUGH = (
-    "PolicyLoss: policy_loss_type 'gspo'",
-    "PolicyLoss: an is_correction_level other than 'off'",
+    "PolicyLoss of a GSPO run: policy_loss_type 'gspo', whose ratios are a sequence's",
+    "PolicyLoss of any run with an is_correction_level other than 'off' (TIS, ICEPOP, ...)",
     "any: fp64 tensors, nested tensors, DTensors; inputs that are not [batch, tokens]",
 )
 

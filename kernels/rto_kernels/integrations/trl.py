@@ -1,4 +1,5 @@
-"""TRL (1.16): GRPO's and RLOO's fused LM head, and the selective log-softmax, on our kernels.
+"""TRL (1.16): the fused LM head of its SFT, DPO, KTO, GRPO and RLOO trainers, and the selective log-softmax, on our
+kernels.
 
 from rto_kernels.integrations import trl
 trl.patch()
@@ -14,8 +15,7 @@ from ..logits_logprob import logprobs_from_logits
 from ._swap import Swaps, once, supported
 
 FALLS_THROUGH = (
-    "fused LM head: log_sum_sq_probs, mean_logits or is_top1 among the outputs. TRL's SFT, DPO and KTO trainers ask "
-    "for one of them: their policy's head stays TRL's",
+    "DistillationTrainer: the divergence between two heads, which is another function of TRL's",
     "fused LM head: a ZeRO-3 partitioned head, which TRL gathers again in its backward pass",
     "fused LM head: a logit scale that is not positive",
     "selective_log_softmax: several targets a position (top-k)",
@@ -35,8 +35,7 @@ def _fused_head(original: Any) -> Any:
 
         @staticmethod
         def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=ALL_OUTPUTS):
-            ours = set(outputs) <= {"log_probs", "entropy"} and scale > 0
-            if not ours or not supported(hidden, weight, bias):
+            if not scale > 0 or not supported(hidden, weight, bias):
                 return original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
@@ -48,6 +47,8 @@ def _fused_head(original: Any) -> Any:
             if bias is not None:
                 bias = bias.to(weight.dtype)
             # softcap·tanh(scale·z/softcap)/T = (softcap/scale)·tanh(z/(softcap/scale)) / (T/scale)
+            extras = [name for name in ALL_OUTPUTS[2:] if name in outputs]
+            entropy = "entropy" in outputs
             out = token_logprobs(
                 hidden,
                 weight,
@@ -55,10 +56,12 @@ def _fused_head(original: Any) -> Any:
                 bias=bias,
                 temperature=temperature / scale,
                 softcap=None if softcap is None else softcap / scale,
-                return_entropy="entropy" in outputs,
+                return_entropy=entropy,
+                extras=extras,
             )
-            logp, entropy = out if "entropy" in outputs else (out, None)
-            return logp, entropy, None, None, None
+            out = out if entropy or extras else (out,)
+            given = dict(zip(["log_probs", *["entropy"] * entropy, *extras], out, strict=True))
+            return tuple(given.get(name) for name in ALL_OUTPUTS)
 
     return FusedHead
 

@@ -17,9 +17,10 @@ from ..ppo_loss import ppo_loss
 from ._swap import Swaps, bounded_logp, once, supported
 
 FALLS_THROUGH = (
-    "policy losses other than 'vanilla' (GSPO, SAPO, CISPO, clip-cov, ...)",
+    "runs whose policy loss is not 'vanilla': GSPO, SAPO, CISPO, clip-cov, ... PPO, GRPO and RLOO runs have it unless "
+    "told otherwise",
     "a vanilla policy loss or value loss over inputs that are not [batch, tokens], such as nested tensors",
-    "entropy_from_logits",
+    "entropy_from_logits, which a run with an entropy bonus or that logs entropy calls",
     "any: fp64 tensors, DTensors",
 )
 
