@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast import distributed
 from rto_fast.algo.targets import NO_DELIMITERS, KLController
 from rto_fast.backend.checkpoints import Checkpoints, check_space, open_output
-from rto_fast.backend.frozen import FrozenModel, frozen
+from rto_fast.backend.frozen import FrozenModel, frozen, partitions
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
@@ -32,6 +32,7 @@ from rto_fast.data.tokenizer import (
 )
 from rto_fast.errors import ConfigError, require
 from rto_fast.logs.run_logger import RunLogger
+from rto_fast.memory.fit import check_device
 from rto_fast.models.heads import ScalarModel
 from rto_fast.models.load import (
     DTYPES,
@@ -149,6 +150,7 @@ def check(config: RTOConfig) -> Inputs:
     tokenizer = load_tokenizer(config.policy, "policy")
     template = load_template(config.chat_template, tokenizer, config.template_date)
     _check_models(config, tokenizer, template)
+    check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
     delimiters = _delimiters(config, tokenizer)
@@ -177,7 +179,9 @@ def _check_reach(config: RTOConfig) -> None:
 def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     """Policy and critic in their training engines, the frozen models and the reward models beside them."""
     attention, kernel = choose_attention(config, inputs.device)
-    placement = Placement(inputs.device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.score_tokens)
+    partitioned = partitions(config, distributed.world_size(), inputs.device.type)
+    lockstep = partitioned or config.zero_stage == 3
+    placement = Placement(inputs.device, kernel, lockstep=lockstep, micro_tokens=config.score_tokens)
     loading: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attention": attention}
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(
@@ -198,7 +202,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     kept: list[FrozenModel] = []
 
     def keep(model: torch.nn.Module) -> FrozenModel:
-        kept.append(frozen(model, config, parks=config.park_frozen))
+        kept.append(frozen(model, config, parks=config.park_frozen, partitioned=partitioned))
         return kept[-1]
 
     reference = keep(load_policy(config.reference or config.policy, argument="reference", **loading))

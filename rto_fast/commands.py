@@ -83,6 +83,11 @@ COMMANDS: dict[str, Stage | Tool] = {
     ),
     "export": Tool("a checkpoint as Hugging Face folders", "rto_fast.export:main"),
     "report": Tool("report.html of a run, built again", "rto_fast.report.__main__:main"),
+    "memory": Stage(
+        "GiB and seconds of a run, phase by phase, from its models' configs",
+        "rto_fast.memory.command:MemoryConfig",
+        "rto_fast.memory.command:show",
+    ),
     "demo": Stage("all stages on an embedded task, in minutes", DEMO, "rto_fast.demo.pipeline:run"),
 }
 

@@ -393,7 +393,12 @@ class RTOConfig(RunConfig):
     rollout_tokens: int = free(65536)
     """Tokens (prompt + response) the transformers engine samples at once on one rank."""
     park_frozen: bool = free(False)
-    """Keep reference, DPO and reward models in host memory outside scoring (ZeRO-3 partitions them instead)."""
+    """Keep reference, DPO and reward models in host memory outside scoring, where they are not partitioned."""
+    partition_frozen: Literal["auto", "yes", "no"] = free("auto")
+    """Spread reference, DPO and reward models over the ranks (ZeRO-3), whatever the stage of the trained ones: the same
+    bits; scoring waits for the links. auto: under zero_stage 3, and with several ranks on GPUs unless park_frozen."""
+    memory_check: bool = free(True)
+    """Refuse at the start what cannot fit on the GPUs by the arithmetic of `rto-fast memory`."""
     score_tokens: int = free(32768)
     """Tokens a scoring micro-batch holds at most on one rank."""
     truncation: Literal["zero", "bootstrap"] = "zero"
@@ -536,6 +541,10 @@ class RTOConfig(RunConfig):
         )
 
     def _check_engine(self) -> None:
+        require(
+            not (self.park_frozen and self.partition_frozen == "yes"),
+            "partition_frozen: a model is either partitioned or parked; leave one of park_frozen and it out",
+        )
         for name in ("vllm_url", "vllm_devices"):
             given = getattr(self, name)
             require(

@@ -1,4 +1,4 @@
-"""Models for scoring only."""
+"""Models for scoring only: whole, spread over the ranks, or waiting on the host."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from rto_fast import distributed
 from rto_fast.backend.train_engine import deepspeed_config
-from rto_fast.config import RunConfig
+from rto_fast.config import RTOConfig, RunConfig
 
 
 class FrozenModel:
@@ -17,24 +18,48 @@ class FrozenModel:
 
     def __init__(self, module: Callable[..., Any], device: torch.device, *, parks: bool) -> None:
         self.module, self.device, self.parks = module, device, parks
+        self.host = _host_copy(module, device) if parks and isinstance(module, nn.Module) else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
     def fetch(self) -> None:
-        if self.parks:
-            self.module.to(self.device)
+        """Copies the weights to the device; those in host memory stay there, since they never change."""
+        for tensor, there in self.host:
+            tensor.data = there.to(self.device, non_blocking=True)
 
     def park(self) -> None:
-        if self.parks:
-            self.module.to("cpu")
+        """Frees the device of the weights; nothing is copied."""
+        for tensor, there in self.host:
+            tensor.data = there
 
 
-def frozen(model: torch.nn.Module, config: RunConfig, *, parks: bool = False) -> FrozenModel:
-    """A model for scoring only; partitioned over ranks under ZeRO-3, else whole on the device (or parked)."""
+def _host_copy(module: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(each parameter and buffer, what it holds in host memory), that pinned where the device is a GPU."""
+    found = []
+    for tensor in [*module.parameters(), *module.buffers()]:
+        host = tensor.data.cpu()
+        tensor.data = host.pin_memory() if device.type == "cuda" else host
+        found.append((tensor, tensor.data))
+    return found
+
+
+def partitions(config: RTOConfig, ranks: int, kind: str) -> bool:
+    """Whether a run on so many devices of a kind (cuda, cpu) spreads its frozen models over them."""
+    if config.partition_frozen != "auto":
+        return config.partition_frozen == "yes"
+    return config.zero_stage == 3 or (ranks > 1 and kind == "cuda" and not config.park_frozen)
+
+
+def frozen(model: nn.Module, config: RunConfig, *, parks: bool = False, partitioned: bool | None = None) -> FrozenModel:
+    """A model for scoring only, in evaluation mode and without gradients.
+
+    partitioned: spread over the ranks, which must then all call it equally often; None = under ZeRO-3. Else it is whole
+    on the device, or parks.
+    """
     model.eval().requires_grad_(False)
     device = distributed.device()
-    if config.zero_stage == 3:
+    if config.zero_stage == 3 if partitioned is None else partitioned:
         import deepspeed
 
         settings = {k: v for k, v in deepspeed_config(config).items() if k != "gradient_clipping"}

@@ -42,6 +42,11 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, floor
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def fuses(config: RunConfig, kind: str) -> bool:
+    """Whether AdamW is one kernel, without temporaries as large as the weights: on a GPU that holds its states."""
+    return kind == "cuda" and not config.offload
+
+
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for one engine; the loop decides accumulation boundaries itself."""
     zero: dict[str, Any] = {
@@ -79,8 +84,9 @@ class TrainEngine:
             inner = getattr(model, "lm", None) or model.classifier
             inner.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas
-        )
+            _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas,
+            fused=fuses(config, distributed.device().type),
+        )  # fmt: skip
         distributed.barrier()  # DeepSpeed's own groups wait 10 minutes; one rank's download may take longer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
         self.model = model

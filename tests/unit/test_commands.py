@@ -17,7 +17,7 @@ def test_it_lists_its_commands(capsys):
     commands.main([])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert listed == list(commands.COMMANDS)
-    assert set(listed) == {"sft", "rm", "dpo", "rto", "ppo", "generate", "export", "report", "demo"}
+    assert set(listed) == {"sft", "rm", "dpo", "rto", "ppo", "generate", "export", "report", "memory", "demo"}
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("rtoo", "rto"), ("exprot", "export"), ("Demo", "demo"), ("x", None)])

@@ -48,6 +48,13 @@ def test_the_page_of_flags_is_what_the_configs_say(monkeypatch):
     runpy.run_path(str(ROOT / "tools" / "flags_page.py"), run_name="__main__")
 
 
+def test_the_page_of_memory_is_what_the_arithmetic_says(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["memory_page.py", "--check"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "memory_page.py"), run_name="__main__")
+    assert end.value.code == 0
+
+
 def test_every_page_is_in_the_sites_navigation():
     named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     assert named == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}

@@ -25,6 +25,7 @@ ORDER = (
     ("build", "updates"),
     ("run",),
     ("supervised", "rollout", "scoring"),
+    ("memory",),
     ("backend",),
     ("models", "report"),
     ("data", "logs", "algo", "cli"),

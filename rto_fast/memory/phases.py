@@ -1,0 +1,240 @@
+"""Bytes that one rank's device holds in each phase of a run.
+
+With P parameters of a trained model, b bytes each (2 in bf16), R ranks and ZeRO-2, a rank holds
+
+    b·P weights + 4·P/R fp32 weights + 8·P/R moments of AdamW
+
+and, in an update, 4·P/R fp32 gradients, a bucket of gradients under way, and activations. A frozen model is b·P whole,
+b·P/R partitioned. Constants of DeepSpeed are its defaults, which `deepspeed_config` leaves alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rto_fast.backend.frozen import partitions
+from rto_fast.config import RTOConfig
+from rto_fast.memory.shapes import ModelShape, shape_of
+
+GIB = 1 << 30
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's buckets for gradients and for gathering parameters."""
+LIVE = 1_000_000_000
+"""Parameters that ZeRO-3 keeps gathered at most, beside those that it fetches ahead."""
+AHEAD = 50_000_000
+"""Parameters that ZeRO-3 fetches ahead."""
+HEAD_BLOCK = {"cuda": 1 << 30, "cpu": 3 << 26}
+"""Bytes of the probabilities that the kernels keep at once."""
+
+
+RESERVE = 1.3 * GIB
+"""What CUDA, NCCL and the allocator's gaps take of a device."""
+VLLM_ASLEEP = 2 * GIB
+"""What a sleeping vLLM keeps on the device: its CUDA graphs and buffers."""
+VLLM_WORK = 1.5 * GIB
+"""What vLLM takes of its share beside weights and cache: activations and CUDA graphs."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The shapes of a run's models."""
+
+    policy: ModelShape
+    critic: ModelShape | None
+    frozen: tuple[tuple[str, ModelShape], ...]
+    """(argument, shape) of each model that is only scored with."""
+
+    @property
+    def trained(self) -> list[tuple[str, ModelShape]]:
+        return [("policy", self.policy), *([("critic", self.critic)] if self.critic else [])]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is given. Sizes in bytes."""
+
+    ranks: int
+    device: float
+    """Memory of one rank's device."""
+    reserve: float
+    """What CUDA, NCCL and the allocator's gaps take of it."""
+    kind: str = "cuda"
+    """cuda, or cpu: there memory that is asked for counts where it is written to alone."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one rank's device holds at a phase's peak, bytes by what it is."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def models_of(config: RTOConfig) -> Models:
+    """The models that a run with these settings loads, from their configs. Raises ConfigError as `shape_of`."""
+    policy, reward = config.policy, config.reward_model
+    critic = None
+    if config.uses_critic:  # `auto` is taken for the reward model: whether tokenizers agree, a config does not say
+        start = (policy, "policy") if config.critic == "policy" or not reward else (reward[0], "reward_model")
+        critic = shape_of(*start, scalar=True)
+    frozen = [("reference", shape_of(config.reference or policy, "reference"))]
+    if config.beta1:
+        frozen.append(("dpo_model", shape_of(config.dpo_model, "dpo_model")))
+        if config.dpo_ref and config.dpo_ref != (config.reference or policy):
+            frozen.append(("dpo_ref", shape_of(config.dpo_ref, "dpo_ref")))
+    frozen += [("reward_model", shape_of(path, "reward_model", scalar=True)) for path in reward]
+    return Models(shape_of(policy, "policy"), critic, tuple(frozen))
+
+
+def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
+    """The phases in the order of the loop, each at its peak; every one holds what the run keeps between them."""
+    base = {"CUDA and NCCL": machine.reserve} if machine.reserve else {}
+    weights, states = _weights(config, models, machine.ranks), _states(config, models, machine.ranks)
+    held = base | weights | states
+    waiting, awake = (_frozen(config, models, machine, scoring=scoring) for scoring in (False, True))
+    if not uses_vllm(config, machine) and config.rollout_engine != "vllm-serve":
+        held["sampler"] = float(width(config) * models.policy.parameters)  # the transformers engine has its own
+    masters = {k: v for k, v in held.items() if not k.endswith("moments")}
+    out = [Phase("load", masters | waiting)]
+    asleep = {}
+    if uses_vllm(config, machine):
+        vllm = {f"vLLM, {config.vllm_memory_share:g} of the device": config.vllm_memory_share * machine.device}
+        out.append(Phase("vLLM start", masters | waiting | vllm))
+        out.append(Phase("rollout", held | waiting | vllm))
+        asleep = {"vLLM asleep": float(VLLM_ASLEEP)}
+    elif config.rollout_engine != "vllm-serve":
+        out.append(Phase("rollout", held | waiting | _decoding(config, models, machine.ranks)))
+    held |= asleep
+    out.append(Phase("scoring", held | awake | _scoring(config, models, machine)))
+    for name, shape in models.trained:
+        update = _update(config, shape, machine)
+        out.append(Phase(f"{name} update", held | waiting | update))
+    gathered = max(s.largest for _, s in models.trained) * 4.0 if config.zero_stage == 3 else 0.0
+    out.append(Phase("checkpoint", held | waiting | ({"a gathered parameter": gathered} if gathered else {})))
+    return out
+
+
+def uses_vllm(config: RTOConfig, machine: Machine) -> bool:
+    """Whether vLLM shares the device. `auto` is taken to find it."""
+    return config.rollout_engine in ("vllm", "auto") and machine.kind == "cuda"
+
+
+def least_share(config: RTOConfig, models: Models, machine: Machine) -> float:
+    """Share of the device below which vLLM cannot hold its weights and the cache of one sequence."""
+    s, split = models.policy, config.vllm_tensor_parallel
+    sequence = _longest(config) * cache_of_token(config, s) / split
+    return (width(config) * s.parameters / split + VLLM_WORK + sequence) / machine.device
+
+
+def cache_of_token(config: RTOConfig, s: ModelShape) -> float:
+    """Bytes of a token's keys and values."""
+    return 2.0 * width(config) * s.layers * s.keys
+
+
+def _longest(config: RTOConfig) -> int:
+    """Tokens of the longest sequence, which is never split."""
+    return config.max_prompt_length + config.max_response_length
+
+
+def width(config: RTOConfig) -> int:
+    """Bytes of a weight."""
+    return 2 if config.dtype == "bf16" else 4
+
+
+def _weights(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
+    share = ranks if config.zero_stage == 3 else 1
+    return {f"{name} weights": width(config) * s.parameters / share for name, s in models.trained}
+
+
+def _states(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
+    """fp32 weights and moments of AdamW. Stage 0 has no second copy of its weights."""
+    share = ranks if config.zero_stage else 1
+    out = {}
+    for name, s in models.trained if not config.offload else []:
+        if config.zero_stage:
+            out[f"{name} fp32 weights"] = 4 * s.parameters / share
+        out[f"{name} moments"] = 8 * s.parameters / share
+    return out
+
+
+def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: bool) -> dict[str, float]:
+    partitioned = partitions(config, machine.ranks, machine.kind)
+    if config.park_frozen and machine.kind == "cuda" and not scoring and not partitioned:
+        return {}
+    share = machine.ranks if partitioned else 1
+    out: dict[str, float] = {}
+    for i, (name, s) in enumerate(models.frozen):
+        out[f"{name}{i if name in out else ''}"] = width(config) * s.parameters / share
+    return out
+
+
+def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, float]:
+    """One forward's activations, and what ZeRO-3 has gathered for it."""
+    shapes = [models.policy, *(s for _, s in models.frozen)]
+    tokens = max(config.score_tokens, _longest(config))
+    out = {"activations": max(tokens * _forward(config, s) for s in shapes)}
+    whole = [s for _, s in models.frozen] if partitions(config, machine.ranks, machine.kind) else []
+    whole += [s for _, s in models.trained] if config.zero_stage == 3 else []
+    if whole:
+        # Each model keeps what it has gathered until the next forward of its own.
+        out["gathered weights"] = width(config) * sum(min(s.parameters, LIVE + AHEAD) for s in whole)
+    return out
+
+
+def _forward(config: RTOConfig, s: ModelShape) -> float:
+    """Bytes a token at the peak of a forward that keeps nothing: the residual stream and one feed-forward block."""
+    b = width(config)
+    return b * (3 * s.hidden + max(3 * s.intermediate, 2 * s.query + 4 * s.keys)) + (8 * s.hidden if b == 2 else 0)
+
+
+def _kept(config: RTOConfig, s: ModelShape) -> float:
+    """Bytes a token that one layer keeps for its backward: inputs of the products, attention's and the gate's."""
+    b = width(config)
+    norms = 8 * s.hidden if b == 2 else 0  # two norms read their input in fp32
+    return b * (6 * s.hidden + 2 * s.query + 4 * s.keys + 4 * s.intermediate) + norms
+
+
+def _update(config: RTOConfig, s: ModelShape, machine: Machine) -> dict[str, float]:
+    """The larger of the last backward and the optimiser's step."""
+    b, tokens = width(config), max(config.micro_tokens, _longest(config))
+    ranks, lazy = machine.ranks, machine.kind == "cpu"
+    share = ranks if config.zero_stage >= 2 else 1
+    gradients = {"gradients": 4 * s.parameters / share}
+    if config.offload:  # they go to the host as they come
+        gradients = {}
+    elif config.zero_stage < 2:
+        gradients = {"gradients": b * s.parameters + (4 * s.parameters / ranks if config.zero_stage else 0)}
+    layers = tokens * (_kept(config, s) + b * (3 * s.intermediate + 2 * s.hidden))
+    layers += tokens * (s.layers * b * s.hidden if config.gradient_checkpointing else (s.layers - 1) * _kept(config, s))
+    bucket = min(BUCKET, s.parameters) if lazy else BUCKET
+    backward = gradients | {"activations": layers}
+    if config.zero_stage:
+        backward["bucket"] = b * max(bucket, s.largest)
+    if config.zero_stage == 3:
+        backward["gathered weights"] = b * min(s.parameters, LIVE + AHEAD)
+    if s.vocab:
+        backward["lm_head"] = _head(config, s, tokens, machine.kind)
+    step = dict(gradients)
+    if not config.offload and lazy:  # on CUDA AdamW is fused and has none
+        step["AdamW's temporaries"] = 8 * s.parameters / (ranks if config.zero_stage else 1)
+    return max((backward, step), key=lambda parts: sum(parts.values()))
+
+
+def _head(config: RTOConfig, s: ModelShape, tokens: int, kind: str) -> float:
+    """d(weight) in fp32 and in its own dtype, hidden states and their gradient, one block of probabilities."""
+    b = width(config)
+    block = min(HEAD_BLOCK[kind], tokens * s.vocab * b)
+    return s.vocab * s.hidden * (4 + b) + tokens * s.hidden * 2 * b + block
+
+
+def _decoding(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
+    """Keys and values of the transformers engine, and its logits of one step."""
+    s, longest = models.policy, _longest(config)
+    tokens = max(config.rollout_tokens, longest)
+    rows = min(max(1, tokens // longest), -(-config.responses // ranks))
+    out = {"keys and values": rows * longest * cache_of_token(config, s)}
+    return out | {"activations": rows * s.vocab * 12.0 + rows * config.max_prompt_length * _forward(config, s)}

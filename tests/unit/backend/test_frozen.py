@@ -1,0 +1,83 @@
+"""Frozen models: where their weights lie changes no bit of what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from launches import Launch
+from loop_helpers import ROOT, small_run
+
+from rto_fast.backend.frozen import FrozenModel, frozen, partitions
+from rto_fast.config import RTOConfig
+from rto_fast.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def seen(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("partition")
+    target = folder / "scores.pt"
+    paths = json.dumps(dataclasses.asdict(tiny))
+    worker = ROOT / "tests" / "partition_worker.py"
+    result = Launch([worker, paths, target], ranks=2, log=folder / "log").wait()
+    assert result.returncode == 0, result.output
+    return torch.load(target)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_partitioned_models_say_the_same_bits(seen, dtype):
+    whole, spread = seen[dtype, "no"], seen[dtype, "yes"]
+    for before, after in zip(whole, spread, strict=True):
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]), name
+    first, second = (whole[i]["policy_logp" if "policy_logp" in whole[i] else "old_logp"] for i in (0, 1))
+    assert not torch.equal(first, second), "the update moved nothing"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "settings", "spread"),
+    [
+        (8, "cuda", {}, True),
+        (1, "cuda", {}, False),
+        (8, "cpu", {}, False),
+        (8, "cuda", {"park_frozen": True}, False),
+        (8, "cuda", {"partition_frozen": "no"}, False),
+        (2, "cpu", {"partition_frozen": "yes"}, True),
+        (1, "cpu", {"zero_stage": 3}, True),
+    ],
+)
+def test_which_runs_partition(tiny, tmp_path, ranks, kind, settings, spread):
+    config = RTOConfig(**small_run(tiny, tmp_path, **settings))
+    config.validate()
+    assert partitions(config, ranks, kind) == spread
+
+
+def test_parked_and_partitioned_is_refused(tiny, tmp_path):
+    config = RTOConfig(**small_run(tiny, tmp_path, park_frozen=True, partition_frozen="yes"))
+    with pytest.raises(ConfigError, match=r"partition_frozen: .* park_frozen"):
+        config.validate()
+
+
+def test_parking_copies_nothing_back(monkeypatch):
+    """Weights that never change stay in host memory: parking frees the device and moves no byte."""
+    module = torch.nn.Linear(3, 2).eval().requires_grad_(False)
+    before, host = module.weight.clone(), module.weight.data_ptr()
+    model = FrozenModel(module, torch.device("cpu"), parks=True)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **settings: tensor.clone())  # another device
+    model.fetch()
+    assert module.weight.data_ptr() != host
+    model.park()
+    assert module.weight.data_ptr() == host
+    assert torch.equal(module.weight, before)
+
+
+def test_a_parked_model_keeps_its_ties_and_buffers(one_rank, tiny, tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    module[1].weight = module[0].weight
+    module.register_buffer("scale", torch.ones(1))
+    model = frozen(module, RTOConfig(**small_run(tiny, tmp_path)), parks=True)
+    model.fetch()
+    assert module[1].weight is module[0].weight
+    assert len(model.host) == 2

@@ -1,0 +1,210 @@
+"""The arithmetic of `rto-fast memory`, beside counted models, measured memory and the figures of known runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from launches import Launch
+from loop_helpers import ROOT, make_tiny_models, small_run
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rto_fast import commands
+from rto_fast.config import RTOConfig
+from rto_fast.errors import ConfigError
+from rto_fast.memory import fit
+from rto_fast.memory.command import MemoryConfig, conclusions, show
+from rto_fast.memory.fit import largest_micro_tokens, largest_share, remedies, require_fit, shortage
+from rto_fast.memory.phases import GIB, models_of, phases
+from rto_fast.memory.seconds import checkpoint_bytes, seconds
+from rto_fast.memory.shapes import shape_from, shape_of
+
+SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "llama": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "qwen2": {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16},
+    "gemma2": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16},
+    "mistral": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "gpt_neox": {"intermediate_size": 48},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scalar", [False, True], ids=["causal", "scalar"])
+def test_counts_are_those_of_the_loaded_model(family, scalar):
+    config = AutoConfig.for_model(family, **SMALL, **FAMILIES[family], num_labels=1, pad_token_id=0)
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    sizes = [p.numel() for p in auto.from_config(config).parameters()]
+    shape = shape_from(config, "policy", scalar=scalar)
+    assert shape.parameters == sum(sizes)
+    assert shape.layers == 2
+    assert shape.keys == FAMILIES[family].get("num_key_value_heads", 4) * (FAMILIES[family].get("head_dim") or 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3.2-1b", 1_235_814_400), ("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496)],
+)
+def test_known_models_have_their_published_sizes(name, parameters):
+    assert shape_of(name, "policy").parameters == parameters
+
+
+def test_a_config_file_is_enough(tiny, tmp_path):
+    text = (tmp_path / "config.json").write_bytes((ROOT / tiny.policy / "config.json").read_bytes())
+    assert text
+    assert shape_of(str(tmp_path / "config.json"), "policy") == shape_of(tiny.policy, "policy")
+
+
+def test_a_missing_model_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"dpo_model: no model at 'nowhere'.*llama-3-8b"):
+        models_of(MemoryConfig(dpo_model="nowhere"))
+
+
+def gib(config: MemoryConfig) -> dict[str, float]:
+    return {p.name: p.total / GIB for p in phases(config, models_of(config), config.machine)}
+
+
+def test_whole_frozen_models_do_not_fit_beside_vllm_and_partitioned_ones_do():
+    """8B and 1B on 8 x 80 GB: 53.8 GiB lie there before vLLM, which asks for 31.9 of the 24.5 that are left."""
+    whole = MemoryConfig(partition_frozen="no")
+    figures = gib(whole)
+    assert figures["load"] - 1.3 == pytest.approx(53.8, abs=0.1)
+    assert figures["vLLM start"] > 79.6
+    assert figures["policy update"] > 79.0
+    assert remedies(whole, models_of(whole), whole.machine) == ["--partition-frozen yes"]
+    spread = MemoryConfig()
+    assert gib(spread)["vLLM start"] == pytest.approx(26.9 + 31.8, abs=0.1)
+    assert gib(spread)["policy update"] == pytest.approx(54, abs=3)
+    assert shortage(spread, models_of(spread), spread.machine) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ranks": 1},
+        {"ranks": 2},
+        {"partition_frozen": "no"},
+        {"gradient_checkpointing": False, "micro_tokens": 65536},
+        {"vllm_memory_share": 0.7},
+        {"vllm_memory_share": 0.1},
+        {"policy": "llama-3-70b", "dpo_model": "llama-3-70b", "ranks": 32},
+        {"rollout_engine": "transformers", "partition_frozen": "no", "micro_tokens": 1 << 18},
+    ],
+)
+def test_the_proposed_flags_make_it_fit(settings):
+    config = MemoryConfig(**settings)
+    models = models_of(config)
+    with pytest.raises(
+        ConfigError, match=r"memory: on \d+ devices? of 79.6 GiB .* GiB held.* it fits with --"
+    ) as error:
+        require_fit(config, models, config.machine)
+    flags = remedies(config, models, config.machine)
+    assert " ".join(flags) in str(error.value)
+    mended = commands.cli.parse(config, " ".join(flags).split())
+    mended.validate()
+    assert shortage(mended, models, mended.machine) is None
+    for flag in flags:  # each of them is needed, the engine's for tensor parallelism
+        less = commands.cli.parse(config, " ".join(f for f in flags if f != flag).split())
+        assert "--rollout-engine" in flag or shortage(less, models, less.machine) is not None, flag
+
+
+def test_what_fits_nowhere_says_so():
+    config = MemoryConfig(device_gib=4.0)
+    with pytest.raises(ConfigError, match="no flag makes it fit"):
+        require_fit(config, models_of(config), config.machine)
+
+
+def test_the_largest_settings_fit_and_a_little_more_does_not():
+    config = MemoryConfig()
+    models, machine = models_of(config), config.machine
+    tokens, share = largest_micro_tokens(config, models, machine), largest_share(config, models, machine)
+    for name, value, more in (("micro_tokens", tokens, tokens + 1024), ("vllm_memory_share", share, share + 0.01)):
+        assert shortage(dataclasses.replace(config, **{name: value}), models, machine) is None
+        assert shortage(dataclasses.replace(config, **{name: more}), models, machine) is not None
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"offload": True}, {"gradient_checkpointing": True}])
+def test_flags_that_save_memory_do(settings):
+    plain = MemoryConfig(gradient_checkpointing=False)
+    less = dataclasses.replace(plain, **settings)
+    assert gib(less)["policy update"] < gib(plain)["policy update"] - 5
+
+
+def test_parked_models_leave_the_device_outside_scoring():
+    plain, parked = MemoryConfig(ranks=1), MemoryConfig(ranks=1, park_frozen=True)
+    assert gib(plain)["policy update"] - gib(parked)["policy update"] == pytest.approx(32.2, abs=0.2)
+    assert gib(plain)["scoring"] == gib(parked)["scoring"]
+
+
+def test_a_run_that_cannot_fit_is_refused_on_a_gpu_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 4 << 20))
+    config = RTOConfig(**small_run(tiny, tmp_path))
+    fit.check_device(config, torch.device("cpu"), 1)
+    fit.check_device(dataclasses.replace(config, memory_check=False), torch.device("cuda"), 1)
+    with pytest.raises(ConfigError, match=r"memory: on 1 device of 0.0 GiB"):
+        fit.check_device(config, torch.device("cuda"), 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 << 30, 80 << 30))
+    fit.check_device(config, torch.device("cuda"), 1)
+
+
+def test_the_trainer_asks_before_it_loads(tiny, tmp_path, monkeypatch, one_rank):
+    from rto_fast import build
+
+    def refuse(config, device, ranks):
+        raise ConfigError("memory: too little")
+
+    monkeypatch.setattr(build, "check_device", refuse)
+    monkeypatch.setattr(build, "load_policy", lambda *a, **k: pytest.fail("it loaded a model"))
+    with pytest.raises(ConfigError, match="too little"):
+        build.build(RTOConfig(**small_run(tiny, tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_seconds_and_checkpoint():
+    """One 8B forward over 8 x 262,144 tokens at 400 TFLOP/s on 8 devices, counted by hand."""
+    config = MemoryConfig()
+    models = models_of(config)
+    assert checkpoint_bytes(config, models) / 1e9 == pytest.approx(14 * (8.03 + 1.236), rel=1e-3)
+    times = seconds(config, models, config.machine, config.rates)
+    tokens, computed = 1024 * 2048 / 8, 8.03e9 - 128256 * 4096 / 2
+    assert times["policy update"] == pytest.approx(8 * tokens * computed / 4e14 + 8 * 2 * 2 * 8.03e9 / 2e11, rel=0.1)
+    faster = dataclasses.replace(config, tflops=800.0)
+    assert seconds(config, models, config.machine, faster.rates)["scoring"] < times["scoring"]
+
+
+def test_the_command_says_whether_it_fits(capsys):
+    show(MemoryConfig())
+    text = capsys.readouterr().out
+    assert text.rstrip().endswith("it fits")
+    for phase in ("load", "vLLM start", "rollout", "scoring", "policy update", "critic update", "checkpoint"):
+        assert phase in text
+    config = MemoryConfig(ranks=1)
+    assert conclusions(config, models_of(config))[-1].startswith("it fits with --")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "settings"), [(1, {}), (2, {"partition_frozen": "yes"})], ids=["one", "two"])
+def test_measured_memory_is_within_a_tenth(tiny, tmp_path, monkeypatch, ranks, settings):
+    """A 230 MB policy with sampler, reference and DPO model, on CPUs: resident memory at each phase's peak."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed leaves the process
+    large = make_tiny_models(
+        tmp_path / "models", rows=16, hidden_size=768, intermediate_size=2048, num_hidden_layers=8,
+        num_attention_heads=12, num_key_value_heads=4,
+    )  # fmt: skip
+    settings |= {
+        "rollout_batch": 4, "train_batch": 4, "gradient_checkpointing": True, "micro_tokens": 112, "score_tokens": 112,
+        "rollout_tokens": 112, "sync_proof": False, "advantage": "reinforce_pp", "reward_model": (),
+        "reward_fn": ("invariance_worker:length",), "report": False,
+    }  # fmt: skip
+    runs = [json.dumps(small_run(m, tmp_path / n, **settings)) for m, n in ((tiny, "tiny"), (large, "large"))]
+    args = [ROOT / "tests" / "memory_worker.py", *runs, tmp_path / "found.json"]
+    result = Launch(args, ranks=ranks, log=tmp_path / "log").wait()
+    assert result.returncode == 0, result.output
+    for rank in json.loads((tmp_path / "found.json").read_text()):
+        assert rank.keys() == {"rollout", "scoring", "policy update"}
+        for phase, (peak, expected) in rank.items():
+            assert peak == pytest.approx(expected, rel=0.1), f"{phase}: {peak / 2**20:.0f} MiB, {expected / 2**20:.0f}"

@@ -1,0 +1,119 @@
+"""Writes docs/memory.md: what runs hold in each phase, by the arithmetic of `rto-fast memory`.
+
+python tools/memory_page.py            writes the page
+python tools/memory_page.py --check    fails where the page is not what it would write
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from rto_fast import cli
+from rto_fast.memory.command import MemoryConfig
+from rto_fast.memory.fit import largest_micro_tokens, largest_share, remedies, shortage
+from rto_fast.memory.phases import GIB, models_of, phases
+from rto_fast.memory.seconds import checkpoint_bytes, seconds
+
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+LARGE = "--policy llama-3-70b --dpo-model llama-3-70b --reward-model llama-3-8b"
+RUNS = {
+    "8B, 8 ranks": ("", True),
+    "8B, 8 ranks, frozen models whole": ("--partition-frozen no", False),
+    "8B, 1 rank": ("--ranks 1", True),
+    "70B, 8 ranks": (LARGE, True),
+    "70B, 32 ranks": (f"{LARGE} --ranks 32", True),
+}
+"""Name of a row, the flags that it starts from, and whether it is made to fit."""
+HEAD = """# Memory
+
+`python tools/memory_page.py` writes this page. All of it is arithmetic on the models' configs (`rto_fast/memory/`). On
+CPUs it was compared with the resident memory of a run with a 230 MB policy, on one and two ranks: within a tenth in
+rollout, scoring and update (`tests/unit/memory/test_memory.py`). No figure here was measured on a GPU.
+
+```bash
+rto-fast memory                                  # Llama-3-8B with 1B critic and reward model, 8 ranks of 80 GB
+rto-fast memory --ranks 1                        # says which flags make it fit
+rto-fast memory --policy MODEL --dpo-model MODEL --reward-model MODEL --device-gib 141
+```
+
+It takes every flag of `rto-fast rto`. A model is a folder, a `config.json`, a Hub id, or `llama-3.2-1b`, `llama-3-8b`,
+`llama-3-70b`, whose configs come along. A run on GPUs asks the same before it loads anything, and is refused where a
+phase does not fit; `--memory-check False` starts it all the same.
+
+## What a rank holds
+
+With P parameters, b bytes each (bf16: 2) and R ranks:
+
+| what | bytes | when |
+|---|---|---|
+| weights of policy and critic | b P (ZeRO-3: b P / R) | always |
+| their fp32 weights | 4 P / R (`--offload`: on the host) | always |
+| moments of AdamW | 8 P / R (`--offload`: on the host) | from the first update on |
+| reference, DPO and reward models | b P / R; whole: b P (`--park-frozen`: in scoring alone) | always |
+| vLLM | its share of the device | in rollouts; 2 GiB while it sleeps |
+| fp32 gradients | 4 P / R (ZeRO-2 and 3) | in an update |
+| a bucket of gradients, what ZeRO-3 gathers | 0.5, and 1.05 billion elements at most | in an update, in scoring |
+| layer inputs and one layer's activations | by `--micro-tokens`, `--score-tokens` | in an update, in scoring |
+| lm_head | its gradient in fp32 and bf16, 1 GiB of probabilities | in a policy update |
+| CUDA, NCCL, gaps | 1.3 GiB | always |
+
+With several ranks on GPUs frozen models are partitioned (`--partition-frozen auto`): scoring then waits for the links,
+some 5 % by the same arithmetic, and their bits are those of whole models. On one rank, or on CPUs, they stay whole.
+
+## Runs
+
+Devices of 79.6 GiB, GiB of one rank at each phase's peak, everything else by default. Where the defaults do not
+fit, the row shows the flags that `rto-fast memory` proposes, and the figures with them. Host memory is not
+counted: `--offload` and `--park-frozen` take there what they save here, and every rank loads whole models there, one
+after another.
+
+"""
+TAIL = """
+Seconds are those of an iteration of 1,024 sequences of full length, 2,048 tokens, and assume 400 TFLOP/s, 2.6 TB/s
+from memory, 200 GB/s between ranks; each is a flag of `rto-fast memory`. They are a floor for
+comparing settings, no forecast.
+"""
+
+
+def row(name: str, flags: str, mend: bool) -> str:
+    config = cli.parse(MemoryConfig(), flags.split())
+    models, machine = models_of(config), config.machine
+    helps = remedies(config, models, machine) if mend and shortage(config, models, machine) else []
+    adapted = cli.parse(config, " ".join(helps).split())
+    fits = shortage(adapted, models, machine) is None
+    peaks = {p.name: f"{p.total / GIB:.1f}" for p in phases(adapted, models, machine)}
+    times = seconds(dataclasses.replace(adapted, save_every=0), models, machine, adapted.rates)
+    cells = [name, " ".join(f"`{h}`" for h in helps) or "-", *peaks.values(), "yes" if fits else "no"]
+    cells += [f"{largest_micro_tokens(adapted, models, machine):,}", f"{largest_share(adapted, models, machine):.2f}"]
+    cells += [f"{sum(times.values()):.0f}", f"{checkpoint_bytes(adapted, models) / 1e9:.0f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def page() -> str:
+    config = MemoryConfig()
+    names = [p.name for p in phases(config, models_of(config), config.machine)]
+    columns = [
+        "run",
+        "flags",
+        *names,
+        "fits",
+        "most `--micro-tokens`",
+        "most `--vllm-memory-share`",
+        "s",
+        "checkpoint, GB",
+    ]
+    table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return HEAD + "\n".join([*table, *(row(name, *run) for name, run in RUNS.items())]) + "\n" + TAIL
+
+
+def main() -> int:
+    if "--check" in sys.argv:
+        return 0 if PAGE.exists() and PAGE.read_text() == page() else 1
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
