@@ -37,11 +37,11 @@ from rto_fast.models.load import (
     DTYPES,
     check_reward_head,
     check_weights,
-    choose_attention,
     load_config,
     load_policy,
     load_scalar,
     new_scalar,
+    place,
 )
 from rto_fast.models.packing import Placement
 from rto_fast.models.save import rehearse_export
@@ -159,9 +159,8 @@ def check(config: RTOConfig) -> Inputs:
 
 def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     """Policy and critic in their training engines, the frozen models and the reward models beside them."""
-    attention, kernel = choose_attention(config, inputs.device)
-    placement = Placement(inputs.device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.score_tokens)
-    loading: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attention": attention}
+    longest = config.max_prompt_length + config.max_response_length
+    placement, loading = place(config, inputs.device, config.score_tokens, longest)
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(
         load_policy(config.policy, argument="policy", **loading), config,
@@ -223,10 +222,11 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
     for argument, path in others.items():
         if path:
             other = load_config(path, argument)
+            ours, theirs = (c.get_text_config().vocab_size for c in (policy, other))
             require(
-                other.vocab_size == policy.vocab_size,
-                f"{argument}: {path!r} has a vocabulary of {other.vocab_size} tokens, the policy's has "
-                f"{policy.vocab_size}; token rewards compare the two token by token",
+                theirs == ours,
+                f"{argument}: {path!r} has a vocabulary of {theirs} tokens, the policy's has "
+                f"{ours}; token rewards compare the two token by token",
             )
             check_weights(path, argument)
             check_template(path, template, argument)

@@ -60,6 +60,6 @@ def train_rm(config: RMConfig) -> Path:
         print("warning: no pair is held out: the scores are not measured, their mean and std stay 0 and 1", flush=True)
 
     torch.manual_seed(config.seed)
-    hidden = load_config(config.model, "model").hidden_size
+    hidden = load_config(config.model, "model").get_text_config(decoder=True).hidden_size
     model = new_scalar(config.model, argument="model", head_std=1 / (hidden + 1), **common.loading)
     return run_stage(config, common, RewardModel(model, train, held_out))
