@@ -38,11 +38,11 @@ from rto_fast.models.load import (
     DTYPES,
     check_reward_head,
     check_weights,
-    choose_attention,
     load_config,
     load_policy,
     load_scalar,
     new_scalar,
+    place,
 )
 from rto_fast.models.packing import Placement
 from rto_fast.models.save import rehearse_export
@@ -178,11 +178,9 @@ def _check_reach(config: RTOConfig) -> None:
 
 def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     """Policy and critic in their training engines, the frozen models and the reward models beside them."""
-    attention, kernel = choose_attention(config, inputs.device)
+    longest = config.max_prompt_length + config.max_response_length
     partitioned = partitions(config, distributed.world_size(), inputs.device.type)
-    lockstep = partitioned or config.zero_stage == 3
-    placement = Placement(inputs.device, kernel, lockstep=lockstep, micro_tokens=config.score_tokens)
-    loading: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attention": attention}
+    placement, loading = place(config, inputs.device, config.score_tokens, longest, lockstep=partitioned)
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
     policy = TrainEngine(
         load_policy(config.policy, argument="policy", **loading), config,
@@ -247,10 +245,11 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
     for argument, path in others.items():
         if path:
             other = load_config(path, argument)
+            ours, theirs = (c.get_text_config().vocab_size for c in (policy, other))
             require(
-                other.vocab_size == policy.vocab_size,
-                f"{argument}: {path!r} has a vocabulary of {other.vocab_size} tokens, the policy's has "
-                f"{policy.vocab_size}; token rewards compare the two token by token",
+                theirs == ours,
+                f"{argument}: {path!r} has a vocabulary of {theirs} tokens, the policy's has "
+                f"{ours}; token rewards compare the two token by token",
             )
             check_weights(path, argument)
             check_template(path, template, argument)

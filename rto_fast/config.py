@@ -78,6 +78,9 @@ class RunConfig:
     """Compute type of forward and backward; the optimiser keeps fp32 weights either way."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = free("auto")
     """Packed attention: auto takes flash-attn where installed, else PyTorch's own."""
+    packing: Literal["on", "off"] = free("on")
+    """on: sequences lie side by side in one row; a model that is not exact so is refused. off: one sequence a row,
+    slower, and right for every family."""
     gradient_checkpointing: bool = free(True)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -137,6 +140,10 @@ class RunConfig:
             not (self.offload and self.zero_stage == 0),
             "offload: needs ZeRO; use --zero-stage 1, 2 or 3",
         )
+        require(
+            not (self.packing == "off" and self.attention == "varlen"),
+            "attention: varlen is a kernel for packed rows; with --packing off use --attention auto",
+        )
         for name in ("micro_tokens", "keep_last", "log_every"):
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in (
@@ -155,6 +162,10 @@ class RunConfig:
         for name, value in dataclasses.asdict(self).items():
             for number in value if isinstance(value, tuple | list) else (value,):
                 require(not isinstance(number, float) or math.isfinite(number), f"{name}: must be finite, got {number}")
+
+    def micro_budget(self, tokens: int) -> int:
+        """Tokens that micro-batches of at most `tokens` are planned with: without packing every row goes alone."""
+        return tokens if self.packing == "on" else 1
 
     def fingerprint(self) -> dict[str, object]:
         """The settings a checkpoint must share with the run that resumes it: all but those made by `free`.
@@ -268,6 +279,10 @@ class DPOConfig(PreferenceConfig):
 
     def validate(self) -> None:
         super().validate()
+        require(
+            not (self.objective == "mppo" and self.packing == "off" and self.zero_stage == 3),
+            "packing: off with objective mppo, whose rows hold more or fewer answers, needs --zero-stage 0, 1 or 2",
+        )
         for name in ("beta", "simpo_beta"):
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         require(0 <= self.label_smoothing < 0.5, f"label_smoothing: must lie in [0, 0.5), got {self.label_smoothing}")

@@ -184,7 +184,9 @@ def generate(config: GenerateConfig) -> Path:
     template = load_template(config.chat_template, tokenizer, config.template_date)
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")
-    fingerprint, prompts = _prompts(config, tokenizer, template, getattr(model, "max_position_embeddings", 0))
+    fingerprint, prompts = _prompts(
+        config, tokenizer, template, getattr(model.get_text_config(), "max_position_embeddings", 0)
+    )
 
     settings = dataclasses.asdict(config) | {"data": fingerprint, "template": template.hash}
     for free in ("output", "chunk", "generator", "format", "batch_tokens"):

@@ -5,6 +5,7 @@ A head reads chosen positions only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ from rto_kernels import token_kl, token_logprobs
 from torch import Tensor, nn
 
 from rto_fast.errors import ConfigError
+from rto_fast.models.attention import ALONE
 from rto_fast.models.packing import PackedBatch
 
-# Families that rescale their logits in a way the log-prob head does not know.
-_LOGIT_SCALES = ("logits_scaling", "logit_scale")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+"""Names by which families' configs know a soft-cap of their logits, a factor and a divisor."""
 
 
 Read = Callable[..., Any]
@@ -79,15 +83,16 @@ class PolicyModel(nn.Module):
         head = lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ConfigError(f"model: {type(lm).__name__} has no linear lm_head; it is not supported")
-        for name in _LOGIT_SCALES:
-            if getattr(lm.config, name, None) not in (None, 1, 1.0):
-                raise ConfigError(f"model: {type(lm).__name__} scales its logits ({name}); it is not supported")
-        lm.set_output_embeddings(LMHead.share(head, getattr(lm.config, "final_logit_softcapping", None)))
+        text = lm.config.get_text_config(decoder=True)
+        softcap = next((cap for name in _SOFTCAPS if (cap := getattr(text, name, None))), None)
+        self.scale = math.prod(getattr(text, name, None) or 1.0 for name in _FACTORS)
+        self.scale /= math.prod(getattr(text, name, None) or 1.0 for name in _DIVISORS)
+        lm.set_output_embeddings(LMHead.share(head, softcap))
         self.lm = lm
 
     def forward(self, batch: PackedBatch, read: Read | None = None) -> Any:
         """What `read` finds at the R response tokens; by default their log-probs (nats), [R] fp32."""
-        hidden = _hidden(self.lm.base_model, batch)[batch.state_positions]
+        hidden = self._read_states(batch)
         return self.lm.get_output_embeddings()(hidden, batch.response_tokens, read or token_logprobs)
 
     def states(self, batch: PackedBatch) -> tuple[Tensor, LMHead, Tensor]:
@@ -95,8 +100,13 @@ class PolicyModel(nn.Module):
 
         For a model whose weights are whole on this rank.
         """
-        hidden, head = _hidden(self.lm.base_model, batch)[batch.state_positions], self.lm.get_output_embeddings()
+        hidden, head = self._read_states(batch), self.lm.get_output_embeddings()
         return hidden, head, head(hidden, batch.response_tokens, token_logprobs)
+
+    def _read_states(self, batch: PackedBatch) -> Tensor:
+        """[R, H] before the response tokens, by the factor of the family's logits: (s h) W = s (h W)."""
+        hidden = hidden_states(backbone(self.lm), batch)[batch.state_positions]
+        return hidden if self.scale == 1 else hidden * self.scale
 
 
 class ScalarHead(nn.Linear):
@@ -126,11 +136,24 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """The numbers at `positions` [P] int64 of the packed row -> [P] fp32."""
-        hidden = _hidden(self.classifier.base_model, batch)[positions]
+        hidden = hidden_states(backbone(self.classifier), batch)[positions]
         return (self.classifier.score(hidden) - self.mean) / self.std
 
 
-def _hidden(backbone: nn.Module, batch: PackedBatch) -> Tensor:
-    """Final hidden states of all N packed tokens, [N, H]."""
-    out = backbone(input_ids=batch.tokens[None], use_cache=False, **batch.layout.model_kwargs())
+def backbone(model: Any) -> nn.Module:
+    """The model without its head; ConfigError where there is none."""
+    base = model.base_model
+    if base is model:  # some families name another prefix than they use
+        base = getattr(model, "model", None)
+    if base is None:
+        raise ConfigError(f"{type(model).__name__} has no backbone apart from its head; it is not supported")
+    return base
+
+
+def hidden_states(base: nn.Module, batch: PackedBatch) -> Tensor:
+    """Final hidden states of all N tokens, [N, H]: of one packed row, or of each sequence alone."""
+    if batch.layout.kernel == ALONE:
+        alone = [base(input_ids=tokens[None], use_cache=False) for tokens in batch.tokens.split(batch.layout.lens)]
+        return torch.cat([out.last_hidden_state[0] for out in alone])
+    out = base(input_ids=batch.tokens[None], use_cache=False, **batch.layout.model_kwargs())
     return out.last_hidden_state[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,12 +15,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from rto_fast import distributed
 from rto_fast.config import RunConfig
 from rto_fast.errors import ConfigError
-from rto_fast.models.attention import resolve_attention
+from rto_fast.models.attention import ALONE, PACKED, resolve_attention
+from rto_fast.models.family import check_family, own_outputs
 from rto_fast.models.heads import PolicyModel, ScalarModel
+from rto_fast.models.packing import Placement
 
 ADAPTER = "adapter_config.json"
+M = TypeVar("M", PolicyModel, ScalarModel)
 SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
 
 
@@ -54,7 +59,14 @@ def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.
     load_config(path, argument)
     try:
         model, info = auto.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **settings)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except KeyError as error:
+        if error.args == (PACKED,):  # an old family chooses its attention from a table of its own
+            raise ConfigError(f"{argument}: {path!r} has no attention for packed rows. Use --packing off") from error
+        raise ConfigError(f"{argument}: {path!r} does not load: KeyError {error}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError, AttributeError,
+            TypeError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300].strip()
         raise ConfigError(f"{argument}: {path!r} does not load: {reason}") from error
     for module in model.modules():
@@ -65,13 +77,29 @@ def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.
     return model, info
 
 
-def load_policy(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> PolicyModel:
-    """A causal LM folder or Hub id as a PolicyModel; ConfigError where weights are missing."""
+def load_policy(
+    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None
+) -> PolicyModel:
+    """A causal LM folder or Hub id as a PolicyModel; ConfigError where weights are missing.
+
+    placement: where it will run; the model is checked there (collective), see family.py.
+    """
     lm, info = _load(AutoModelForCausalLM, path, argument, dtype=dtype, attn_implementation=attention)
     if info["missing_keys"]:
         raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}")
     _drop_unused_sampling(lm)
-    return PolicyModel(lm)
+    return _checked(PolicyModel, lm, path, argument, placement)
+
+
+def _checked(make: Callable[[Any], M], model: Any, path: str, argument: str, placement: Placement | None) -> M:
+    """`make(model)`, and with a placement the proof that it computes what the model alone does."""
+    if placement is None:
+        return make(model)
+    name = f"{argument}: {path!r} ({type(model).__name__})"
+    alone = own_outputs(model, placement, name)
+    made = make(model)
+    check_family(made, alone, placement, name)
+    return made
 
 
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -89,20 +117,23 @@ def _drop_unused_sampling(lm: torch.nn.Module) -> None:
                 setattr(settings, name, None)
 
 
-def load_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str) -> ScalarModel:
-    """A reward model with its stored head; a missing head is an error, never random weights."""
+def load_scalar(
+    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None
+) -> ScalarModel:
+    """A reward model with its stored head; a missing head is an error, never random weights. placement: load_policy."""
     _check_statistics(load_config(path, argument), path, argument)
     classifier, info = _load(
         AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention,
         key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
     )  # fmt: skip
+    _require_score(classifier, path, argument)
     if any(k.startswith("score.") for k in info["missing_keys"]):
         raise _no_head(path, argument)
     mismatched = [str(key) for key in info.get("mismatched_keys", ())]
     if info["missing_keys"] or mismatched:
         raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
                           f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
-    return ScalarModel(classifier)
+    return _checked(ScalarModel, classifier, path, argument, placement)
 
 
 def check_weights(path: str, argument: str) -> set[str]:
@@ -164,6 +195,14 @@ def is_reward_model(path: str, argument: str) -> bool:
     return any("SequenceClassification" in kind for kind in kinds)
 
 
+def _require_score(classifier: nn.Module, path: str, argument: str) -> None:
+    if not isinstance(getattr(classifier, "score", None), nn.Linear):
+        raise ConfigError(
+            f"{argument}: {path!r} ({type(classifier).__name__}) has no linear head named score; reward models and "
+            "critics of this family are not supported"
+        )
+
+
 def _no_head(path: str, argument: str) -> ConfigError:
     return ConfigError(
         f"{argument}: {path!r} has no reward head (looked for {' and '.join(SCORE_HEADS)}); "
@@ -171,11 +210,18 @@ def _no_head(path: str, argument: str) -> ConfigError:
     )
 
 
-def new_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str, head_std: float = 0.0) -> ScalarModel:
-    """A backbone from a causal LM with a new head: zeros, or normal with `head_std` (torch's current seed)."""
+def new_scalar(
+    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None,
+    head_std: float = 0.0,
+) -> ScalarModel:  # fmt: skip
+    """A backbone from a causal LM with a new head: zeros, or normal with `head_std` (torch's current seed).
+
+    placement: see load_policy.
+    """
     classifier, info = _load(
         AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention
     )
+    _require_score(classifier, path, argument)
     missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
     if missing:
         raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(classifier).__name__}: {_some(missing)}")
@@ -183,7 +229,7 @@ def new_scalar(path: str, *, dtype: torch.dtype, attention: str, argument: str, 
         weight = classifier.score.weight
         weight.copy_(torch.randn(weight.shape) * head_std if head_std else torch.zeros(weight.shape))
     classifier.config.mean, classifier.config.std = 0.0, 1.0
-    return ScalarModel(classifier)
+    return _checked(ScalarModel, classifier, path, argument, placement)
 
 
 def _some(names: object, limit: int = 4) -> str:
@@ -194,9 +240,28 @@ def _some(names: object, limit: int = 4) -> str:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def choose_attention(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    """(transformers attention, packed kernel) for the run."""
+def choose_attention(config: RunConfig, device: torch.device) -> tuple[str | None, str]:
+    """(transformers attention, packed kernel) for the run; None: what transformers chooses for the family."""
+    if config.packing == "off" and config.attention == "auto":
+        return None, ALONE
     try:
-        return resolve_attention(config.attention, device, DTYPES[config.dtype])
+        name, kernel = resolve_attention(config.attention, device, DTYPES[config.dtype])
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.packing == "off":
+        return ("sdpa" if name == PACKED else name), ALONE
+    return name, kernel
+
+
+def place(
+    config: RunConfig, device: torch.device, tokens: int, longest: int, *, lockstep: bool = False
+) -> tuple[Placement, dict[str, Any]]:
+    """Where forwards run, and the settings that every model of the run is loaded with.
+
+    tokens: of a micro-batch; longest: of a sequence; lockstep: under any ZeRO stage (see Placement).
+    """
+    attention, kernel = choose_attention(config, device)
+    if kernel == ALONE and distributed.rank() == 0:
+        print("packing: off, one sequence a row", flush=True)
+    placement = Placement(device, kernel, lockstep or config.zero_stage == 3, config.micro_budget(tokens), longest)
+    return placement, {"dtype": DTYPES[config.dtype], "attention": attention, "placement": placement}

@@ -107,6 +107,8 @@ class Placement:
     """ZeRO-3: every rank must do equally many forwards."""
     micro_tokens: int
     """Tokens a micro-batch holds at most."""
+    longest: int = 0
+    """Tokens of the longest sequence that will come; 0 = not known."""
 
     def micro(self, sequences: Sequence[Tensor], prompt_lens: Sequence[int]) -> Iterator[tuple[list[int], PackedBatch]]:
         """(indices, packed batch) over this rank's sequences; empty index lists are dummies of lockstep."""

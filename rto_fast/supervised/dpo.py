@@ -59,9 +59,9 @@ def train_dpo(config: DPOConfig) -> Path:
     common = prepare(config)
     if config.reference:
         reference = load_config(config.reference, "reference")
-        ours = load_config(config.model, "model").vocab_size
-        require(reference.vocab_size == ours, f"reference: {config.reference!r} has a vocabulary of "
-                f"{reference.vocab_size} tokens, the model's has {ours}")  # fmt: skip
+        ours, theirs = (c.get_text_config().vocab_size for c in (load_config(config.model, "model"), reference))
+        require(theirs == ours, f"reference: {config.reference!r} has a vocabulary of "
+                f"{theirs} tokens, the model's has {ours}")  # fmt: skip
         check_weights(config.reference, "reference")
         check_template(config.reference, common.template, "reference")
         check_max_length(config.max_length, reference, "max_length (reference)")

@@ -14,7 +14,7 @@ from rto_fast.config import SupervisedConfig
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer
 from rto_fast.logs.run_logger import RunLogger
-from rto_fast.models.load import DTYPES, check_weights, choose_attention, load_config
+from rto_fast.models.load import check_weights, load_config, place
 from rto_fast.models.packing import Placement
 from rto_fast.models.save import rehearse_export
 from rto_fast.supervised.loop import fit, steps_of
@@ -45,9 +45,7 @@ def prepare(config: SupervisedConfig) -> Common:
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")
     check_max_length(config.max_length, model, "max_length")
-    attention, kernel = choose_attention(config, device)
-    placement = Placement(device, kernel, lockstep=config.zero_stage == 3, micro_tokens=config.micro_tokens)
-    loading = {"dtype": DTYPES[config.dtype], "attention": attention}
+    placement, loading = place(config, device, config.micro_tokens, config.max_length)
     return Common(tokenizer, template, placement, loading, checkpoints, found)
 
 

@@ -73,8 +73,9 @@ def cache_key(
     tokenizer: PreTrainedTokenizerBase, template: ChatTemplate,
 ) -> str:  # fmt: skip
     """Hash of all that the log-probs depend on; reads every weight (about a second a gigabyte)."""
+    alone = ("alone",) if config.packing == "off" else ()
     digest = hashlib.sha256(
-        repr((_FORMAT, tokenizer_hash(tokenizer), template.hash, config.max_length, config.dtype)).encode()
+        repr((_FORMAT, tokenizer_hash(tokenizer), template.hash, config.max_length, config.dtype, *alone)).encode()
     )
     for name, tensor in full_parameters(reference):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -73,7 +73,7 @@ def start_of(path: str, loading: dict[str, Any]) -> ScalarModel:
         model = load_scalar(path, argument="model", **loading)
         model.mean, model.std = 0.0, 1.0  # of the scores before this training
     else:
-        hidden = load_config(path, "model").get_text_config().hidden_size
+        hidden = load_config(path, "model").get_text_config(decoder=True).hidden_size
         model = new_scalar(path, argument="model", head_std=1 / (hidden + 1), **loading)
     if distributed.rank() == 0:
         print(f"reward head: {'that of the reward model' if kept else 'a new one on'} {path}", flush=True)

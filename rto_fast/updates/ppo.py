@@ -83,7 +83,9 @@ class TrainBatch:
         """
         lens = self.rollout.seq_lens.tolist()
         tokens = [sum(lens[i] for i in unit) for unit in units]
-        share = plan(tokens, distributed.world_size(), self.run.config.micro_tokens)[distributed.rank()]
+        share = plan(tokens, distributed.world_size(), self.run.config.micro_budget(self.run.config.micro_tokens))[
+            distributed.rank()
+        ]
         shortest = units[min(range(len(units)), key=lambda u: tokens[u])]
         return [([i for u in part for i in units[u]], 1.0) if part else (shortest, 0.0) for part in share]
 

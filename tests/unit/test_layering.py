@@ -144,8 +144,8 @@ def test_only_the_demo_runs_the_loop():
 
 
 SOFTMAX = {"softmax", "log_softmax", "logsumexp", "cross_entropy", "nll_loss", "logaddexp"}
-DISTRIBUTIONS = {"decoding"}
-"""Sampling looks at whole distributions."""
+DISTRIBUTIONS = {"decoding", "attention", "family"}
+"""Sampling and the check of families look at whole distributions; attention has a softmax of its own."""
 
 
 def test_log_probs_come_from_the_kernels_alone():

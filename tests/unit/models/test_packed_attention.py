@@ -10,6 +10,7 @@ from rto_kernels import token_logprobs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast.contract import Request, Rollout
+from rto_fast.errors import ConfigError
 from rto_fast.models.attention import PACKED, PackedLayout, packed_attention, resolve_attention
 from rto_fast.models.heads import logps_at
 from rto_fast.models.load import load_policy, load_scalar
@@ -26,6 +27,17 @@ FAMILIES = {
     "llama_tied": (transformers.LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "mistral_window": (transformers.MistralConfig, {"num_key_value_heads": 1, "sliding_window": 5}),
     "qwen3_gqa": (transformers.Qwen3Config, {"num_key_value_heads": 2}),
+    "gemma2_softcap": (
+        transformers.Gemma2Config,
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 5,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+            "hidden_activation": "gelu",
+        },
+    ),
 }
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 
@@ -139,7 +151,7 @@ def test_critic_is_as_each_sequence_alone(scalar_folder, lengths):
     batch, sequences, prompts = packed(lengths)
     ours = load_scalar(scalar_folder, dtype=torch.float32, attention=PACKED, argument="reward_model").train()
     theirs = AutoModelForSequenceClassification.from_pretrained(
-        scalar_folder, dtype=torch.float32, attn_implementation="sdpa"
+        scalar_folder, dtype=torch.float32, attn_implementation="eager"
     ).train()
     states, ends = [], []
     for tokens, start in zip(sequences, prompts, strict=True):
@@ -298,14 +310,17 @@ def test_varlen_is_called_as_each_pytorch_release_takes_it(monkeypatch, release,
     torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
 
 
-def test_soft_caps_and_calls_without_a_layout_are_refused():
-    config = transformers.Gemma2Config(**(SMALL | {"num_key_value_heads": 2, "attn_logit_softcapping": 20.0}))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
-    layout = PackedLayout.make([4], "cpu")
-    with pytest.raises(ValueError, match="soft-cap"):
-        model(torch.ones(1, 4, dtype=torch.int64), use_cache=False, **layout.model_kwargs())
+def test_what_packed_attention_does_not_know_is_refused():
+    """A keyword that changes attention in a family never falls away in silence."""
+    x, layout = torch.randn(1, 2, 4, 8), PackedLayout.make([4], "cpu")
+    for keyword in ({"position_bias": x}, {"head_mask": torch.ones(2)}, {"some_new_thing": 3}):
+        with pytest.raises(ConfigError, match=f"takes {next(iter(keyword))}, which packed attention does not know"):
+            packed_attention(None, x, x, x, None, packed_layout=layout, **keyword)
+    for keyword in ({"is_causal": False}, {"dropout": 0.1}):
+        with pytest.raises(ConfigError, match="causal"):
+            packed_attention(None, x, x, x, None, packed_layout=layout, **keyword)
     llama = AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(**(SMALL | {"num_key_value_heads": 2})), attn_implementation=PACKED
     )
-    with pytest.raises(ValueError, match="layout"):
+    with pytest.raises(ConfigError, match="layout"):
         llama(torch.ones(1, 4, dtype=torch.int64))

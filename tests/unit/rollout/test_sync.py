@@ -12,7 +12,7 @@ from rto_fast import distributed
 from rto_fast.errors import DeviceLost, EngineFailure, OutOfMemory, RolloutError
 from rto_fast.rollout.engine import Sampling, SyncStats
 from rto_fast.rollout.weights.fingerprint import Fingerprint
-from rto_fast.rollout.weights.sync import WeightSync, _difference, move
+from rto_fast.rollout.weights.sync import Gap, WeightSync, _difference, move, proof_limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -29,6 +29,13 @@ def test_every_weight_moves_and_comes_back_bit_for_bit(dtype):
     words = torch.int32 if dtype == torch.float32 else torch.int16
     for p, old in zip(layer.parameters(), before, strict=True):
         assert torch.equal(p.detach().view(words), old.view(words))
+
+
+def test_the_proof_allows_rounding_and_no_more():
+    """An engine .049 nat off in fp32 is no sampler of the policy, however far the weights were moved."""
+    for blind in (0.01, 0.5, 30.0):
+        assert 3e-6 < proof_limit("fp32", Gap(blind, blind)) < 0.001
+        assert 0.03 <= proof_limit("bf16", Gap(blind, blind)) <= 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
