@@ -133,7 +133,7 @@ def row(family: str) -> tuple[str, str, str]:
 def _short(reason: object, folder: str = "") -> str:
     """One line without the path and without what every such line says."""
     text = " ".join(str(reason).split()).replace(f"model: {folder!r} ", "").replace("Use --packing off", "")
-    return text.replace("|", "/").strip(" .")[:160]
+    return text.replace("|", "/").strip(" .")[:240]
 
 
 def page(rows: list[tuple[str, str, str]]) -> str:
