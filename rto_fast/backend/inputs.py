@@ -11,6 +11,8 @@ from huggingface_hub.file_download import repo_folder_name
 from rto_fast.config import RunConfig
 
 MODELS = ("model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model")
+TOKEN_REWARD = ("dpo_model", "dpo_ref")
+"""Not loaded when beta1 = 0."""
 DATA = ("data", "eval_data")
 READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".arrow")
 """Files of a folder that loading reads."""
@@ -23,9 +25,10 @@ Contents = dict[str, dict[str, str]]
 
 
 def contents_of(config: RunConfig) -> Contents:
-    """The fingerprints of every model and data set that the config names."""
+    """The fingerprints of every model and data set that the run reads."""
     found: Contents = {}
-    for names, kind in ((MODELS, "model"), (DATA, "dataset")):
+    models = [name for name in MODELS if getattr(config, "beta1", 1.0) or name not in TOKEN_REWARD]
+    for names, kind in ((models, "model"), (DATA, "dataset")):
         for name in names:
             value = getattr(config, name, ())
             for path in (value,) if isinstance(value, str) else value:

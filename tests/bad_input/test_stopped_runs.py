@@ -112,9 +112,9 @@ def test_reward_function_that_fails_in_the_run(run, rewards):
             r"reward function .*rewards.py:leaves raised at sample \d+: SystemExit: 0")  # fmt: skip
 
 
-def test_remote_reward_without_an_answer(run):
-    stopped(run("rto_llama3.py", "--reward-url", "http://127.0.0.1:9/score", "--reward-retries", "0"),
-            r"remote reward http://127.0.0.1:9/score: no answer after 1 attempt\(s\).*ConnectError")  # fmt: skip
+def test_remote_reward_without_an_answer(refused):
+    refused("rto_llama3.py", r"remote reward http://127.0.0.1:9/score: no answer after 1 attempt\(s\).*ConnectError",
+            "--reward-url", "http://127.0.0.1:9/score", "--reward-retries", "0")  # fmt: skip
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_other_ranks_are_quiet(run, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_refuse_together(settings, tmp_path, launch):
     path = write_rows(tmp_path / "pairs.jsonl", [GOOD, GOOD | {"chosen": ""}])
-    flags = flags_of(settings["rm_llama3.py"] | {"data": path})
+    flags = flags_of(settings["rm_llama3.py"] | {"data": path, "invalid_rows": "refuse"})
     result = launch(["recipes/rm_llama3.py", *flags], ranks=2)
     assert result.returncode == REFUSED, result.output
     assert result.output.count("error: ") == 1, result.output
