@@ -48,7 +48,7 @@ class Difference:
 
     @staticmethod
     def of(ours: list[Tensor], alone: list[Tensor], *, logits: bool) -> Difference:
-        """ours, alone: [length, K] of each sequence. Left out where its own outputs are not finite: the run meets that."""
+        """ours, alone: [length, K] of each sequence; left out where its own are not finite, which the run will meet."""
         relative, nats = 0.0, 0.0
         for x, y in zip(ours, alone, strict=True):
             if not y.isfinite().all():
