@@ -90,7 +90,7 @@ fuzz: export OMP_NUM_THREADS := 1
 fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 fuzz: $(VENV)/installed-dev
 	@echo "seed $(SEED)"
-	RTO_FUZZ=full $(BIN)/pytest tests/fuzz -s -n auto --maxprocesses 4 --dist loadfile --hypothesis-seed=$(SEED)
+	RTO_FUZZ=full $(BIN)/pytest tests/fuzz -s --timeout 7200 -n auto --maxprocesses 4 --dist loadfile --hypothesis-seed=$(SEED)
 
 # The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
 docs: $(VENV)/installed-dev

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from rto_fast import distributed
-from rto_fast.backend.inputs import Contents, contents_of, difference
+from rto_fast.backend.inputs import Contents, contents_of, difference, fingerprint
 from rto_fast.backend.output_lock import LOCK, OWNER
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RunConfig, check_wandb
 from rto_fast.errors import ConfigError, StorageError, require
-from rto_fast.logs.files import fsync, writing
+from rto_fast.logs.files import METRICS, SAMPLES, fsync, read_rows, writing
 from rto_fast.redact import redacted
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
@@ -35,20 +35,25 @@ def checkpoint_steps(root: Path) -> list[int]:
 
 
 def read_record(folder: Path, trusted: bool = False) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises Torn where a file lacks, or is shorter or longer than it was written.
+    """What a checkpoint says of itself. Raises Torn where a file lacks, or is not what was written.
 
     Raises ConfigError where another user owns a part of it, unless it is `trusted`: its files are pickles.
     """
     try:
         record = json.loads((folder / STATE).read_text())
-        step, files = record["step"], record.get("files", {})
+        step, files = record["step"], dict(record.get("files", {}))
+        require(f"step-{step:08d}" == folder.name, f"it is that of step {step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Torn(f"{folder / STATE} cannot be read") from error
-    for name, size in files.items():
+    for name, written in files.items():
         path = folder / name
-        now = path.stat().st_size if path.is_file() else None
-        if now != size:
-            raise Torn(f"{path} has {now} bytes, {size} were written" if now is not None else f"{path} is gone")
+        if not path.is_file():
+            raise Torn(f"{path} is gone")
+        size = str(written).split()[0]
+        if path.stat().st_size != int(size):
+            raise Torn(f"{path} has {path.stat().st_size} bytes, {size} were written")
+        if fingerprint(path) != written:
+            raise Torn(f"{path} holds other bytes than were written")
     if not trusted:
         for path in (folder.parents[1], folder.parent, folder, *folder.rglob("*")):
             if path.stat().st_uid != os.geteuid():
@@ -123,7 +128,7 @@ class Checkpoints:
         distributed.barrier()
         if distributed.rank() == 0:
             torch.save(tensors, partial / "tensors.pt")
-            files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+            files = {str(p.relative_to(partial)): fingerprint(p) for p in partial.rglob("*") if p.is_file()}
             record = {"step": step, "files": files, "config": self.fingerprint, "inputs": self.inputs,
                       "world_size": distributed.world_size(), "state": state}  # fmt: skip
             (partial / STATE).write_text(json.dumps(record))
@@ -155,11 +160,20 @@ class Checkpoints:
                 self.torn.append(f"checkpoint {step} is not whole and is left out: {error}")
                 continue
             self._check(record, folder / STATE)
+            self._check_logs()
             self._found = record
             return step, record["state"]
         if self.torn:
             raise ConfigError(f"resume: {self.torn[0]}; no older one is whole, so start in another --output-dir")
         return None
+
+    def _check_logs(self) -> None:
+        """ConfigError where the run's own rows, which go on, cannot be read."""
+        for name in (METRICS, SAMPLES):
+            try:
+                read_rows(self.root.parent / name)
+            except ValueError as error:
+                raise ConfigError(f"resume: {error}; mend it, or move it away and start its rows afresh") from error
 
     def check_inputs(self, config: RunConfig) -> None:
         """Fingerprints the models and data; ConfigError where the checkpoint's run read others. Collective."""

@@ -57,15 +57,15 @@ def difference(then: Contents, now: Contents) -> str:
 def _contents(name: str, kind: str) -> dict[str, str]:
     path = Path(name).expanduser()
     if path.is_file():
-        return {path.name: _file(path)}
+        return {path.name: fingerprint(path)}
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in READ and p.is_file())
-        return {str(p.relative_to(path)): _file(p) for p in files}
+        return {str(p.relative_to(path)): fingerprint(p) for p in files}
     revision = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / "main"
     return {"revision": revision.read_text().strip()} if revision.is_file() else {}
 
 
-def _file(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """The size in bytes, and the hash."""
     size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as f:

@@ -57,8 +57,8 @@ good = st.fixed_dictionaries(
     optional={"response": st.just("the fox ran ."), "completion": st.just("a fox ."), "label": st.booleans()},
 )
 odd = st.dictionaries(st.sampled_from(COLUMNS), value, max_size=5)
-row = st.one_of(good, odd, st.tuples(good, odd).map(lambda both: {**both[0], **both[1]}))
-rows = st.lists(st.one_of(row, row, row, value), min_size=0, max_size=5)
+row = st.one_of(good, good, good, odd, st.tuples(good, odd).map(lambda both: {**both[0], **both[1]}))
+rows = st.one_of(st.lists(row, min_size=1, max_size=5), st.lists(st.one_of(row, value), max_size=5))
 damage = st.one_of(
     st.none(), st.none(),
     st.tuples(st.just("cut"), st.integers(0, 400), st.just(b"")),
@@ -149,7 +149,7 @@ def load_any(tally, task, stage, kind, rows, harm, invalid, overlong):
         ends = []
         for _ in range(2):  # the second time from the cache, where the first left one
             try:
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     loaded = load(config, tokenizer, template)
             except DataError as error:
                 ends.append(one_line(error, about="data: "))

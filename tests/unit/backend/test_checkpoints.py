@@ -13,6 +13,7 @@ from loop_helpers import small_run
 
 from rto_fast import trainer
 from rto_fast.backend.checkpoints import Checkpoints, checkpoint_steps, find_checkpoint
+from rto_fast.backend.inputs import fingerprint
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError, StorageError
 from rto_fast.export import ExportConfig, export_checkpoint
@@ -42,7 +43,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "no json"])
+@pytest.mark.parametrize("harm", ["cut", "gone", "no json", "swapped"])
 def test_a_damaged_checkpoint_gives_way_to_the_older_one(tiny, finished, run, capsys, harm):
     """And it is said; the run ends as it would have, and what was damaged is kept aside."""
     newest = run / "checkpoints" / "step-00000003"
@@ -51,6 +52,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one(tiny, finished, run, ca
         cut(file)
     elif harm == "gone":
         file.unlink()
+    elif harm == "swapped":
+        shutil.copy(run / "checkpoints" / "step-00000002" / file.relative_to(newest), file)
     else:
         (newest / "state.json").write_text("")
     assert find_checkpoint(run)[0].name == "step-00000002"
@@ -98,6 +101,16 @@ def test_foreign_names_among_the_checkpoints_stay(tiny, run):
         assert (root / there / "mine").read_text() == name
 
 
+def test_rows_of_a_run_that_cannot_be_read(tiny, run):
+    """They are its figures: nothing is dropped, nothing is written before they are mended."""
+    log = run / "metrics.jsonl"
+    log.write_text("no figures\n" + log.read_text())
+    before = log.read_bytes()
+    with pytest.raises(ConfigError, match=r"resume: .*metrics.jsonl, line 1: not JSON; mend it"):
+        trainer.train(settings(tiny, run, iterations=4))
+    assert log.read_bytes() == before
+
+
 def test_a_finished_run_without_checkpoints_is_not_started_over(tiny, run):
     shutil.rmtree(run / "checkpoints")
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
@@ -138,7 +151,7 @@ def test_tensors_run_no_code(tiny, run, tmp_path):
     torch.save({"average": Payload(tmp_path / "owned"), "rng": None, "ahead": None}, path)
     state = path.with_name("state.json")
     record = json.loads(state.read_text())
-    record["files"]["tensors.pt"] = path.stat().st_size
+    record["files"]["tensors.pt"] = fingerprint(path)
     state.write_text(json.dumps(record))
     with pytest.raises(pickle.UnpicklingError):
         Checkpoints(settings(tiny, run)).load(3, {})
