@@ -38,7 +38,7 @@ SIZES = {
     64: "vocab_size max_position_embeddings n_positions n_ctx max_seq_len seq_length vocab_size_per_layer_input",
     48: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size intermediate_size_mlp decoder_ffn_dim encoder_ffn_dim "
     "dim_ff d_inner feed_forward_size",
-    32: "hidden_size n_embd d_model word_embed_proj_dim embedding_size emb_dim lru_width",
+    32: "hidden_size n_embd d_model word_embed_proj_dim embedding_size emb_dim lru_width hidden_size_global",
     16: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
     "q_lora_rank kv_lora_rank qk_head_dim index_head_dim",
     8: "head_dim attention_head_size kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_d_state "
@@ -48,35 +48,67 @@ SIZES = {
     4: "num_hidden_layers n_layer n_layers num_layers hidden_layers num_attention_heads n_head n_heads num_heads "
     "decoder_attention_heads encoder_attention_heads rotary_dim num_experts num_local_experts n_routed_experts "
     "moe_num_experts index_topk mamba_dt_rank linear_num_value_heads",
-    2: "decoder_layers encoder_layers num_blocks num_key_value_heads num_experts_per_tok moe_k moe_topk index_n_heads "
-    "mamba_expand n_mamba_heads linear_num_key_heads eos_token_id",
+    2: "decoder_layers encoder_layers num_blocks num_key_value_heads num_experts_per_tok num_experts_per_token moe_k "
+    "moe_topk index_n_heads mamba_expand n_mamba_heads linear_num_key_heads eos_token_id",
     1: "n_group topk_group mamba_n_groups n_groups mamba_ngroups bos_token_id is_decoder",
     0: "pad_token_id",
 }
 """The tiny value of every size by the names that families give it."""
 TINY = {name: value for value, names in SIZES.items() for name in names.split()}
+PATTERNS = ("layer_types", "layers_block_type")
+"""Lists with the kind of every layer; the tiny model has all kinds."""
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 MORE: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": SLIDING | {"rope_parameters": dict.fromkeys(SLIDING["layer_types"], ROPE)},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8},
+    "gemma3n_text": SLIDING | {"num_kv_shared_layers": 2, "intermediate_size": 48},
+    "gemma4_text": SLIDING | {"per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-}
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+                       "indexer_compress_ratio": 4, "hc_lowrank": 8},
+    "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+    "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_headdim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 """What single families need besides."""
 
 
 def tiny_config(family: str) -> PretrainedConfig:
     """The family's default config with every size made small."""
     make = CONFIG_MAPPING[family]
-    return make(**(_shrunk(make()) | MORE.get(family, {})))
+    return make(**_shrunk(make()))
 
 
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in config.to_dict().items():
-        inner = getattr(config, name, None)
+        inner = getattr(config, name, None) if isinstance(value, dict | list) else None
         if isinstance(inner, PretrainedConfig):
             out[name] = _shrunk(inner)
+        elif name in PATTERNS and inner:
+            kinds = list(dict.fromkeys(inner))
+            out[name] = [kinds[i % len(kinds)] for i in range(TINY["num_hidden_layers"])]
         elif name in TINY and not isinstance(value, list | dict) and (value is not None or name.endswith("token_id")):
             out[name] = bool(TINY[name]) if name == "is_decoder" else TINY[name]
-    return out
+    if "kv_lora_rank" in out and "num_key_value_heads" in out:  # latent attention: every head has its own keys
+        out["num_key_value_heads"] = out["num_attention_heads"]
+    return out | MORE.get(config.model_type, {})
 
 
 def save_tiny(family: str, folder: str) -> None:
@@ -95,6 +127,7 @@ def save_tiny(family: str, folder: str) -> None:
             elif "bias" in name or "sink" in name:
                 p.normal_(0, 0.3)
     model.save_pretrained(folder)
+    config.save_pretrained(folder)  # a model of text alone keeps only its part
 
 
 def tried(folder: str, own: list[Tensor], placement: Placement) -> tuple[float | None, str]:
@@ -150,7 +183,9 @@ def page(rows: list[tuple[str, str, str]]) -> str:
         "a model is loaded decides.", "",
         "Whatever this table says, every run compares its own models when it loads them, in its dtype on its device. "
         "Tiny models have windows of 5 tokens: a family that attends in chunks packs where no sequence is longer than "
-        "a chunk. The router's auxiliary loss of mixtures of experts is not added to any objective.", "",
+        "a chunk. Layers with a state (linear attention, state spaces, short convolutions) run alone: the PyTorch code "
+        "that transformers has for them does not know where the sequences of a row end. The router's auxiliary loss of "
+        "mixtures of experts is not added to any objective.", "",
         ", ".join(f"{kind} {count}" for kind, count in counts.items()) + ".", "",
         "| family | | |", "|---|---|---|",
         *(f"| {family} | {kind} | {text} |" for family, kind, text in rows), "",

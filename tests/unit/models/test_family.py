@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from loop_helpers import small_run
+from loop_helpers import ROOT, small_run
 from transformers import AutoModelForCausalLM
 
 from rto_fast import trainer
@@ -272,3 +273,11 @@ def test_a_family_that_cannot_be_packed_writes_nothing(one_rank, tiny, bloom, tm
         with pytest.raises(ConfigError, match=r"^model: .*BloomForCausalLM.*cannot be packed.*Use --packing off$"):
             train(config(model=bloom, **small_stage(data, tmp_path / "run")))
         assert not [f for f in tmp_path.rglob("*") if f.is_file() and f.name != ".lock"]
+
+
+def test_the_page_of_families_says_what_a_run_does():
+    row = runpy.run_path(str(ROOT / "tools" / "families.py"))["row"]
+    kinds = {family: row(family)[1] for family in ("llama", "lfm2", "deepseek_v3", "bert", "musicgen")}
+    assert kinds == {
+        "llama": "packed", "lfm2": "alone", "deepseek_v3": "packed", "bert": "refused", "musicgen": "not tried",
+    }  # fmt: skip
