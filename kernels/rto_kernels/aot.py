@@ -35,7 +35,7 @@ import rto_kernels as rk
 
 # All kernel files by name: each reads INTERPRET as it is imported, which must not happen while launches are
 # recorded.
-from . import _dispatch, fused_rewards, linear_logprob, linear_ppo, logits_logprob, tiles  # noqa: F401
+from . import _dispatch, fused_rewards, linear_blocks, linear_logprob, linear_ppo, logits_logprob, tiles  # noqa: F401
 
 CHIPS = {"sm80": 80, "sm90": 90, "sm100": 100}
 # Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
@@ -234,10 +234,18 @@ def _head_calls(dtype: torch.dtype, width: int, vocab: int) -> Iterator[Callable
         )  # fmt: skip
         sum(x.sum() for x in (out if entropy else (out,))).backward()
 
+    def by_blocks(entropy: bool, full: bool, save: bool):
+        with linear_blocks.forced():
+            linear(entropy, full, save)
+
     for entropy in (False, True):
         for full in (False, True):
             yield lambda entropy=entropy, full=full: linear(entropy, full, False)
             yield lambda entropy=entropy, full=full: linear(entropy, full, True)
+    if dtype != torch.float32:  # which never goes by blocks
+        for save in (False, True):
+            for full in (False, True):
+                yield lambda save=save, full=full: by_blocks(full, full, save)
     if dtype != torch.float16:  # whose gradients it refuses
         for entropy in (False, True):
             yield lambda entropy=entropy: rk.fused_linear_ppo_loss(
