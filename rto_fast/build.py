@@ -16,6 +16,7 @@ from rto_fast.algo.targets import NO_DELIMITERS, KLController
 from rto_fast.backend.checkpoints import Checkpoints, check_space, open_output
 from rto_fast.backend.frozen import FrozenModel, frozen, partitions
 from rto_fast.backend.train_engine import TrainEngine
+from rto_fast.backend.warm import warm
 from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
@@ -98,6 +99,7 @@ def build(config: RTOConfig) -> Run:
     """
     inputs = check(config)
     loaded = load(config, inputs)
+    compiled = warm(config, loaded.policy.model, inputs.device)
     pad = inputs.tokenizer.pad_token_id if inputs.tokenizer.pad_token_id is not None else 0
     dtype = DTYPES[config.dtype]
     sync = WeightSync(
@@ -108,8 +110,8 @@ def build(config: RTOConfig) -> Run:
         rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=inputs.found[0] if inputs.found else 0,
     )  # fmt: skip
-    for origin in loaded.origins:
-        logger.message(origin)
+    for said in [*loaded.origins, *filter(None, [compiled])]:
+        logger.message(said)
     for warning in [*inputs.checkpoints.torn, *filter(None, [loaded.tight])]:
         logger.warn(warning)
     run = Run(

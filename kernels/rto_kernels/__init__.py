@@ -9,6 +9,7 @@ from .linear_ppo import LinearPPOLoss, fused_linear_ppo_loss
 from .logits_logprob import logprobs_from_logits
 from .ppo_loss import PPOLoss, PPOStats, ppo_loss
 from .token_rewards import TokenRewards, token_rewards
+from .warm import warm
 
 __all__ = [
     "GAE",
@@ -27,6 +28,7 @@ __all__ = [
     "token_kl",
     "token_logprobs",
     "token_rewards",
+    "warm",
     "whiten_moments",
 ]
 

@@ -35,7 +35,7 @@ import rto_kernels as rk
 
 # All kernel files by name: each reads INTERPRET as it is imported, which must not happen while launches are
 # recorded.
-from . import _dispatch, fused_rewards, linear_logprob, linear_ppo, logits_logprob, tiles  # noqa: F401
+from . import _dispatch, _vocab_torch, fused_rewards, linear_blocks, linear_logprob, linear_ppo, logits_logprob, tiles  # noqa: F401
 
 CHIPS = {"sm80": 80, "sm90": 90, "sm100": 100}
 # Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
@@ -226,18 +226,32 @@ def _head_calls(dtype: torch.dtype, width: int, vocab: int) -> Iterator[Callable
     row = torch.ones(n)
     cu_seqlens = torch.tensor([0, n], dtype=torch.int32)
 
-    def linear(entropy: bool, full: bool, save: bool):
+    def linear(entropy: bool, full: bool, save: bool, extras: tuple[str, ...] = ()):
         extra = {"bias": bias, "softcap": 30.0} if full else {}
         out = rk.token_logprobs(
             hidden, weight, targets, return_entropy=entropy, backend="triton",
-            save_probs=torch.bfloat16 if save else False, **extra,
+            save_probs=torch.bfloat16 if save else False, extras=extras, **extra,
         )  # fmt: skip
-        sum(x.sum() for x in (out if entropy else (out,))).backward()
+        differentiable = out[: 1 + entropy] if entropy or extras else (out,)
+        sum(x.sum() for x in differentiable).backward()
+
+    def by_blocks(entropy: bool, full: bool, save: bool):
+        with linear_blocks.forced():
+            linear(entropy, full, save)
 
     for entropy in (False, True):
         for full in (False, True):
             yield lambda entropy=entropy, full=full: linear(entropy, full, False)
             yield lambda entropy=entropy, full=full: linear(entropy, full, True)
+    # What the integrations ask for, and all at once beside everything else.
+    for extras in (("is_top1",), ("mean_logits",), ("mean_logits", "is_top1"), _vocab_torch.Extras._fields):
+        for save in (False, True):
+            yield lambda extras=extras, save=save: linear(True, False, save, extras)
+        yield lambda extras=extras: linear(True, True, True, extras)
+    if dtype != torch.float32:  # which never goes by blocks
+        for save in (False, True):
+            for full in (False, True):
+                yield lambda save=save, full=full: by_blocks(full, full, save)
     if dtype != torch.float16:  # whose gradients it refuses
         for entropy in (False, True):
             yield lambda entropy=entropy: rk.fused_linear_ppo_loss(

@@ -32,7 +32,8 @@ from ._dispatch import (
 from ._layout import compute_dtype
 from ._vocab_torch import Extras, Head, LinearGrads, LinearStats, linear_backward, linear_forward, saved_shapes
 from .linear_backward import linear_backward_triton
-from .linear_forward import SAVED_ELEMENTS, linear_forward_triton, saved_shapes_triton
+from .linear_blocks import linear_forward_on_device
+from .linear_forward import SAVED_ELEMENTS, saved_shapes_triton
 
 IGNORED, ELSEWHERE = -1, -2  # targets of a vocabulary shard that name no column of it
 
@@ -58,7 +59,7 @@ def linear_passes(backend: str) -> Passes:
             compute_dtype,
         )
     return Passes(
-        linear_forward_triton,
+        linear_forward_on_device,
         linear_backward_triton,
         saved_shapes_triton,
         lambda vocab: max(128, SAVED_ELEMENTS // vocab // 128 * 128),

@@ -138,6 +138,12 @@ def _key(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) ->
     return f"{chip} H{width} V{vocab} {8 * itemsize}bit {operands}, kernels {REVISION}, Triton {triton.__version__}"
 
 
+def measured(width: int, vocab: int, itemsize: int, device: torch.device) -> bool:
+    """Whether the tuner has written tiles for this problem on this device."""
+    known, chip = _measured(cache_path()), chip_of(device)
+    return any(_key(width, vocab, itemsize, chip, descriptors) in known for descriptors in (False, True))
+
+
 _trial: ContextVar[Tiles | None] = ContextVar("trial", default=None)
 
 

@@ -43,6 +43,9 @@ MUTANTS = [
     Mutant("merge: a split too few", "linear_forward", "for split in range(SPLITS):", "for split in range(SPLITS - 1):", LINEAR),
     Mutant("merge: the largest of the splits, not their sum", "linear_forward", "total = total * mine + their_total * theirs", "total = tl.maximum(total * mine, their_total * theirs)", LINEAR),
     Mutant("merge: entropy without what the shift moved", "linear_forward", "weighted += theirs * (their_weighted + their_total * tl.maximum(their_peak - base, FLOOR))", "weighted += theirs * their_weighted", LINEAR),
+    Mutant("by-products: squares rescaled once alone", "linear_forward", "squares = squares * decay * decay + tl.sum(e * e, 1)", "squares = squares * decay + tl.sum(e * e, 1)", "linear_logprob"),
+    Mutant("by-products: of equals the last", "linear_forward", "best = tl.where(theirs > highest, column, best)", "best = tl.where(theirs >= highest, column, best)", "linear_logprob"),
+    Mutant("blocks: every block's parts stand at the first one's", "linear_blocks", "split = column_start // SPAN + span", "split = span", "linear_blocks"),
     # The backward pass.
     Mutant("backward: 1 − p from the log-sum-exp", "linear_backward", "dz = tl.where(cols[None, :] == target[:, None], missing[:, None], p * -g[:, None])", "dz = p * -g[:, None] + tl.where(cols[None, :] == target[:, None], g[:, None], 0.0)", "confident_tokens"),
     Mutant("backward: the target's own probability forgotten", "linear_backward", "missing = -g * expm1(tl.load(logp_ptr + at, mask=active, other=0.0))", "missing = g", LINEAR),

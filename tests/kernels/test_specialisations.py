@@ -17,6 +17,8 @@ def launches(tokens: int, chip: str) -> set:
     with aot.recording(chip) as found:
         rk.token_logprobs(hidden, weight, targets, backend="triton").sum().backward()
         rk.token_logprobs(hidden, weight, targets, backend="triton", save_probs=True, return_entropy=True)
+        by_products = ("mean_logits", "is_top1", "log_sum_sq_probs")
+        rk.token_logprobs(hidden, weight, targets, backend="triton", extras=by_products)
         kw = {"cu_seqlens": ends, "backend": "triton"}
         rk.fused_linear_ppo_loss(hidden, weight, targets, row, row, **kw).policy_loss.backward()
         rk.fused_linear_ppo_loss(hidden, weight, targets, row, row, **kw, entropy_coef=0.1).policy_loss.backward()

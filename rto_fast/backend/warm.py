@@ -1,0 +1,29 @@
+"""Compile a run's kernels before its first step, so that no rank waits for another's compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rto_kernels
+import torch
+
+from rto_fast.config import RTOConfig
+from rto_fast.models.load import DTYPES
+
+
+def warm(config: RTOConfig, policy: Any, device: torch.device) -> str:
+    """Compiles what scoring and PPO's updates launch on a GPU, and says how long it took; "" where nothing is compiled.
+
+    policy: a PolicyModel, of whose lm_head the sizes alone are read. Called before a sampler claims the GPU's memory.
+    """
+    if device.type != "cuda" or config.policy_update != "ppo":
+        return ""
+    head = policy.lm.get_output_embeddings()
+    seconds = rto_kernels.warm(
+        head.in_features, head.out_features, dtype=DTYPES[config.dtype], device=device,
+        tokens=config.micro_tokens, bias=head.bias is not None, softcap=head.softcap,
+        entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation,
+        sampler=config.behaviour == "sampler", values=config.uses_critic,
+    )  # fmt: skip
+    torch.cuda.empty_cache()
+    return f"kernels ready after {seconds:.1f} s"
