@@ -15,6 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,8 @@ class VLLMServeEngine:
         """Makes the group that weights are broadcast over: this rank and every server's worker."""
         addresses = [stream.own_address(httpx.URL(url).host) for url in self.urls]
         address = next((a for a in addresses if not a.startswith("127.")), addresses[0])
-        store, size = stream.open_store(address, self.timeout_s), 1 + len(self.urls)
+        store = distributed.open_store(address, 0, timedelta(seconds=self.timeout_s))
+        size = 1 + len(self.urls)
         replies = [
             self.threads.submit(self._call, url, "rto_join", address, store.port, rank, size, self.timeout_s)
             for rank, url in enumerate(self.urls, start=1)
