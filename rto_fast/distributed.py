@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import ipaddress
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,7 @@ TIMEOUT = timedelta(hours=4)
 def init() -> torch.device:
     """Joins the process group (a launch without `deepspeed` is one rank) and returns this rank's device."""
     if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     elif not dist.is_initialized() and (above := launchers()):
         threading.Thread(target=_ends_with, args=(above,), daemon=True).start()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -46,8 +45,58 @@ def init() -> torch.device:
         # On a CPU DeepSpeed would compile a shared-memory collective first: a minute, and a compiler. gloo does.
         # Looked up as an attribute, the dict would try a compiler on every one of its operators.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+        alone = os.environ["WORLD_SIZE"] == "1" or _meets_on_loopback()
+        if alone:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the machine's name leads
+        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False, init_method=f"{HERE}://" if alone else None)
     return device()
+
+
+HERE = "rto-here"
+"""Scheme of the rendezvous of ranks that are all on this machine."""
+
+
+def open_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """A store that listens at the address of `host` alone; port 0 = a free one. DistNetworkError where it cannot.
+
+    TCPStore by itself listens on every interface, whatever its host.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        listener = socket.create_server(address, family=family)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "")
+        raise dist.DistNetworkError(f"port {port} of {host} cannot be listened at: {name} {error}") from error
+    with listener:
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+
+def _meets_on_loopback() -> bool:
+    """Whether the ranks' store is to be made by rank 0, at an address of loopback (torchrun keeps its own store)."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return False
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
+        return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+    return False
+
+
+def _meet_here(url: str, timeout: timedelta = TIMEOUT, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """(store, rank, ranks) for `init_process_group`; one rank alone opens no port, several open one on loopback."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if ranks == 1:
+        yield dist.HashStore(), rank, ranks
+    elif rank == 0:
+        yield open_store(host, port, timeout), rank, ranks
+    else:
+        yield dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False), rank, ranks
+
+
+dist.register_rendezvous_handler(HERE, _meet_here)
 
 
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch")

@@ -52,13 +52,13 @@ def test_rto_checkpoint_of_another_config(refused, run):
 
 
 def test_a_busy_port(settings, launch, monkeypatch):
-    """The launcher's port is taken: one line that names the port and the launcher's flag."""
+    """The launcher's port is taken: one line that names the port and the flag. (One rank alone needs no port.)"""
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
         monkeypatch.setattr(launches, "free_port", lambda: port)
-        result = launch(["recipes/rm_llama3.py", *flags_of(settings["rm_llama3.py"])])
+        result = launch(["recipes/rm_llama3.py", *flags_of(settings["rm_llama3.py"])], ranks=2)
     assert result.returncode == REFUSED, result.output
     assert f"error: master_port: another process listens on port {port} " in result.output
     assert "--master_port N" in result.output

@@ -15,6 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
+from rto_fast.redact import without_credentials
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
 from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
 from rto_fast.rollout.vllm_engines.support import OLDEST_SERVED, cpu_cache_bytes, temperature_of, too_old, unusable
@@ -131,9 +133,11 @@ class VLLMServeEngine:
         answers = [reply.result() for reply in replies]
         for url, answer in zip(self.urls, answers, strict=True):
             if "error" in answer:
-                raise SyncError(f"{url}: {answer['error']}")
+                raise SyncError(f"{without_credentials(url)}: {answer['error']}")
             if answer["digests"] != answers[0]["digests"]:
-                raise SyncError(f"{url}: received other weights than {self.urls[0]}")
+                raise SyncError(
+                    f"{without_credentials(url)}: received other weights than {without_credentials(self.urls[0])}"
+                )
         self.expected.require_all(answers[0]["digests"])
         for url in self.urls:
             self._post(url, "/update_weight_version", {"new_version": str(version)})
@@ -145,7 +149,7 @@ class VLLMServeEngine:
         deadline = time.monotonic() + RELEASE_S
         while not self._post(url, "/reset_prefix_cache")["success"]:
             if time.monotonic() > deadline:
-                raise SyncError(f"{url}: keys and values of the old weights could not be dropped from its cache")
+                raise SyncError(f"{without_credentials(url)}: its cache still holds keys and values of the old weights")
             time.sleep(PAUSE_S)
 
     def sleep(self) -> None:
@@ -238,7 +242,9 @@ class VLLMServeEngine:
                     return _content(answer)
             except httpx.TransportError as error:
                 if last or not self._lives():
-                    raise EngineFailure(f"{url} does not answer: {error!r}{self._log_tail()}") from error
+                    raise EngineFailure(
+                        f"{without_credentials(url)} does not answer: {error!r}{self._log_tail()}"
+                    ) from error
             await asyncio.sleep(PAUSE_S * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -255,13 +261,17 @@ class VLLMServeEngine:
         deadline = time.monotonic() + self.start_timeout_s
         for url in self.urls:
             while True:
+                healthy = False
                 with contextlib.suppress(httpx.TransportError):
-                    if self.api.get(url + "/health").status_code == 200:
-                        break
-                if not self._lives():
+                    healthy = self.api.get(url + "/health").status_code == 200
+                if not self._lives():  # asked after the answer: another process may have taken a dead server's port
                     raise EngineFailure(f"vLLM ended while it started{self._log_tail()}")
+                if healthy:
+                    break
                 if time.monotonic() > deadline:
-                    raise EngineFailure(f"{url}: no answer after {self.start_timeout_s:g} s{self._log_tail()}")
+                    raise EngineFailure(
+                        f"{without_credentials(url)}: no answer after {self.start_timeout_s:g} s{self._log_tail()}"
+                    )
                 time.sleep(0.2)
 
     def _check_own(self, model_path: str | Path, devices: Sequence[str]) -> None:
@@ -273,35 +283,37 @@ class VLLMServeEngine:
 
     def _check_settings(self, url: str) -> None:
         """ConfigError where the server cannot be what the trainer needs."""
+        shown = without_credentials(url)
         version = str(self.api.get(url + "/version").json()["version"])
         if refused := too_old(version, OLDEST_SERVED):
-            raise ConfigError(f"vllm_url: {url}: {refused}")
+            raise ConfigError(f"vllm_url: {shown}: {refused}")
         try:
             workers = self._call_all(url, "rto_describe")
         except EngineFailure as error:
             raise ConfigError(
-                f"vllm_url: {url} takes no weights; start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls "
+                f"vllm_url: {shown} takes no weights; start it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls "
                 f"{EXTENSION} ({error})"
             ) from error
         if len(workers) != 1:
-            raise ConfigError(f"vllm_url: {url} has {len(workers)} workers; give several servers of one worker each")
+            raise ConfigError(f"vllm_url: {shown} has {len(workers)} workers; give several servers of one worker each")
         wanted = {"dtype": _name(self.dtype), "logprobs_mode": "processed_logprobs", "vocab_size": self.vocab_size}
         for name, value in wanted.items():
             if workers[0][name] != value:
-                raise ConfigError(f"vllm_url: {url} has {name} {workers[0][name]}, the run needs {value}")
+                raise ConfigError(f"vllm_url: {shown} has {name} {workers[0][name]}, the run needs {value}")
         if workers[0]["max_model_len"] < self.max_positions:
             raise ConfigError(
-                f"vllm_url: {url} holds {workers[0]['max_model_len']} tokens a sequence (max_model_len), "
+                f"vllm_url: {shown} holds {workers[0]['max_model_len']} tokens a sequence (max_model_len), "
                 f"max_prompt_length + max_response_length is {self.max_positions}"
             )
         if workers[0]["device"] != self.device.type:
-            raise ConfigError(f"vllm_url: {url} runs on {workers[0]['device']}, the trainer on {self.device.type}")
+            raise ConfigError(f"vllm_url: {shown} runs on {workers[0]['device']}, the trainer on {self.device.type}")
 
     def _join(self) -> None:
         """Makes the group that weights are broadcast over: this rank and every server's worker."""
         addresses = [stream.own_address(httpx.URL(url).host) for url in self.urls]
         address = next((a for a in addresses if not a.startswith("127.")), addresses[0])
-        store, size = stream.open_store(address, self.timeout_s), 1 + len(self.urls)
+        store = distributed.open_store(address, 0, timedelta(seconds=self.timeout_s))
+        size = 1 + len(self.urls)
         replies = [
             self.threads.submit(self._call, url, "rto_join", address, store.port, rank, size, self.timeout_s)
             for rank, url in enumerate(self.urls, start=1)
@@ -321,7 +333,9 @@ class VLLMServeEngine:
         try:
             return _content(self.api.post(url + path, json=body))
         except httpx.TransportError as error:
-            raise EngineFailure(f"{url}{path} does not answer: {error!r}{self._log_tail()}") from error
+            raise EngineFailure(
+                f"{without_credentials(url)}{path} does not answer: {error!r}{self._log_tail()}"
+            ) from error
 
 
 class _Tasks:
@@ -367,11 +381,11 @@ def _on_first_rank(act: Callable[[], Any], meanwhile: Iterable[object] = ()) -> 
 def _content(answer: httpx.Response) -> Any:
     """The JSON of an answer; EngineFailure on an error of the server's, RolloutError on one of the request's."""
     if answer.status_code >= 500 or answer.status_code in BUSY:
-        raise EngineFailure(f"{answer.url}: status {answer.status_code}: {answer.text[:500]}")
+        raise EngineFailure(f"{without_credentials(str(answer.url))}: status {answer.status_code}: {answer.text[:500]}")
     if answer.status_code == 404:
-        raise EngineFailure(f"{answer.url}: not found")
+        raise EngineFailure(f"{without_credentials(str(answer.url))}: not found")
     if answer.status_code >= 400:
-        raise RolloutError(f"{answer.url}: status {answer.status_code}: {answer.text[:500]}")
+        raise RolloutError(f"{without_credentials(str(answer.url))}: status {answer.status_code}: {answer.text[:500]}")
     return answer.json() if answer.content else None
 
 

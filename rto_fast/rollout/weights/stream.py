@@ -31,11 +31,6 @@ class Abandoned(RuntimeError):
     """The sender stopped in the middle of a set of weights."""
 
 
-def open_store(host: str, timeout_s: float) -> dist.TCPStore:
-    """The meeting place, kept by the sender; its `port` is a free one."""
-    return dist.TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-
-
 def own_address(peer: str) -> str:
     """The address by which `peer` (a host name or address) can reach this machine."""
     family, kind, _, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]

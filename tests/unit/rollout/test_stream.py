@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 from launches import forks
 
-from rto_fast.rollout.weights.stream import Abandoned, join, open_store, own_address, receive, send
+from rto_fast.distributed import open_store
+from rto_fast.rollout.weights.stream import Abandoned, join, own_address, receive, send
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -38,7 +41,7 @@ def sender():
     context, started = forks(), []
 
     def start(sets: int):
-        store, out = open_store("127.0.0.1", 60), context.Queue()
+        store, out = open_store("127.0.0.1", 0, timedelta(seconds=60)), context.Queue()
         started.append(context.Process(target=receiver, args=(store.port, sets, out)))
         started[-1].start()
         return join(store, 0, 2, CPU, own_address("127.0.0.1"), 60), out
