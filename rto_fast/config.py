@@ -241,6 +241,13 @@ class RMConfig(PreferenceConfig):
 
     lr: float = 1e-6
     batch: int = 128
+    margin_weight: float = 0.0
+    """Weight of the margin by which the data say that chosen should win: column `margin`, else `score_chosen` -
+    `score_rejected`; 0 = off."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.margin_weight >= 0, f"margin_weight: must not be negative, got {self.margin_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
