@@ -154,7 +154,7 @@ def check(config: RTOConfig) -> Inputs:
     _check_models(config, tokenizer, template)
     check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
-    sampling = Sampling(config.max_response_length, config.temperature, stop_ids)
+    sampling = Sampling(config.max_response_length, config.temperature, stop_ids, config.min_response_length)
     delimiters = _delimiters(config, tokenizer)
     prompts = load_prompts(config, tokenizer, template)
     try_sources(rewards, prompts.texts)

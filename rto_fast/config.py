@@ -241,6 +241,13 @@ class RMConfig(PreferenceConfig):
 
     lr: float = 1e-6
     batch: int = 128
+    margin_weight: float = 0.0
+    """Weight of the margin by which the data say that chosen should win: column `margin`, else `score_chosen` -
+    `score_rejected`; 0 = off."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.margin_weight >= 0, f"margin_weight: must not be negative, got {self.margin_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +378,9 @@ class RTOConfig(RunConfig):
     """Tokens of a prompt at most."""
     max_response_length: int = 1024
     """Tokens sampled at most; a response cut here is `truncated`."""
+    min_response_length: int = 0
+    """Tokens before the one that may end a response: up to there the sampler leaves stop tokens out. The ratio, the KL
+    and the DPO terms keep the policy's own log-probs. 0 = off."""
     rollout_engine: Literal["auto", "transformers", "vllm", "vllm-serve"] = "auto"
     """Engine that samples; auto: vLLM in this process where it is installed and knows the model, else transformers.
     vllm-serve: vLLM servers, in processes and on devices of their own."""
@@ -487,7 +497,12 @@ class RTOConfig(RunConfig):
     @property
     def scores_policy(self) -> bool:
         """Whether scoring runs the policy over the rollout."""
-        return self.behaviour_logp == "trainer" or self.rollout_lag > 0 or self.temperature != 1
+        return self.behaviour_logp == "trainer" or self.rollout_lag > 0 or not self.samples_policy
+
+    @property
+    def samples_policy(self) -> bool:
+        """Whether the sampler's distribution is the policy's: neither tempered nor without stop tokens."""
+        return self.temperature == 1 and self.min_response_length == 0
 
     @property
     def compared_responses(self) -> int:
@@ -524,7 +539,7 @@ class RTOConfig(RunConfig):
         for name in (
             "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
             "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
-            "rollout_oversample",
+            "rollout_oversample", "min_response_length",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
@@ -533,6 +548,11 @@ class RTOConfig(RunConfig):
             "vllm_tensor_parallel",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
+        require(
+            self.min_response_length < self.max_response_length,
+            f"min_response_length: {self.min_response_length} leaves no room for an end within max_response_length "
+            f"{self.max_response_length}",
+        )
         require(
             self.kl_target == 0 or self.beta2 > 0,
             "kl_target: beta2 is multiplied towards it, and 0 stays 0; pass a --beta2 above 0, or --kl-target 0",

@@ -63,7 +63,8 @@ class Rollout:
     truncated: Tensor
     """[B] bool: stopped by the length limit, not by a stop token."""
     sampler_logp: Tensor
-    """[R] fp32: log-prob of each response token under the sampler, temperature included (nats)."""
+    """[R] fp32: log-prob of each response token under the sampler, temperature included (nats). Where a response may
+    not end yet (config.min_response_length) it is that among the tokens that do not stop."""
     rows: Tensor
     """[B] int64: row of the prompt data set."""
     sample_index: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rto_fast.algo.losses import PairStats
 from rto_fast.config import RTOConfig
-from rto_fast.contract import Rollout, Scores, Targets
+from rto_fast.contract import Rollout, Scores, Targets, ragged_arange
 from rto_fast.rollout.engine import SyncStats
 from rto_fast.updates.ppo import UpdateStats
 
@@ -24,14 +24,15 @@ def not_finite(scores: Scores) -> str:
     return ", ".join(f"{k} non-finite {n} values" for n, k in counts.items() if k)
 
 
-def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor]) -> dict[str, float]:
+def of_rollout(rollout: Rollout, scores: Scores, sources: dict[str, Tensor], min_tokens: int = 0) -> dict[str, float]:
+    """min_tokens: tokens of each response that were sampled without stop ids."""
     return {
         "reward/score": float(scores.score.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in sources.items()},
         "response/length": float(rollout.response_lens.float().mean()),
         "response/truncated": float(rollout.truncated.float().mean()),
         "response/empty": float((rollout.response_lens == 0).float().mean()),
-        **of_sampler(rollout, scores),
+        **of_sampler(rollout, scores, min_tokens),
     }
 
 
@@ -40,7 +41,7 @@ def of_scored(
 ) -> dict[str, float]:
     """Of an iteration's rollout and its scores; lag: pushes since the weights that sampled it."""
     return {
-        **of_rollout(rollout, scores, sources),
+        **of_rollout(rollout, scores, sources, config.min_response_length),
         "samples": (iteration + 1) * config.responses,
         "rollout/lag": lag,
         **(of_dropped(config, len(rollout)) if config.rollout_oversample else {}),
@@ -60,9 +61,16 @@ def of_dropped(config: RTOConfig, kept: int) -> dict[str, float]:
     return {"rollout/dropped": float(drawn - kept), "rollout/dropped_share": (drawn - kept) / drawn}
 
 
-def of_sampler(rollout: Rollout, scores: Scores) -> dict[str, float]:
-    """|logp_trainer - logp_sampler| where the trainer's is known; nothing where none is."""
+def of_sampler(rollout: Rollout, scores: Scores, min_tokens: int = 0) -> dict[str, float]:
+    """|logp_trainer - logp_sampler| where the trainer's is known; nothing where none is.
+
+    min_tokens: tokens at the start of each response that the sampler drew without stop ids; they are left out, for
+    there the two differ by the log of what the stop ids had.
+    """
     gap = (scores.old_logp.cpu() - rollout.sampler_logp).abs()
+    if min_tokens:
+        lens = rollout.response_lens
+        gap = gap[ragged_arange(torch.zeros_like(lens), lens) >= min_tokens]
     known = gap[~gap.isnan()]
     if gap.numel() and not known.numel():
         return {}

@@ -219,7 +219,7 @@ def push(run: Run) -> SyncStats:
 
 def check_sampler(run: Run, rollout: Rollout, scores: Scores) -> dict[str, float]:
     """The figures of sampler against trainer; SyncError past the limits, where both are of one version."""
-    figures = of_sampler(rollout, scores)
+    figures = of_sampler(rollout, scores, run.config.min_response_length)
     if figures and rollout.version == run.sync.version:
         run.sync.check(Gap(figures["sampler/logp_diff_mean"], figures["sampler/logp_diff_max"]))
     return figures

@@ -92,13 +92,18 @@ def requests_of(count: int, vocab: int, lens=(1, 24), seed: int = 0) -> list[Req
     ]
 
 
-def reference_logp(path: Path, rollout, temperature: float) -> torch.Tensor:
-    """[R] float64 log-probs of a float64 forward of each sequence alone, without padding or cache."""
+def reference_logp(path: Path, rollout, temperature: float, stops=(), min_tokens: int = 0) -> torch.Tensor:
+    """[R] float64 log-probs of a float64 forward of each sequence alone, without padding or cache.
+
+    Of a response's first `min_tokens` tokens it is that among the tokens which are no stops.
+    """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     out = []
     with torch.no_grad():
         for tokens, start in zip(rollout.sequences(), rollout.prompt_lens.tolist(), strict=True):
-            logp = torch.log_softmax(model(tokens[None]).logits[0] / temperature, -1)
+            logits = model(tokens[None]).logits[0] / temperature
+            logits[start - 1 : start - 1 + min_tokens, list(stops)] = float("-inf")
+            logp = torch.log_softmax(logits, -1)
             out.append(logp[start - 1 : -1].gather(1, tokens[start:, None])[:, 0])
     return torch.cat(out)
 

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r_chosen - r_rejected) of a reward model's scores (Ouyang et al. 2022, Eq. 1)."""
-    return -F.logsigmoid(chosen - rejected)
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+    """-log sigmoid(r_chosen - r_rejected - margin) of a reward model's scores.
+
+    Without a margin it is Ouyang et al. 2022, Eq. 1; with one, Touvron et al. 2023 (Llama 2), Eq. 2.
+    """
+    return -F.logsigmoid(chosen - rejected if margin is None else chosen - rejected - margin)
 
 
 def dpo_loss(

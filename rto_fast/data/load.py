@@ -21,7 +21,7 @@ import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from rto_fast.config import DPOConfig, PreferenceConfig, RTOConfig, RunConfig, SFTConfig, SupervisedConfig
+from rto_fast.config import DPOConfig, PreferenceConfig, RMConfig, RTOConfig, RunConfig, SFTConfig, SupervisedConfig
 from rto_fast.data.chat_template import (
     ChatTemplate,
     Message,
@@ -100,6 +100,8 @@ class PreferenceData:
     rows: list[int]
     """0-based rows of the data set."""
     counts: Counts
+    margins: np.ndarray
+    """[rows] float64: by how much the data say that chosen should win; 0 where it is not read."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,12 +152,13 @@ def load_preferences(
     Where chosen and rejected are whole conversations, their earlier turns are the prompt and must be the same
     in both. Held out are the rows of `config.eval_data` (or of `config.eval_split`, where `data` has splits), else a
     share `config.eval_fraction` chosen by the seed, whole prompts at a time, so that no held-out prompt is trained on.
-    Prints the counts. Raises DataError.
+    The reward model's margins are read where it has a weight for them. Prints the counts. Raises DataError.
     """
     encode = partial(preference_row, tokenizer=tokenizer, template=template)
     columns = partial(
-        preference_columns, prompt=config.prompt_key, chosen=config.chosen_key, rejected=config.rejected_key
-    )
+        preference_columns, prompt=config.prompt_key, chosen=config.chosen_key, rejected=config.rejected_key,
+        margin=isinstance(config, RMConfig) and config.margin_weight > 0,
+    )  # fmt: skip
     train, held_out = _train_and_held_out(config, encode, columns)
     return train.pairs(), held_out.pairs()
 
@@ -195,15 +198,16 @@ class _Part:
     second_ids: TokenLists
     rows: list[int]
     counts: Counts
+    margins: np.ndarray
 
     def take(self, index: np.ndarray) -> _Part:
         return _Part(
             self.prompt_ids.take(index), self.first_ids.take(index), self.second_ids.take(index),
-            [self.rows[i] for i in index], self.counts,
+            [self.rows[i] for i in index], self.counts, self.margins[index],
         )  # fmt: skip
 
     def pairs(self) -> PreferenceData:
-        return PreferenceData(self.prompt_ids, self.first_ids, self.second_ids, self.rows, self.counts)
+        return PreferenceData(self.prompt_ids, self.first_ids, self.second_ids, self.rows, self.counts, self.margins)
 
     def responses(self) -> SFTData:
         return SFTData(self.prompt_ids, self.first_ids, self.rows, self.counts)
@@ -214,7 +218,7 @@ def _train_and_held_out(config: SupervisedConfig, encode: Encode, columns: Colum
         rows = load_rows(config, argument, name, encode, columns)
         kept, counts, limits = _judge(config, rows, config.max_length, "max_length")
         first, second = (ids.take(kept).cut(limits) for ids in (rows.first_ids, rows.second_ids))
-        return _Part(rows.prompt_ids.take(kept), first, second, kept.tolist(), counts)
+        return _Part(rows.prompt_ids.take(kept), first, second, kept.tolist(), counts, rows.margins[kept])
 
     train = part("data", config.data)
     if config.eval_data or (config.eval_split and has_splits(config.data)):

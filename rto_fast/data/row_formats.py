@@ -12,6 +12,7 @@ would be learnt and cannot be read is refused: no column or field is dropped tha
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +21,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast.data.chat_template import PLACED, ChatTemplate, Message, Prompt, as_messages
 from rto_fast.data.sources import Table
+from rto_fast.errors import DataError
 
 PROMPT_KEYS = ("context_messages", "prompt", "instruction")
 RESPONSE_KEYS = ("response", "completion", "messages", "chosen")
 SYSTEM_KEYS = ("system", "system_prompt")
 INSTRUCTION, INPUT_KEYS = "instruction", ("input", "context")
 """A column of prompts, and those whose text belongs behind its own."""
+MARGIN_KEY, SCORE_KEYS = "margin", ("score_chosen", "score_rejected")
+"""The column of a pair's margin, and those whose difference it is where there is no such column."""
 UNREAD_COLUMNS = ("tools", "functions", "history", "documents", "images", "image", "videos", "audio")
 """Columns that belong to a conversation, and that no stage can read."""
 REFERENCES = ("name", "tool_call_id")
@@ -41,6 +45,7 @@ NO_USER_TURN = "no turn to answer"
 NO_ASSISTANT_TURN = "no assistant turn"
 REFUSED = "refused by the template"
 NO_LABEL = "no label"
+NO_MARGIN = "no margin"
 NOT_READ = "field not read"
 
 _MESSAGE_LIST = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
@@ -90,12 +95,13 @@ def encoded(
     second_ids: Sequence[int] = (),
     text: str = "",
     prompt: str = "",
+    margin: float = 0.0,
 ) -> dict[str, Any]:
     """The fields every kind of row has once it is tokenised; those a kind does not use stay empty."""
     if not prompt_ids:
         raise BadRow(EMPTY, "the prompt has no tokens and the tokenizer no BOS")
     ids = {"prompt_ids": prompt_ids, "first_ids": list(first_ids), "second_ids": list(second_ids)}
-    return ids | {"text": text, "prompt": prompt}
+    return ids | {"text": text, "prompt": prompt, "margin": margin}
 
 
 def prompt_row(
@@ -115,8 +121,8 @@ def prompt_row(
 def preference_row(
     row: dict[str, Any], keys: list[str], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 ) -> dict[str, Any]:
-    """Ids of prompt, chosen and rejected. keys: prompt, chosen, rejected."""
-    prompt_key, chosen_key, rejected_key = keys
+    """Ids of prompt, chosen and rejected, and their margin. keys: prompt, chosen, rejected, columns of the margin."""
+    prompt_key, chosen_key, rejected_key, *margin_keys = keys
     prompt, chosen = _pair(row, prompt_key, chosen_key)
     other_prompt, rejected = _pair(row, prompt_key, rejected_key)
     if prompt != other_prompt:
@@ -125,7 +131,7 @@ def preference_row(
     _, rejected_ids = template.encode_pair(tokenizer, prompt, rejected)
     if chosen == rejected or chosen_ids == rejected_ids:
         raise BadRow(SAME, f"{chosen_key!r} and {rejected_key!r} are the same")
-    return encoded(prompt_ids, chosen_ids, rejected_ids)
+    return encoded(prompt_ids, chosen_ids, rejected_ids, margin=_margin(row, margin_keys))
 
 
 def answer_row(
@@ -163,12 +169,12 @@ def prompt_columns(table: Table, prompt: str) -> list[str]:
     return [table.need(*PROMPT_KEYS, flag="prompt-key"), "chosen"]
 
 
-def preference_columns(table: Table, prompt: str, chosen: str, rejected: str) -> list[str]:
-    """Keys for `preference_row`."""
+def preference_columns(table: Table, prompt: str, chosen: str, rejected: str, margin: bool = False) -> list[str]:
+    """Keys for `preference_row`; margin: whether the data's margins are read."""
     table.need(chosen, flag="chosen-key")
     table.need(rejected, flag="rejected-key")
     _need_prompt(table, prompt, chosen)
-    return [prompt, chosen, rejected]
+    return [prompt, chosen, rejected, *(_margin_columns(table) if margin else ())]
 
 
 def answer_columns(table: Table, prompt: str, chosen: str, rejected: str, completion: str, label: str) -> list[str]:
@@ -186,6 +192,19 @@ def sft_columns(table: Table, prompt: str, response: str) -> list[str]:
     return [prompt, response]
 
 
+def _margin_columns(table: Table) -> tuple[str, ...]:
+    """The column of margins, else the two of scores."""
+    if MARGIN_KEY in table.columns:
+        return (MARGIN_KEY,)
+    if not all(key in table.columns for key in SCORE_KEYS):
+        raise DataError(
+            f"{table.argument}: {table.name!r} has no column {MARGIN_KEY!r} and lacks one of "
+            f"{' and '.join(map(repr, SCORE_KEYS))}, which margin_weight needs; it has "
+            f"{', '.join(map(repr, table.columns))}; add one of the two, or use --margin-weight 0"
+        )
+    return SCORE_KEYS
+
+
 def _need_prompt(table: Table, prompt: str, response: str) -> None:
     """Only whole conversations can do without a prompt column."""
     value = _first(table, response)
@@ -199,6 +218,28 @@ def _first(table: Table, column: str) -> Any:
         return row_of(table.rows[0], table.as_text, table.literal).get(column)
     except BadRow:
         return None
+
+
+def _margin(row: dict[str, Any], keys: Sequence[str]) -> float:
+    """A pair's margin, or the difference of its two scores; 0 where no column is read."""
+    if not keys:
+        return 0.0
+    numbers = [_number(row.get(key), key) for key in keys]
+    margin = numbers[0] - sum(numbers[1:])
+    if not math.isfinite(margin):
+        raise BadRow(NO_MARGIN, f"{' - '.join(map(repr, keys))} is {margin} where a finite number was expected")
+    return margin
+
+
+def _number(value: Any, key: str) -> float:
+    """A finite number, or its text, as a CSV file has it."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow(NO_MARGIN, f"{key!r} is {str(value)[:60]!r} where a finite number was expected")
+    return number
 
 
 def _text(value: Any, key: str) -> str:

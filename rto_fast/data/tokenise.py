@@ -95,6 +95,8 @@ class TokenRows:
     reasons: list[str] = field(repr=False)
     details: list[str] = field(repr=False)
     lines: list[int] = field(repr=False)
+    margins: np.ndarray = field(repr=False)
+    """[rows] float64: by how much the data say that chosen should win; 0 where it is not read."""
 
     @classmethod
     def of(cls, argument: str, name: str, table: pa.Table) -> TokenRows:
@@ -107,7 +109,7 @@ class TokenRows:
         text, prompt, reason, detail, line = (table.column(c).to_pylist() for c in _PLAIN_COLUMNS)
         return cls(
             argument, name, tokens("prompt_ids"), tokens("first_ids"), tokens("second_ids"),
-            text, prompt, reason, detail, line,
+            text, prompt, reason, detail, line, table.column("margin").to_numpy(),
         )  # fmt: skip
 
     def at(self, row: int) -> str:
@@ -119,7 +121,7 @@ _PLAIN_COLUMNS = ("text", "prompt", "reason", "detail", "line")
 _FEATURES = datasets.Features(
     {k: datasets.List(datasets.Value("int32")) for k in ("prompt_ids", "first_ids", "second_ids")}
     | {k: datasets.Value("string") for k in _PLAIN_COLUMNS[:-1]}
-    | {"line": datasets.Value("int64")}
+    | {"line": datasets.Value("int64"), "margin": datasets.Value("float64")}
 )
 
 
@@ -219,7 +221,7 @@ def _encode_row(row: dict[str, Any], encode: Encode, keys: list[str], as_text: b
     except RecursionError:
         reason, detail = NOT_TEXT, TOO_DEEP
     if reason:
-        out = {"prompt_ids": [], "first_ids": [], "second_ids": [], "text": "", "prompt": ""}
+        out = {"prompt_ids": [], "first_ids": [], "second_ids": [], "text": "", "prompt": "", "margin": 0.0}
     return out | {"reason": reason, "detail": detail, "line": line}
 
 

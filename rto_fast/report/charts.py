@@ -99,13 +99,18 @@ def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else f"{text[:characters]}… ({len(text) - characters:,} characters more)"
 
 
-def esc(text: object) -> str:
-    """Text for HTML: cut at CHARACTERS, with what a browser would drop or let turn the writing made visible.
+def visible(text: object) -> str:
+    """Text cut at CHARACTERS, with what a browser would drop or let turn the writing made visible.
 
     Control characters but newline and tab become their pictures (U+2400 ..), invisible marks of writing direction and
     of lines their code points.
     """
-    return html.escape(_HIDDEN.sub(_picture, cut(str(text), CHARACTERS)), quote=True)
+    return _HIDDEN.sub(_picture, cut(str(text), CHARACTERS))
+
+
+def esc(text: object) -> str:
+    """Visible text for HTML."""
+    return html.escape(visible(text), quote=True)
 
 
 def _picture(match: re.Match[str]) -> str:
@@ -262,7 +267,7 @@ def _pointer_data(ax: Axes, chart: Chart, series: dict[str, int]) -> dict:
             continue
         y = [v if math.isfinite(v) else None for v in map(_number, curve.y)]
         entry = {
-            "n": curve.name,
+            "n": visible(curve.name),
             "c": series[curve.name],
             "x": list(curve.x),
             "y": [v and float(f"{v:.6g}") for v in y],
@@ -272,7 +277,7 @@ def _pointer_data(ax: Axes, chart: Chart, series: dict[str, int]) -> dict:
             entry["top"] = [float(f"{b:.6g}") for b in base]
         curves.append(entry)
     return {
-        "x": [ox, ux - ox], "y": [height - oy, oy - uy], "label": chart.x_label,
+        "x": [ox, ux - ox], "y": [height - oy, oy - uy], "label": visible(chart.x_label),
         "box": [box.x0, height - box.y1, box.x1, height - box.y0], "curves": curves,
     }  # fmt: skip
 

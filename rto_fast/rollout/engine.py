@@ -32,12 +32,16 @@ class Sampling:
     """> 0; tokens come from softmax(logits / temperature), without top-k or top-p."""
     stop_ids: tuple[int, ...]
     """Token ids that end a response; the sampled one belongs to it. Empty = only the length ends it."""
+    min_tokens: int = 0
+    """Response tokens that come from softmax(logits / temperature) without the stop ids; below max_tokens, 0 = off."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens: must be at least 1, got {self.max_tokens}")
         if not self.temperature > 0:
             raise ValueError(f"temperature: must be positive, got {self.temperature}")
+        if not 0 <= self.min_tokens < self.max_tokens:
+            raise ValueError(f"min_tokens: must lie in [0, max_tokens {self.max_tokens}), got {self.min_tokens}")
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,8 @@ class TransformersEngine:
         for step in range(sampling.max_tokens):
             if step:
                 logits = self._forward(batch)
+            if step < sampling.min_tokens:
+                logits = logits.masked_fill(stops, float("-inf"))
             batch.last, logp = sample(logits, batch.u[step], sampling.temperature)
             batch.tokens[step] = batch.last[:, 0]
             batch.logps[step] = logp[:, 0]

@@ -77,7 +77,7 @@ def score_rollout(
     columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
     progress(int(rollout.seq_lens.sum() - local.seq_lens.sum()))
     tensors = {n: torch.cat(c).to(placement.device) for n, c in zip(names, columns, strict=True)}
-    if config.behaviour == "sampler" and config.temperature == 1:
+    if config.behaviour == "sampler" and config.samples_policy:
         tensors["policy_logp"] = rollout.sampler_logp.to(placement.device)
 
     sources = {

@@ -13,7 +13,7 @@ from rto_fast import distributed
 from rto_fast.algo import preference
 from rto_fast.backend.output_lock import alone
 from rto_fast.config import RMConfig
-from rto_fast.data.load import load_preferences
+from rto_fast.data.load import PreferenceData, load_preferences
 from rto_fast.models.heads import ScalarModel
 from rto_fast.models.load import is_reward_model, load_config, load_scalar, new_scalar
 from rto_fast.models.packing import Placement
@@ -28,12 +28,17 @@ class RewardModel(Stage):
 
     name = "reward model"
 
-    def __init__(self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row]) -> None:
-        self.model, self.train, self.held_out = model, train, held_out
+    def __init__(
+        self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row],
+        margins: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """margins: of the training and the held-out rows, [rows] fp32 each; None = off."""
+        self.model, self.train, self.held_out, self.margins = model, train, held_out, margins
 
     def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
         chosen, rejected = batch.by_row(model(batch.packed, batch.packed.last_positions)).unbind(1)
-        loss = preference.bradley_terry_loss(chosen, rejected)
+        margin = None if self.margins is None else batch.looked_up(self.margins).to(chosen)
+        loss = preference.bradley_terry_loss(chosen, rejected, margin)
         return loss.sum(), {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
 
     @torch.no_grad()
@@ -59,11 +64,18 @@ def train_rm(config: RMConfig) -> Path:
     common = prepare(config)
     parts = load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(pair_rows, parts)
+    margins = _margins(config.margin_weight, *parts) if config.margin_weight else None
     if not held_out and distributed.rank() == 0:
         print("warning: no pair is held out: the scores are not measured, their mean and std stay 0 and 1", flush=True)
 
     torch.manual_seed(config.seed)
-    return run_stage(config, common, RewardModel(start_of(config.model, common.loading), train, held_out))
+    return run_stage(config, common, RewardModel(start_of(config.model, common.loading), train, held_out, margins))
+
+
+def _margins(weight: float, train: PreferenceData, held_out: PreferenceData) -> tuple[Tensor, Tensor]:
+    """The weighted margins, [rows] fp32 each."""
+    first, second = (torch.from_numpy(weight * part.margins).float() for part in (train, held_out))
+    return first, second
 
 
 def start_of(path: str, loading: dict[str, Any]) -> ScalarModel:

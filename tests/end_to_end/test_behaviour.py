@@ -152,6 +152,30 @@ def test_an_exact_sampler_changes_nothing(tiny, one_rank, tmp_path):
     assert usual[-1]["kl/response"] > 0.01
 
 
+@pytest.mark.parametrize("behaviour", ["trainer", "sampler"])
+def test_a_least_response_length_keeps_the_ratio_and_the_check(behaviour, tiny, one_rank, tmp_path):
+    """The policy's own log-probs are the ratio's and the KL term's; the check leaves out where no stop was allowed."""
+    settings = {"rollout_engine": "transformers", "train_batch": 8, "policy_lr": 1e-3, "behaviour_logp": behaviour}
+    seen = []
+
+    def observe(rollout, texts):
+        seen.append(rollout)
+        return {}
+
+    for least in (0, 6):
+        config = small_run(tiny, tmp_path / str(least), min_response_length=least, rollout_batch=16, **settings)
+        trainer.train(RTOConfig(**config | {"train_batch": 16}), observe)
+    assert min(int(r.response_lens.min()) for r in seen[:2]) <= 6
+    assert min(int(r.response_lens.min()) for r in seen[2:]) >= 7
+    for row in rows(tmp_path / "6"):
+        assert row["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert row["sampler/logp_diff_max"] < 1e-4
+    first = rows(tmp_path / "6")[0]
+    assert first["kl/response"] == pytest.approx(0, abs=1e-4)  # policy and reference are one model
+    if behaviour == "sampler":
+        assert first["sampler/weight_mean"] < 0.999  # what the stop tokens had
+
+
 @pytest.mark.slow
 def test_two_passes_on_two_ranks_are_those_of_one(tiny, launch, tmp_path):
     """The second pass deals the sequences out anew: each rank must know what another has seen."""

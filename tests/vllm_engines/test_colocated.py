@@ -111,6 +111,15 @@ def assert_same_weights(a: Path, b: Path) -> None:
 # Log-probs
 
 
+def test_no_response_ends_before_its_least_length(tied, make):
+    engine, requests, stops, least = make(tied.policy), requests_of(24, 80), tuple(range(1, 10)), 5  # EOS is 1
+    assert int(engine.generate(requests, Sampling(16, 0.7, stops), quiet).response_lens.min()) <= least
+    rollout = engine.generate(requests, Sampling(16, 0.7, stops, least), quiet)
+    assert int(rollout.response_lens.min()) == least + 1
+    truth = reference_logp(tied.policy, rollout, 0.7, stops, least)
+    torch.testing.assert_close(rollout.sampler_logp.double(), truth, atol=ROUNDING, rtol=0)
+
+
 def test_log_probs_before_and_after_a_push(models, make, tmp_path):
     engine, requests, sampling = make(models.policy), requests_of(12, 80), Sampling(16, 0.7, (2,))
     first = engine.generate(requests, sampling, quiet)

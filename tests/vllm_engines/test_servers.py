@@ -74,6 +74,16 @@ def served(request):
 # Log-probs
 
 
+def test_no_response_ends_before_its_least_length(tied):
+    engine, requests, stops, least = tied.engine(), requests_of(24, 80), tuple(range(1, 10)), 5  # EOS is 1
+    policy = AutoModelForCausalLM.from_pretrained(tied.models.policy)
+    engine.push(((n, p.detach()) for n, p in policy.named_parameters()), 0)
+    rollout = engine.generate(requests, Sampling(16, 0.7, stops, least), quiet)
+    assert int(rollout.response_lens.min()) == least + 1
+    truth = reference_logp(tied.models.policy, rollout, 0.7, stops, least)
+    torch.testing.assert_close(rollout.sampler_logp.double(), truth, atol=5e-5, rtol=0)
+
+
 def test_log_probs_before_and_after_a_push(served, tmp_path):
     engine, requests, sampling = served.engine(), requests_of(12, 80), Sampling(16, 0.7, (2,))
     policy = AutoModelForCausalLM.from_pretrained(served.models.policy)

@@ -169,8 +169,9 @@ class VLLMEngine:
         for i, request in enumerate(requests):
             params = SamplingParams(
                 n=1, temperature=temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0, flat_logprobs=True,
-                max_tokens=sampling.max_tokens, stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
-                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                max_tokens=sampling.max_tokens, min_tokens=sampling.min_tokens,
+                stop_token_ids=list(sampling.stop_ids), ignore_eos=True, detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             ids[name := str(next(self.names))] = i
             core.add_request(name, {"prompt_token_ids": list(request.prompt)}, params)

@@ -178,8 +178,8 @@ class VLLMServeEngine:
         )
         params = {
             "n": 1, "temperature": temperature_of(sampling), "top_p": 1.0, "top_k": 0, "logprobs": 0,
-            "max_tokens": sampling.max_tokens, "stop_token_ids": list(sampling.stop_ids), "ignore_eos": True,
-            "detokenize": False,
+            "max_tokens": sampling.max_tokens, "min_tokens": sampling.min_tokens,
+            "stop_token_ids": list(sampling.stop_ids), "ignore_eos": True, "detokenize": False,
         }  # fmt: skip
         choices = asyncio.run(self._ask_all(requests, params, progress))
         responses, logps = [], []

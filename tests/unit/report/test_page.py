@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -131,13 +132,16 @@ def test_turned_writing_and_huge_texts(tmp_path):
     """Marks that turn the writing are named wherever they stand; a token and a prompt of megabytes are cut."""
     turned = "safe\u202eexe.txt\u2066\u200f\x9b"
     hostile = sample([turned, "a" * 2_000_000], prompt=turned + "b" * 2_000_000, label=turned, extra={turned: 1.0})
-    _, text = write(
+    page, text = write(
         tmp_path, title=turned, subtitle=turned, summary={turned: turned}, settings={turned: "c" * 2_000_000},
         samples=[hostile], tables=[Table(turned, [turned], [[turned]], turned)],
         comparison=[Chart(turned, [Curve(turned, [0, 1], [0, 1])], turned, turned, turned)],
     )  # fmt: skip
     assert not re.search("[\x80-\x9f\u200f\u202e\u2066]", text)
     assert text.count("[U+202E]") >= 10
+    data = [json.loads(a["data-points"]) for a in page.all("figure")]  # what the pointer shows
+    shown = "safe[U+202E]exe.txt[U+2066][U+200F][U+009B]"
+    assert [(chart["label"], chart["curves"][0]["n"]) for chart in data if chart["label"] != "step"] == [(shown, shown)]
     assert "(1,999,000 characters more)" in text
     assert len(text) < 300_000
 

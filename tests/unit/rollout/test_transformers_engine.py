@@ -43,6 +43,27 @@ def test_logp_equals_a_forward_of_each_sequence_alone(family, temperature):
     torch.testing.assert_close(rollout.sampler_logp.double(), truth, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_no_response_ends_before_its_least_length(family):
+    """Stop ids come behind `min_tokens` tokens only; the log-probs before are those among the other tokens."""
+    path, stops, least = model_path(family), (2, 7, 9), 5
+    engine, requests = engine_of(path), requests_of(60, 40)
+    free = engine.generate(requests, Sampling(30, 0.7, stops), quiet)
+    assert int((free.response_lens <= least).sum()) > 5
+    assert_same(free, engine.generate(requests, Sampling(30, 0.7, stops, 0), quiet))
+    rollout = engine.generate(requests, Sampling(30, 0.7, stops, least), quiet)
+    assert int(rollout.response_lens.min()) == least + 1
+    for response, cut in zip(rollout.responses(), rollout.truncated.tolist(), strict=True):
+        assert not set(response[:-1].tolist()) & set(stops)
+        assert cut or int(response[-1]) in stops
+    truth = reference_logp(path, rollout, 0.7, stops, least)
+    torch.testing.assert_close(rollout.sampler_logp.double(), truth, atol=1e-5, rtol=0)
+    assert (truth - reference_logp(path, rollout, 0.7)).abs().max() > 0.01
+    for least in (-1, 30):
+        with pytest.raises(ValueError, match=r"min_tokens: must lie in \[0, max_tokens 30\)"):
+            Sampling(30, 1.0, stops, least)
+
+
 @on_real_models
 def test_logp_on_real_models(path):
     engine, starts = engine_of(path), [Request((1,), i, i, 0, sample_seed(4, i, 0, 0)) for i in range(16)]

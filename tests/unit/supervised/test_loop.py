@@ -24,7 +24,7 @@ def lists(seed: int) -> TokenLists:
 def test_rows_leave_their_tokens_in_the_datas_arrays():
     """1.8 million tokens: as lists of Python's numbers they would take 65 MB."""
     prompts, chosen, rejected = (lists(seed) for seed in range(3))
-    data = PreferenceData(prompts, chosen, rejected, list(range(ROWS)), Counts(ROWS, ROWS, {}))
+    data = PreferenceData(prompts, chosen, rejected, list(range(ROWS)), Counts(ROWS, ROWS, {}), np.zeros(ROWS))
     tracemalloc.start()
     rows = pair_rows(data)
     taken = tracemalloc.get_traced_memory()[0]
