@@ -1,4 +1,7 @@
-"""Compile a run's kernels before its first step, so that no rank waits for another's compiler."""
+"""Compile a run's kernels before its first step.
+
+Else each rank compiles when it first meets a shape, and the others wait for it.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,15 @@ def warm(config: RTOConfig, policy: Any, device: torch.device) -> str:
     if device.type != "cuda" or config.policy_update != "ppo":
         return ""
     head = policy.lm.get_output_embeddings()
-    seconds = rto_kernels.warm(
-        head.in_features, head.out_features, dtype=DTYPES[config.dtype], device=device,
-        tokens=config.micro_tokens, bias=head.bias is not None, softcap=head.softcap,
-        entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation,
-        sampler=config.behaviour == "sampler", values=config.uses_critic,
-    )  # fmt: skip
+    try:
+        seconds = rto_kernels.warm(
+            head.in_features, head.out_features, dtype=DTYPES[config.dtype], device=device,
+            tokens=config.micro_tokens, bias=head.bias is not None, softcap=head.softcap,
+            entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation,
+            sampler=config.behaviour == "sampler", values=config.uses_critic,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:  # it needs an lm_head and its gradient more than the run holds by now
+        torch.cuda.empty_cache()
+        return "kernels are compiled when they are first met: there is no room for a second lm_head"
     torch.cuda.empty_cache()
     return f"kernels ready after {seconds:.1f} s"
