@@ -81,7 +81,7 @@ def train(config: RTOConfig, observe: Observer | None = None) -> Run:
     observe: called with each global rollout and its texts; what it returns is logged (a known true reward, say).
     """
     run = build.build(config)
-    with closing(run.logger), closing(run.sync), Saving(config) as saving:
+    with Saving(config) as saving, closing(run.logger), closing(run.sync):
         run.logger.message(saving.plan())
         for iteration in range(run.state.iteration, run.iterations):
             metrics = rto_iteration(run, iteration, observe)

@@ -64,7 +64,7 @@ def without_packing() -> Iterator[None]:
 
 def _head_on_every_position(self, batch, read=None):
     """The head reads every other position too, forward only, and that is dropped."""
-    hidden, head = heads._hidden(self.lm.base_model, batch), self.lm.get_output_embeddings()
+    hidden, head = heads.hidden_states(self.lm.base_model, batch), self.lm.get_output_embeddings()
     following = torch.cat([batch.tokens[1:], batch.tokens[:1]])
     others = torch.ones_like(following, dtype=torch.bool)
     others[batch.state_positions] = False

@@ -75,7 +75,7 @@ def fit(
             state = {"bad_steps": bad_steps, "bad_in_a_row": bad_in_a_row}
             checkpoints.save(step + 1, {"model": engine}, state, {})
 
-    with logger, Saving(config) as saving:
+    with Saving(config) as saving, logger:
         logger.message(saving.plan())
         for step in range(start, total):
             with logger.phase("train"):

@@ -102,11 +102,11 @@ def test_a_large_file_is_sampled(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     data = bytearray(10 * 2**20)
     path.write_bytes(data)
-    first = inputs._file(path)
+    first = inputs.fingerprint(path)
     for place, seen in ((0, True), (2 * 2**20, False), (len(data) - 1, True)):
         data[place] = 1
         path.write_bytes(data)
-        assert (inputs._file(path) != first) == seen
+        assert (inputs.fingerprint(path) != first) == seen
         data[place] = 0
     path.write_bytes(data[:-1])
-    assert inputs._file(path) != first
+    assert inputs.fingerprint(path) != first
