@@ -109,7 +109,6 @@ def _run(config: Settings, run: str) -> None:
     import transformers
 
     from rto_fast import distributed
-    from rto_fast.backend.saving import SIGNALS
     from rto_fast.errors import DeviceLost, Diverged, Preempted, RewardError, RolloutError, StorageError, SyncError
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -127,7 +126,7 @@ def _run(config: Settings, run: str) -> None:
         print(f"error: {shown(error)}", file=sys.stderr, flush=True)
         os._exit(STOPPED)  # what ends in order would call the broken device, and die of that with another code
     except Preempted as error:
-        for number in SIGNALS:  # another one, of a rank that heard late, must not cut the message off
+        for number in distributed.SIGNALS:  # another one, of a rank that heard late, must not cut the message off
             signal.signal(number, signal.SIG_IGN)
         stop(error, STOPPED, distributed.speaks())
     except (Diverged, RewardError, RolloutError, StorageError, SyncError) as error:

@@ -101,6 +101,8 @@ dist.register_rendezvous_handler(HERE, _meet_here)
 
 LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch")
 """How launchers stand in a command line: a script's name, or the module behind -m."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send before they take a machine away."""
 LAST_SECONDS = 1800.0
 """What a rank has left to end its step once its launcher is gone."""
 

@@ -12,8 +12,6 @@ from rto_fast import distributed
 from rto_fast.config import RunConfig
 from rto_fast.errors import Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take a machine away."""
 LONGEST_SHARE = 0.1
 """Share of a run's time that checkpoints by time alone may take."""
 
@@ -33,7 +31,7 @@ class Saving:
 
     def __enter__(self) -> Saving:
         try:
-            for number in SIGNALS:
+            for number in distributed.SIGNALS:
                 self._before[number] = signal.signal(number, self._heard)
         except ValueError:  # only the main thread may; elsewhere signals are the caller's
             pass

@@ -192,7 +192,7 @@ def test_the_command_says_whether_it_fits(capsys):
 START = """
 import sys
 from pathlib import Path
-from launches import environment
+from launches import Launch
 
 ranks, *args = sys.argv[1:]
 result = Launch(args, ranks=int(ranks), log=Path(args[-1]).with_name("log")).wait()
