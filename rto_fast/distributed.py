@@ -39,7 +39,7 @@ def init() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if not dist.is_initialized():
         accelerator.set_device(local_rank)
         # On a CPU DeepSpeed would compile a shared-memory collective first: a minute, and a compiler. gloo does.
@@ -47,7 +47,7 @@ def init() -> torch.device:
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         alone = os.environ["WORLD_SIZE"] == "1" or _meets_on_loopback()
         if alone:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the machine's name leads
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else it listens where the machine's name leads
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False, init_method=f"{HERE}://" if alone else None)
     return device()
 
@@ -72,6 +72,17 @@ def open_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
         return dist.TCPStore(
             host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
+
+
+def _loopback() -> str:
+    """The name of the loopback interface, which is lo on Linux and lo0 on a Mac."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if any(a.address == "127.0.0.1" for a in addresses)), "lo")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _meets_on_loopback() -> bool:

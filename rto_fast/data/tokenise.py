@@ -181,6 +181,13 @@ def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, colu
         return TokenRows.of(argument, name, table)
 
 
+def _cores() -> int:
+    """Processors of this process, at most MAX_WORKERS."""
+    from rto_fast.distributed import cores  # which imports DeepSpeed
+
+    return min(MAX_WORKERS, cores())
+
+
 def _tokenise(
     config: RunConfig, read: Callable[[int], Table], encode: Encode, columns: Columns, scratch: str
 ) -> pa.Table:
@@ -190,8 +197,7 @@ def _tokenise(
     """
     table = read(config.max_rows)
     rows = len(table.rows)
-    cores = min(MAX_WORKERS, len(os.sched_getaffinity(0))) if rows >= PARALLEL_ROWS else 1
-    workers = min(config.data_workers or cores, rows)
+    workers = min(config.data_workers or (_cores() if rows >= PARALLEL_ROWS else 1), rows)
     if datasets.are_progress_bars_disabled():
         print(f"tokenising {Path(table.name).name}: {rows:,} rows", file=sys.stderr, flush=True)
     mapped = table.rows.map(

@@ -9,6 +9,7 @@ import logging
 import socket
 import urllib.request
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.request import proxy_bypass_environment as bypassed  # type: ignore[attr-defined]
 
@@ -85,7 +86,14 @@ class RemoteReward:
 
     def score_texts(self, texts: ResponseTexts) -> Tensor:
         """[B] fp32. Raises RewardError after the last attempt, or at once for an answer of another form."""
-        return torch.tensor(asyncio.run(self._ask_all(texts)), dtype=torch.float32)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            rewards = asyncio.run(self._ask_all(texts))
+        else:  # a notebook's, in this thread
+            with ThreadPoolExecutor(1) as elsewhere:
+                rewards = elsewhere.submit(asyncio.run, self._ask_all(texts)).result()
+        return torch.tensor(rewards, dtype=torch.float32)
 
     async def _ask_all(self, texts: ResponseTexts) -> list[float]:
         pairs = list(zip(texts.prompts, texts.responses, strict=True))

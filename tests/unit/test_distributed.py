@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch.distributed as dist
 
+from rto_fast import distributed
 from rto_fast.distributed import open_store
 
 RANK = """
@@ -52,6 +55,14 @@ def test_ranks_of_one_machine_listen_on_loopback_alone(launch, tmp_path, ranks):
     lines = [json.loads(line) for line in result.output.splitlines() if line.startswith("[")]
     assert [line[:2] for line in lines] == [[ranks, str(ranks)]] * ranks
     assert {address for line in lines for address, _ in line[2]} <= {"127.0.0.1", "::1"}, lines
+
+
+def test_a_mac_names_its_loopback_and_its_processors_otherwise(monkeypatch):
+    mac = {"en0": [SimpleNamespace(address="192.168.1.2")], "lo0": [SimpleNamespace(address="127.0.0.1")]}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: mac)
+    assert distributed._loopback() == "lo0"
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert distributed.cores() == os.cpu_count()
 
 
 def test_one_rank_without_a_launcher_keeps_its_store_to_itself(one_rank):

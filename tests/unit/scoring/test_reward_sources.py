@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import math
 import time
@@ -186,6 +187,15 @@ def test_remote_scores_in_order_and_in_chunks(server, chunk):
     assert len(server.bodies) == math.ceil(len(WORDS) / chunk)
     assert sorted(q for b in server.bodies for q in b["query"]) == [f"p{i}:{w}" for i, w in enumerate(WORDS)]
     assert sorted(p for b in server.bodies for p in b["prompts"]) == [f"p{i}:" for i in range(len(WORDS))]
+
+
+def test_remote_scores_inside_a_notebook(server):
+    """Where a loop runs in this thread already."""
+
+    async def cell() -> torch.Tensor:
+        return remote(server).score(*case())
+
+    assert asyncio.run(cell()).equal(remote(server).score(*case()))
 
 
 def test_remote_keeps_several_requests_in_flight(server):
