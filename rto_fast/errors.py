@@ -16,10 +16,10 @@ LONGEST = 2000
 """Characters of a message that are shown."""
 
 
-def shown(message: object) -> str:
+def shown(message: object, longest: int = LONGEST) -> str:
     """The message as one line for a terminal: what would move its cursor, turn or break it is spelt out."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text):,} characters)"
 
 
 def require(condition: bool, message: str) -> None:

@@ -21,7 +21,7 @@ from rto_fast.backend.checkpoints import find_checkpoint
 from rto_fast.config import TEMPLATE_DATE
 from rto_fast.data.chat_template import load_template
 from rto_fast.data.tokenizer import load_tokenizer
-from rto_fast.errors import REFUSED, ConfigError, StorageError, require
+from rto_fast.errors import REFUSED, ConfigError, StorageError, require, shown
 from rto_fast.logs.files import folder_aside
 from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.load import DTYPES, load_policy, new_scalar
@@ -90,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for folder in export_checkpoint(config):
             print(folder)
     except (ConfigError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return REFUSED
     return 0
 

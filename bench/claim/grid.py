@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.claim import report, stories
 from bench.claim.cells import METHODS, Cell, TinyWorld, World, run_cell, start_worker
 from rto_fast.demo.config import DemoConfig
-from rto_fast.errors import ConfigError, require
+from rto_fast.errors import ConfigError, require, shown
 from rto_fast.logs.files import write_atomic
 
 ROOT = Path(__file__).parents[2]
@@ -296,5 +296,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(ClaimConfig, description=__doc__))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         sys.exit(2)

@@ -49,9 +49,9 @@ def read_record(folder: Path, trusted: bool = False) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise Torn(f"{path} is gone")
-        size = str(written).split()[0]
-        if path.stat().st_size != int(size):
-            raise Torn(f"{path} has {path.stat().st_size} bytes, {size} were written")
+        size = path.stat().st_size
+        if not str(written).startswith(f"{size} "):
+            raise Torn(f"{path} has {size} bytes, {str(written).partition(' ')[0]} were written")
         if fingerprint(path) != written:
             raise Torn(f"{path} holds other bytes than were written")
     if not trusted:
@@ -274,8 +274,8 @@ def open_output(config: RunConfig) -> Checkpoints:
         done = [name for name in ("policy", "model") if (folder / name / "config.json").exists()]
         require(
             not done,
-            f"resume: {folder} holds a finished run ({''.join(done)}) that kept no checkpoint, so there is nothing to "
-            "go on from; pass another --output-dir",
+            f"resume: {folder} holds a finished run ({' and '.join(done)}) that kept no checkpoint: there is nothing "
+            "to go on from; pass another --output-dir",
         )
     distributed.barrier()
     return Checkpoints(config)

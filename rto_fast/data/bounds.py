@@ -26,7 +26,7 @@ MEMORY = 2**30
 CHARACTERS = 10_000_000
 """Length of one rendered conversation."""
 MESSAGE = 300
-"""Characters shown of a template's own message."""
+"""Characters shown of what a template or its folder says."""
 
 
 @contextlib.contextmanager
@@ -76,9 +76,3 @@ def _bounded_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def printable(text: object) -> str:
-    """Text for a message: control characters and turned writing as escapes, cut at MESSAGE characters."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    return shown if len(shown) <= MESSAGE else shown[:MESSAGE] + "…"

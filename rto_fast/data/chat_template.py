@@ -31,8 +31,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import TEMPLATE_DATE
-from rto_fast.data.bounds import CHARACTERS, bounded, printable
-from rto_fast.errors import ConfigError, require
+from rto_fast.data.bounds import CHARACTERS, MESSAGE, bounded
+from rto_fast.errors import ConfigError, require, shown
 
 Message = dict[str, Any]
 """{"role": ..., "content": ...}, and what else of it a template may write (PLACED)."""
@@ -143,7 +143,7 @@ class ChatTemplate:
             with bounded():
                 text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, **settings))
         except jinja2.TemplateError as e:
-            raise jinja2.TemplateError(printable(e)) from e
+            raise jinja2.TemplateError(shown(e, MESSAGE)) from e
         if len(text) > CHARACTERS:
             raise jinja2.TemplateError(f"it writes {len(text):,} characters, more than {CHARACTERS:,}")
         return text
@@ -242,7 +242,7 @@ def load_template(
     except (jinja2.TemplateError, TypeError, ValueError) as e:
         raise ConfigError(
             f"chat_template: template {config_chat_template!r} fails on a user and an assistant turn: "
-            f"{printable(e)}; "
+            f"{shown(e, MESSAGE)}; "
             "mend it, or use --chat-template plain"
         ) from e
     return template
@@ -253,7 +253,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     own = tokenizer.chat_template
     if isinstance(own, dict) and "default" not in own:
         raise ConfigError(
-            f"chat_template: the tokenizer has the templates {printable(', '.join(own))}, and none of them is the "
+            f"chat_template: the tokenizer has the templates {shown(', '.join(own), MESSAGE)}, and none of them is the "
             "default; write one into a Jinja file and give its path, or use --chat-template plain"
         )
     return tokenizer.get_chat_template() if own else PLAIN

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rto_fast.errors import shown
 from rto_fast.report.page import report_run
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--samples: must not be negative, got {args.samples}")
         print(report_run(os.path.expanduser(args.run_dir), title=args.title, limit=args.samples))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
     return 0
 
