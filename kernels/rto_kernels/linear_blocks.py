@@ -27,12 +27,11 @@ from ._dispatch import INTERPRET, launching
 from ._math import FLOOR, LOG2E, NEG_INF
 from ._vocab_torch import NO_EXTRAS, Extras, Found, Head, LinearStats, product
 from .linear_forward import (
-    FORWARD_TOKENS,
     HIGHEST,
     LinearLaunch,
+    empty_results,
     linear_forward_triton,
     linear_merge_kernel,
-    saved_shapes_triton,
     tile_logits,
 )
 
@@ -152,15 +151,9 @@ def linear_forward_blocks(
     targets = targets.contiguous()
     part = run.tiles.logits(head.bias is not None, head.softcap > 0, True).part
     splits = triton.cdiv(vocab, SPAN)
-    logp, lse = (torch.empty(n, dtype=f32, device=device) for _ in range(2))
-    entropy = torch.empty(n if want_entropy else 0, dtype=f32, device=device)
-    shape, shifts = saved_shapes_triton(hidden, head, save_share) if save_dtype else ((0, 8), (0, 0))
-    saved = torch.empty(shape, dtype=save_dtype or torch.bfloat16, device=device)
-    shift = torch.empty(shifts, dtype=f32, device=device) if row_shift is None else row_shift
-    save = 0 if save_dtype is None else 1 if row_shift is None else 2
-    step = n if save_dtype else FORWARD_TOKENS
-    for n0 in range(0, n, max(step, 1)):
-        h, t = hidden[n0 : n0 + step], targets[n0 : n0 + step]
+    to = empty_results(hidden, head, want_entropy, save_dtype, save_share, row_shift)
+    for n0 in range(0, n, to.step):
+        h, t = hidden[n0 : n0 + to.step], targets[n0 : n0 + to.step]
         rows = h.shape[0]
         parts = torch.empty((3 + want_entropy, splits, rows), dtype=f32, device=device)
         for v0 in range(0, vocab, BLOCK_COLUMNS):
@@ -171,20 +164,20 @@ def linear_forward_blocks(
                 z = product(h[r0 : r0 + BLOCK_ROWS], right, f32)
                 with launching("linear_block", device):
                     linear_block_kernel[(triton.cdiv(z.shape[0], ROWS) * spans,)](
-                        z, run.bias, t, parts, saved, shift,
-                        r0, v0, rows, columns, vocab, min(shape[1], vocab),
-                        shifts[0], z.stride(0), saved.stride(0), head.temperature, head.softcap,
-                        SPLITS=splits, SPANS=spans, SPAN=SPAN, ENTROPY=want_entropy, SAVE=save,
-                        ROWS=ROWS, WIDTH=max(WIDTH, part) if save else WIDTH, PART=part,
+                        z, run.bias, t, parts, to.saved, to.shift,
+                        r0, v0, rows, columns, vocab, min(to.saved.shape[1], vocab),
+                        to.shift.shape[0], z.stride(0), to.saved.stride(0), head.temperature, head.softcap,
+                        SPLITS=splits, SPANS=spans, SPAN=SPAN, ENTROPY=want_entropy, SAVE=to.save,
+                        ROWS=ROWS, WIDTH=max(WIDTH, part) if to.save else WIDTH, PART=part,
                         BIAS=head.bias is not None, SOFTCAP=head.softcap > 0, num_warps=4, **tiles.FUSION,
                     )  # fmt: skip
         with launching("linear_merge", device):
             linear_merge_kernel[(triton.cdiv(rows, 128),)](
-                parts, t, logp[n0:], entropy[n0:], lse[n0:], rows, vocab, ignore_index,
+                parts, t, to.logp[n0:], to.entropy[n0:], to.lse[n0:], rows, vocab, ignore_index,
                 SPLITS=splits, ENTROPY=want_entropy, BLOCK=128, num_warps=4, **tiles.FUSION,
             )  # fmt: skip
     nothing = Found(*(torch.empty(0, dtype=d, device=device) for d in (f32, torch.bool, f32)))
-    return LinearStats(logp, entropy, lse, saved if save_dtype else shift.to(saved.dtype), shift, nothing)
+    return to.stats(nothing)
 
 
 def linear_forward_on_device(

@@ -8,6 +8,8 @@ Logits exist in fp32 registers, in base-2 units (z·log₂e), and never in memor
 and the tiles and splits do not depend on the number of rows: a row's bits do not either.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -353,6 +355,36 @@ def block_constants(tile: tiles.Tile) -> dict:
     return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PARTS": tile.parts, **tile.launch}
 
 
+class Results(NamedTuple):
+    """What a forward pass over N rows fills, and how."""
+
+    logp: Tensor  # [N] fp32, as lse and, where it is wanted, entropy
+    entropy: Tensor
+    lse: Tensor
+    saved: Tensor  # [N, kept columns of the vocabulary, to whole 16 bytes]
+    shift: Tensor  # see `saved_shapes_triton`, or [N]: the caller's
+    save: int  # SAVE of the kernels: 0 = nothing is kept, 1 = at a shift of the kernel's, 2 = at the caller's
+    step: int  # rows of a launch
+
+    def stats(self, found: Found) -> LinearStats:
+        kept = self.saved if self.save else self.shift.to(self.saved.dtype)  # of nothing, two tensors
+        return LinearStats(self.logp, self.entropy, self.lse, kept, self.shift, found)
+
+
+def empty_results(
+    hidden: Tensor, head: Head, want_entropy: bool, save_dtype: torch.dtype | None, save_share: float,
+    row_shift: Tensor | None,
+) -> Results:  # fmt: skip
+    n, device, f32 = hidden.shape[0], hidden.device, torch.float32
+    logp, lse = (torch.empty(n, dtype=f32, device=device) for _ in range(2))
+    entropy = torch.empty(n if want_entropy else 0, dtype=f32, device=device)
+    shape, shifts = saved_shapes_triton(hidden, head, save_share) if save_dtype else ((0, 8), 0)
+    saved = torch.empty(shape, dtype=save_dtype or torch.bfloat16, device=device)
+    shift = torch.empty(shifts, dtype=f32, device=device) if row_shift is None else row_shift
+    save = 0 if save_dtype is None else 1 if row_shift is None else 2
+    return Results(logp, entropy, lse, saved, shift, save, max(1, n) if save_dtype else FORWARD_TOKENS)
+
+
 def linear_forward_triton(
     hidden: Tensor,
     targets: Tensor,
@@ -373,24 +405,18 @@ def linear_forward_triton(
     hidden, targets = run.rows(hidden), targets.contiguous()
     tile = run.tiles.logits(head.bias is not None, head.softcap > 0, save_dtype is not None)
     splits, per_split = tiles.splits_of(vocab, tile)
-    logp, lse = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
-    entropy = torch.empty(n if want_entropy else 0, dtype=torch.float32, device=hidden.device)
+    to = empty_results(hidden, head, want_entropy, save_dtype, save_share, row_shift)
     mean, squares = (
         torch.empty(n if want else 0, dtype=torch.float32, device=hidden.device)
         for want in (extras.mean_logits, extras.log_sum_sq_probs)
     )
     top1 = torch.empty(n if extras.is_top1 else 0, dtype=torch.uint8, device=hidden.device)
     wanted = {"MEAN": extras.mean_logits, "TOP1": extras.is_top1, "SQUARES": extras.log_sum_sq_probs}
-    shape, shifts = saved_shapes_triton(hidden, head, save_share) if save_dtype else ((0, 8), 0)
-    columns = min(shape[1], vocab)
-    saved = torch.empty(shape, dtype=save_dtype or torch.bfloat16, device=hidden.device)
-    shift = torch.empty(shifts, dtype=torch.float32, device=hidden.device) if row_shift is None else row_shift
-    save = 0 if save_dtype is None else 1 if row_shift is None else 2
-    step = n if save_dtype else FORWARD_TOKENS
-    for n0 in range(0, n, max(step, 1)):
-        h, t = hidden[n0 : n0 + step], targets[n0 : n0 + step]
+    columns = min(to.saved.shape[1], vocab)
+    for n0 in range(0, n, to.step):
+        h, t = hidden[n0 : n0 + to.step], targets[n0 : n0 + to.step]
         rows = h.shape[0]
-        kept = saved[:, :columns]
+        kept = to.saved[:, :columns]
         if save_dtype is not None:
             kept = run.operand(kept, [tile.rows, tile.part])
         planes = 3 + want_entropy + extras.mean_logits + 2 * extras.is_top1 + extras.log_sum_sq_probs
@@ -398,16 +424,16 @@ def linear_forward_triton(
         with launching("linear_stats", hidden.device):
             linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
                 run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
-                run.bias, t, parts, kept, shift,
-                rows, vocab, run.width, columns, h.stride(0), run.weight.stride(0), saved.stride(0),
+                run.bias, t, parts, kept, to.shift,
+                rows, vocab, run.width, columns, h.stride(0), run.weight.stride(0), to.saved.stride(0),
                 head.temperature, head.softcap,
                 SPLITS=splits, PER_SPLIT=per_split, ENTROPY=want_entropy,
-                SAVE=save, GROUP=GROUP, **wanted,
+                SAVE=to.save, GROUP=GROUP, **wanted,
                 **run.flags, **block_constants(tile),
             )  # fmt: skip
         with launching("linear_merge", hidden.device):
             linear_merge_kernel[(triton.cdiv(rows, 128),)](
-                parts, t, logp[n0:], entropy[n0:], lse[n0:], rows, vocab, ignore_index,
+                parts, t, to.logp[n0:], to.entropy[n0:], to.lse[n0:], rows, vocab, ignore_index,
                 SPLITS=splits, ENTROPY=want_entropy, BLOCK=128, num_warps=4, **tiles.FUSION,
             )  # fmt: skip
         if any(extras):
@@ -416,5 +442,4 @@ def linear_forward_triton(
                     parts, t, mean[n0:], top1[n0:], squares[n0:], rows, vocab, head.temperature, ignore_index,
                     SPLITS=splits, ENTROPY=want_entropy, **wanted, BLOCK=128, num_warps=4, **tiles.FUSION,
                 )  # fmt: skip
-    found = Found(mean, top1.view(torch.bool), squares)
-    return LinearStats(logp, entropy, lse, saved if save_dtype else shift.to(saved.dtype), shift, found)
+    return to.stats(Found(mean, top1.view(torch.bool), squares))

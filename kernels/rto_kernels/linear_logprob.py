@@ -348,7 +348,7 @@ def token_logprobs(
     unknown = [name for name in extras if name not in Extras._fields]
     if unknown or (extras and sharded):
         raise ValueError(
-            f"extras must be empty with process_group, got {tuple(extras)}: a shard of the vocabulary knows them not"
+            f"extras must be empty with process_group, got {tuple(extras)}: a shard cannot know them"
             if sharded
             else f"extras must be among {', '.join(Extras._fields)}, got {', '.join(map(repr, unknown))}"
         )
