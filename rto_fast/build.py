@@ -20,7 +20,7 @@ from rto_fast.backend.warm import warm
 from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
-from rto_fast.data.load import PromptData, load_prompts
+from rto_fast.data.load import PromptData, load_prompts, load_ptx
 from rto_fast.data.tokenizer import (
     check_max_length,
     check_vocabulary,
@@ -56,6 +56,7 @@ from rto_fast.scoring.reward_model import ModelReward, OwnText
 from rto_fast.scoring.reward_server import RemoteReward
 from rto_fast.scoring.reward_source import RewardSource, try_sources
 from rto_fast.scoring.score import Scorers
+from rto_fast.supervised.stage import Rows
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Inputs:
     sampling: Sampling
     delimiters: Tensor
     prompts: PromptData
+    ptx: Rows | None
+    """The supervised rows of the PTX loss, where there is one."""
     special_used: frozenset[str]
     """The special tokens that the run's prompts and responses are made with."""
     iterations: int
@@ -115,7 +118,7 @@ def build(config: RTOConfig) -> Run:
     for warning in [*inputs.checkpoints.torn, *filter(None, [loaded.tight])]:
         logger.warn(warning)
     run = Run(
-        config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts,
+        config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts, ptx=inputs.ptx,
         iterations=inputs.iterations, placement=loaded.placement, policy=loaded.policy, critic=loaded.critic,
         scorers=loaded.scorers, sync=sync, sampling=inputs.sampling, delimiters=inputs.delimiters,
         average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
@@ -157,13 +160,25 @@ def check(config: RTOConfig) -> Inputs:
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids, config.min_response_length)
     delimiters = _delimiters(config, tokenizer)
     prompts = load_prompts(config, tokenizer, template)
+    ptx = load_ptx(config, tokenizer, template) if config.ptx_coef else None
     try_sources(rewards, prompts.texts)
     checkpoints.check_inputs(config)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
     special = special_tokens_used(tokenizer, template, stop_ids, prompts.prompt_ids)
     return Inputs(
-        device, checkpoints, found, rewards, tokenizer, template, sampling, delimiters, prompts, special, iterations
+        device,
+        checkpoints,
+        found,
+        rewards,
+        tokenizer,
+        template,
+        sampling,
+        delimiters,
+        prompts,
+        Rows(ptx.prompt_ids, ptx.response_ids) if ptx else None,
+        special,
+        iterations,
     )
 
 

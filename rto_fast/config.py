@@ -461,6 +461,19 @@ class RTOConfig(RunConfig):
     """Mean over a response's tokens, then responses (the paper's), or over all tokens."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 = off."""
+    ptx_coef: float = 0.0
+    """Weight of the PTX loss (PPO-ptx), the mean negative log-prob of `ptx_data`'s response tokens, in the policy's
+    loss; 0 = off."""
+    ptx_data: str = ""
+    """Supervised rows of the PTX loss, read as the sft recipe reads its data: a policy update takes as many of them as
+    responses (train_batch), at most max_prompt_length + max_response_length tokens each."""
+    ptx_split: str = ""
+    """Split of ptx_data, a Hub data set or saved folder; empty = data_split."""
+    ptx_prompt_key: str = "prompt"
+    """ptx_data: column of the prompt (string or message list)."""
+    ptx_response_key: str = "auto"
+    """ptx_data: column of the response; auto: `response`, `completion`, `messages` or `chosen`, whichever is there
+    first."""
     critic_warmup: int = 0
     """Iterations at the start that train the critic alone; 0 = off."""
     ema_decay: float = 0.0
@@ -539,7 +552,7 @@ class RTOConfig(RunConfig):
         for name in (
             "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
             "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
-            "rollout_oversample", "min_response_length",
+            "rollout_oversample", "min_response_length", "ptx_coef",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
@@ -568,12 +581,26 @@ class RTOConfig(RunConfig):
             require(0 <= getattr(self, name) <= 1, f"{name}: must lie in [0, 1], got {getattr(self, name)}")
         require(0 <= self.ema_decay < 1, f"ema_decay: must lie in [0, 1), got {self.ema_decay}")
         self._check_variants()
+        self._check_ptx()
         self._check_engine()
         require(
             self.responses % self.train_batch == 0,
             f"train_batch: {self.train_batch} does not divide the {self.responses} responses of a rollout "
             f"(rollout_batch {self.rollout_batch} x responses_per_prompt {self.responses_per_prompt})",
         )
+
+    def _check_ptx(self) -> None:
+        require(
+            not self.ptx_coef or bool(self.ptx_data),
+            f"ptx_data: ptx_coef {self.ptx_coef:g} needs supervised rows; pass --ptx-data, or --ptx-coef 0",
+        )
+        unread = {"ptx_data": "", "ptx_split": "", "ptx_prompt_key": "prompt", "ptx_response_key": "auto"}
+        for name, off in unread.items():
+            value = getattr(self, name)
+            require(
+                bool(self.ptx_coef) or value == off,
+                f"{name}: {value!r} is not read with ptx_coef 0; pass a --ptx-coef above 0, or leave it out",
+            )
 
     def _check_engine(self) -> None:
         require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from rto_kernels import PPOStats
@@ -139,6 +140,12 @@ def of_pairs(steps: list[UpdateStats[PairStats]]) -> dict[str, float]:
         "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
         "policy/lr": steps[-1].lr,
     }
+
+
+def of_ptx(steps: list[UpdateStats[Any]]) -> dict[str, float]:
+    """Of the supervised rows beside the policy's steps; nothing where there were none."""
+    losses = [s.ptx_loss for s in steps if s.ptx_loss is not None]
+    return {"policy/ptx_loss": _mean(losses)} if losses else {}
 
 
 def of_critic(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:

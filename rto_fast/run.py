@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout, Scores, Targets
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.data.load import PromptData
+from rto_fast.data.order import permutation
 from rto_fast.logs.files import SAMPLES, folder_aside
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.load import DTYPES
@@ -35,6 +34,7 @@ from rto_fast.rollout.assignment import Share
 from rto_fast.rollout.engine import Sampling, SyncStats, sample_seed
 from rto_fast.rollout.weights.sync import WeightSync
 from rto_fast.scoring.score import Scorers
+from rto_fast.supervised.stage import Row
 
 SAMPLED_ITERATIONS = 4
 """Iterations, evenly spread, whose samples go into the report."""
@@ -58,6 +58,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     prompts: PromptData
+    ptx: Sequence[Row] | None
+    """Supervised rows whose loss joins the policy's; None where `ptx_coef` is 0."""
     iterations: int
     placement: Placement
     policy: TrainEngine
@@ -87,7 +89,7 @@ class Run:
         config, requests = self.config, []
         for index in range(iteration * config.drawn_prompts, (iteration + 1) * config.drawn_prompts):
             epoch, place = divmod(index, len(self.prompts.prompt_ids))
-            row = _permutation(len(self.prompts.prompt_ids), f"prompts/{config.seed}/{epoch}")[place]
+            row = permutation(len(self.prompts.prompt_ids), f"prompts/{config.seed}/{epoch}")[place]
             for j in range(config.responses_per_prompt):
                 seed = sample_seed(config.seed, index, epoch, j)
                 requests.append(Request(tuple(self.prompts.prompt_ids[row]), row, index, j, seed))
@@ -110,7 +112,7 @@ class Run:
     def train_batches(self, iteration: int, epoch: int, responses: int) -> list[list[int]]:
         """The rollout's responses in a new order each PPO epoch, cut into train batches; pairs stay together."""
         together, size = self.config.compared_responses, self.config.train_batch
-        units = _permutation(responses // together, f"train/{self.config.seed}/{iteration}/{epoch}")
+        units = permutation(responses // together, f"train/{self.config.seed}/{iteration}/{epoch}")
         order = [unit * together + i for unit in units for i in range(together)]
         return [order[i : i + size] for i in range(0, responses, size)]
 
@@ -190,11 +192,3 @@ class Run:
         self.logger.message(f"policy: {folder / 'policy'}")
         if self.config.report and distributed.rank() == 0:
             self.logger.message(f"report: {report_run(folder, limit=self.config.report_samples)}")
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(count: int, key: str) -> Sequence[int]:
-    """A shuffle of range(count), the same for the same arguments in every process."""
-    order = list(range(count))
-    random.Random(key).shuffle(order)
-    return tuple(order)

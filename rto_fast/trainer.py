@@ -39,6 +39,7 @@ from rto_fast.metrics import (
     of_iteration,
     of_pairs,
     of_policy,
+    of_ptx,
     of_sampled_policy,
     of_sampler,
     of_scored,
@@ -204,7 +205,7 @@ def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets:
                     critic_steps.append(batch.update_critic(step))
                 run.logger.progress(int(rollout.seq_lens[index].sum()))
     skipped = [s for s in (*policy_steps, *critic_steps) if not s.result.applied]
-    metrics = update.figures(policy_steps) | of_critic(critic_steps) | found
+    metrics = update.figures(policy_steps) | of_ptx(policy_steps) | of_critic(critic_steps) | found
     if skipped:
         return metrics | bad_step(run, f"{len(skipped)} updates of iteration {iteration + 1} had non-finite gradients")
     run.state.bad_in_a_row = 0

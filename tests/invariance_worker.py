@@ -5,6 +5,7 @@ python invariance_worker.py MODELS OUT        # MODELS: a JSON dict of paths; OU
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -51,27 +52,30 @@ def rollout() -> Rollout:
 
 
 def rl(paths: dict[str, str], stage: int, budget: int, folder: Path) -> dict[str, tuple]:
-    """Policy and critic updates of one train batch."""
+    """Policy and critic updates of one train batch, and the policy's with the PTX loss beside it."""
     config = RTOConfig(
         policy=paths["policy"], dpo_model=paths["dpo"], reward_model=(paths["reward"],), data=paths["prompts"],
         output_dir=str(folder), dtype="fp32", rollout_batch=SEQUENCES, train_batch=SEQUENCES, iterations=1,
         max_prompt_length=16, max_response_length=100, gradient_checkpointing=False, data_cache=False,
         zero_stage=stage, micro_tokens=budget, score_tokens=max(budget, 64), max_grad_norm=0.0, entropy_coef=0.01,
-        truncation="bootstrap",
+        truncation="bootstrap", ptx_coef=0.5, ptx_data=paths["texts"],
     )  # fmt: skip
     run = build.build(config)
     drawn = rollout()
     scores, _ = score_rollout(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
     targets = compute_targets(drawn, scores, config, config.beta2)
-    batch = TrainBatch(run, drawn, scores, targets, list(range(len(drawn))))
+    index = list(range(len(drawn)))
+    batch = TrainBatch(dataclasses.replace(run, ptx=None), drawn, scores, targets, index)
+    with_ptx = TrainBatch(run, drawn, scores, targets, index)
     out = {}
     for name, engine, update in (
         ("policy", run.policy, batch.update_policy),
         ("critic", run.critic, batch.update_critic),
+        ("ptx", run.policy, with_ptx.update_policy),
     ):
         with watched_gradients(engine) as gradients:
             stats = update(0)
-        out[name] = (stats.loss, dict(gradients), len(batch.micro))
+        out[name] = (stats.loss if stats.ptx_loss is None else stats.ptx_loss, dict(gradients), len(batch.micro))
     run.logger.close()
     return out
 

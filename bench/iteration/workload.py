@@ -108,6 +108,7 @@ class Parts:
     reward_model: ScalarModel
     folder: Path
     """The policy as a Hugging Face folder, for the rollout engines."""
+    ptx: None = None
 
     @property
     def scorers(self) -> Scorers:

@@ -13,7 +13,7 @@ from rto_fast.config import RunConfig
 MODELS = ("model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model")
 TOKEN_REWARD = ("dpo_model", "dpo_ref")
 """Not loaded when beta1 = 0."""
-DATA = ("data", "eval_data")
+DATA = ("data", "eval_data", "ptx_data")
 READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".arrow")
 """Files of a folder that loading reads."""
 WHOLE_BYTES = 2**30

@@ -191,6 +191,18 @@ def load_sft(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, template: Ch
     return train.responses(), held_out.responses()
 
 
+def load_ptx(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> SFTData:
+    """Rows of `config.ptx_data` as `load_sft` reads them, no longer than a prompt and a response of the run.
+
+    Prints the counts; raises DataError.
+    """
+    encode = partial(sft_row, tokenizer=tokenizer, template=template)
+    columns = partial(sft_columns, prompt=config.ptx_prompt_key, response=config.ptx_response_key)
+    limit = config.max_prompt_length + config.max_response_length
+    rows = load_rows(config, "ptx_data", config.ptx_data, encode, columns)
+    return _part(config, rows, limit, "max_prompt_length + max_response_length").responses()
+
+
 @dataclass(frozen=True)
 class _Part:
     prompt_ids: TokenLists
@@ -216,15 +228,20 @@ class _Part:
 def _train_and_held_out(config: SupervisedConfig, encode: Encode, columns: Columns) -> tuple[_Part, _Part]:
     def part(argument: str, name: str) -> _Part:
         rows = load_rows(config, argument, name, encode, columns)
-        kept, counts, limits = _judge(config, rows, config.max_length, "max_length")
-        first, second = (ids.take(kept).cut(limits) for ids in (rows.first_ids, rows.second_ids))
-        return _Part(rows.prompt_ids.take(kept), first, second, kept.tolist(), counts, rows.margins[kept])
+        return _part(config, rows, config.max_length, "max_length")
 
     train = part("data", config.data)
     if config.eval_data or (config.eval_split and has_splits(config.data)):
         return train, part("eval_data", config.eval_data or config.data)
     held_out = _held_out(train.prompt_ids, config.eval_fraction, config.seed)
     return train.take(np.flatnonzero(~held_out)), train.take(np.flatnonzero(held_out))
+
+
+def _part(config: RunConfig, rows: TokenRows, limit: int, limit_name: str) -> _Part:
+    """The rows within the limit, in tokens of prompt + longer response."""
+    kept, counts, limits = _judge(config, rows, limit, limit_name)
+    first, second = (ids.take(kept).cut(limits) for ids in (rows.first_ids, rows.second_ids))
+    return _Part(rows.prompt_ids.take(kept), first, second, kept.tolist(), counts, rows.margins[kept])
 
 
 def _held_out(prompts: TokenLists, fraction: float, seed: int) -> np.ndarray:
@@ -266,10 +283,11 @@ def _judge(config: RunConfig, rows: TokenRows, limit: int, limit_name: str) -> t
     over = np.flatnonzero(lengths > limit).tolist()
     responses = bool(rows.first_ids.lengths.any() or rows.second_ids.lengths.any())
     if over and config.overlong == "refuse":
+        longer = " or ".join(f"--{name.replace('_', '-')}" for name in limit_name.split(" + "))
         raise DataError(
             f"{rows.at(over[0])}: {lengths[over[0]]} tokens, over {limit_name} {limit} (the first of "
             f"{len(over):,} such rows in {len(reasons):,}, the longest has {lengths.max()}); raise "
-            f"--{limit_name.replace('_', '-')}, or pass --overlong skip{' or truncate' if responses else ''}"
+            f"{longer}, or pass --overlong skip{' or truncate' if responses else ''}"
         )
     truncated = 0
     for i in over:

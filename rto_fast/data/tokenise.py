@@ -30,6 +30,8 @@ from rto_fast.data.sources import TOO_DEEP, Table, open_source
 from rto_fast.data.tokenizer import tokenizer_hash
 from rto_fast.errors import DataError
 
+SPLITS = {"eval_data": "eval_split", "ptx_data": "ptx_split"}
+"""Settings that name the split of a data set other than `data`."""
 PARALLEL_ROWS = 10_000
 """Rows from which starting worker processes pays."""
 MAX_WORKERS = 16
@@ -149,7 +151,7 @@ def load_rows(config: RunConfig, argument: str, name: str, encode: Encode, colum
 
 
 def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, columns: Columns) -> TokenRows:
-    split = getattr(config, "eval_split", "") if argument == "eval_data" else ""
+    split = getattr(config, SPLITS.get(argument, ""), "")
     fingerprint, read = open_source(argument, name, split or config.data_split)
     if not config.data_cache:
         with tempfile.TemporaryDirectory() as scratch:

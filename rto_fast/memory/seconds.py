@@ -39,6 +39,8 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
     out = {"rollout": _rollout(config, models.policy, machine, rates, sequences), "scoring": score}
     for name, s in models.trained:
         work = config.ppo_epochs * tokens * passes * _computed(s) / rates.flops
+        if config.ptx_coef and name == "policy":  # as many supervised rows again
+            work *= 2
         steps = config.ppo_epochs * config.responses / config.train_batch
         out[f"{name} update"] = work + steps * 2 * width(config) * s.parameters / rates.link
     out["weights to the sampler"] = 2 * width(config) * models.policy.parameters / rates.memory

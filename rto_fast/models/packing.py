@@ -96,6 +96,13 @@ def plan(lens: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
     return [p + [[] for _ in range(most - len(p))] for p in plans]
 
 
+def my_share(lens: Sequence[int], budget: int) -> list[tuple[list[int], float]]:
+    """This rank's micro-batches of a train batch, (indices, weight) each: the shortest with weight 0 for empty ones."""
+    shortest = min(range(len(lens)), key=lambda i: lens[i])
+    mine = plan(lens, distributed.world_size(), budget)[distributed.rank()]
+    return [(part, 1.0) if part else ([shortest], 0.0) for part in mine]
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where and how forwards run."""

@@ -66,6 +66,7 @@ SECTIONS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("Explained variance", ("critic/explained_variance",), "",
                  "1: the critic predicts the returns; 0: no better than their mean."),
             Spec("Policy loss", ("policy/loss",)),
+            Spec("PTX loss", ("policy/ptx_loss",), "nats a token", "Mean negative log-prob of the supervised rows."),
             Spec("Value loss", ("critic/loss",)),
             Spec("Gradient norm", ("policy/grad_norm", "critic/grad_norm"), "", "Before clipping."),
             Spec("Advantage", ("advantage/mean", "advantage/std"), "", "Before whitening."),

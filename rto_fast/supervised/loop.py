@@ -8,7 +8,6 @@ What differs between them is a `Stage` (stage.py): which sequences a row has, an
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from rto_fast.backend.saving import Saving
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import SupervisedConfig
 from rto_fast.data.chat_template import ChatTemplate
+from rto_fast.data.order import rows_of_step
 from rto_fast.errors import Diverged
 from rto_fast.logs.run_logger import RunLogger
-from rto_fast.models.packing import Placement, balance, micro_batches, plan
+from rto_fast.models.packing import Placement, balance, micro_batches, my_share
 from rto_fast.models.save import save_model
 from rto_fast.supervised.stage import Row, RowBatch, Stage, Sums
 
@@ -35,17 +35,8 @@ def steps_of(config: SupervisedConfig, rows: int) -> int:
 
 
 def batch_rows(config: SupervisedConfig, rows: int, step: int) -> list[int]:
-    """Rows of an optimiser step: each epoch in a new order, the last batch running into the next epoch's."""
-    out = []
-    for i in range(step * config.batch, (step + 1) * config.batch):
-        epoch, place = divmod(i, rows)
-        out.append((epoch, place))
-    orders = {}
-    for epoch, _ in out:
-        if epoch not in orders:
-            orders[epoch] = list(range(rows))
-            random.Random(f"rows/{config.seed}/{epoch}").shuffle(orders[epoch])
-    return [orders[e][p] for e, p in out]
+    """Rows of an optimiser step."""
+    return rows_of_step(f"rows/{config.seed}", rows, config.batch, step)
 
 
 def fit(
@@ -118,9 +109,7 @@ def train_step(
     index = batch_rows(config, len(stage.train), step)
     rows = [stage.train[i] for i in index]
     lens = [row.tokens for row in rows]
-    shortest = min(range(len(rows)), key=lambda i: lens[i])
-    mine = plan(lens, distributed.world_size(), placement.micro_tokens)[distributed.rank()]
-    micro = [(part, 1.0) if part else ([shortest], 0.0) for part in mine]
+    micro = my_share(lens, placement.micro_tokens)
     count = stage.count(rows)
     stage.begin(engine.evaluate, index, False, placement)
     sums: Sums = {}
@@ -135,7 +124,7 @@ def train_step(
         return value * (weight / count)
 
     result = engine.update(micro, loss, step=step)
-    logger.progress(sum(lens) - sum(lens[i] for part in mine for i in part))  # the other ranks'
+    logger.progress(sum(lens) - sum(lens[i] for part, weight in micro if weight for i in part))  # the other ranks'
     means = reduce_sums(sums)
     metrics = {f"train/{k}": v for k, v in means.items()}
     metrics |= {"train/grad_norm": result.grad_norm, "train/lr": engine.lr(step)}

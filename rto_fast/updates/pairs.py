@@ -43,7 +43,7 @@ class PairBatch(TrainBatch, ABC):
             first, second = self.totals[share.sequences].view(-1, 2).unbind(1)
             return self.pair_loss(log_ratios, first - second)
 
-        return self._update(policy, loss, step, losses.PairStats)
+        return self._update_policy(loss, step, losses.PairStats)
 
 
 class P3OBatch(PairBatch):

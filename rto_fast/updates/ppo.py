@@ -21,7 +21,9 @@ from rto_fast.algo.losses import PairStats
 from rto_fast.backend.train_engine import StepResult, TrainEngine
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Rollout, Scores, Targets
-from rto_fast.models.packing import PackedBatch, Placement, plan
+from rto_fast.models.packing import PackedBatch, Placement, my_share
+from rto_fast.supervised.stage import Row
+from rto_fast.updates.ptx import PTXBatch
 
 S = TypeVar("S", PPOStats, PairStats)
 LossAndStats: TypeAlias = tuple[Tensor, S]
@@ -42,6 +44,9 @@ class Trained(Protocol):
     @property
     def placement(self) -> Placement: ...
 
+    @property
+    def ptx(self) -> Sequence[Row] | None: ...
+
 
 @dataclass(frozen=True)
 class UpdateStats(Generic[S]):
@@ -51,6 +56,8 @@ class UpdateStats(Generic[S]):
     loss: float
     stats: S
     lr: float
+    ptx_loss: float | None = None
+    """Mean negative log-prob of the supervised tokens beside the batch; None where there were none."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,8 @@ class TrainBatch:
         """
         lens = self.rollout.seq_lens.tolist()
         tokens = [sum(lens[i] for i in unit) for unit in units]
-        share = plan(tokens, distributed.world_size(), self.run.config.micro_budget(self.run.config.micro_tokens))[
-            distributed.rank()
-        ]
-        shortest = units[min(range(len(units)), key=lambda u: tokens[u])]
-        return [([i for u in part for i in units[u]], 1.0) if part else (shortest, 0.0) for part in share]
+        share = my_share(tokens, self.run.config.micro_budget(self.run.config.micro_tokens))
+        return [([i for u in part for i in units[u]], weight) for part, weight in share]
 
     def policy_terms(self, batch: PackedBatch, share: Share) -> losses.PolicyTerms:
         r, targets = share.tokens, self.targets
@@ -106,7 +110,7 @@ class TrainBatch:
             out = policy(batch, read)
             return out.policy_loss, out.stats
 
-        return self._update(policy, loss, step, PPOStats)
+        return self._update_policy(loss, step, PPOStats)
 
     def update_critic(self, step: int) -> UpdateStats[PPOStats]:
         config, critic = self.run.config, self.run.critic
@@ -123,9 +127,18 @@ class TrainBatch:
 
         return self._update(critic, loss, step, PPOStats)
 
-    def _update(
-        self, engine: TrainEngine, loss: Callable[[PackedBatch, Share], LossAndStats[S]], step: int, kind: type[S]
+    def _update_policy(
+        self, loss: Callable[[PackedBatch, Share], LossAndStats[S]], step: int, kind: type[S]
     ) -> UpdateStats[S]:
+        """As `_update`, of the policy: with the PTX loss where the run has one."""
+        run = self.run
+        ptx = PTXBatch(run.policy, run.ptx, run.config, run.placement, step) if run.ptx else None
+        return self._update(run.policy, loss, step, kind, ptx)
+
+    def _update(
+        self, engine: TrainEngine, loss: Callable[[PackedBatch, Share], LossAndStats[S]], step: int, kind: type[S],
+        ptx: PTXBatch | None = None,
+    ) -> UpdateStats[S]:  # fmt: skip
         """One optimiser step; `loss` gives a micro-batch's share of the loss and of the statistics."""
         device = self.run.placement.device
         sums = torch.zeros(1 + len(kind._fields), dtype=torch.float64, device=device)
@@ -143,10 +156,11 @@ class TrainBatch:
                 ratio_max = torch.maximum(ratio_max, stats.ratio_max.float())
             return value * weight
 
-        result = engine.update(self.micro, micro_loss, step=step)
+        shares: list[Callable[[], Tensor]] = [partial(micro_loss, item) for item in self.micro]
+        result = engine.update([*shares, *(ptx.shares() if ptx else [])], lambda share: share(), step=step)
         total = distributed.sum_over_ranks(sums)
         if not math.isfinite(float(total[0])):
             result = StepResult(result.grad_norm, applied=False)
         most = max(distributed.gather_objects(float(ratio_max)))
         summed = kind(*total[1:].float())._replace(ratio_max=torch.tensor(most))
-        return UpdateStats(result, float(total[0]), summed, engine.lr(step))
+        return UpdateStats(result, float(total[0]), summed, engine.lr(step), ptx.mean() if ptx else None)

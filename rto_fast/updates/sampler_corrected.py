@@ -40,7 +40,7 @@ class SamplerBatch(TrainBatch):
             )  # fmt: skip
             return out.policy_loss, out.stats
 
-        stats = self._update(policy, loss, step, PPOStats)
+        stats = self._update_policy(loss, step, PPOStats)
         if unseen:  # each rank has seen its share; the next pass deals them out again
             for seen in distributed.gather_objects(old_logp[here].cpu()):
                 old_logp[here] = torch.where(old_logp[here].isnan(), seen.to(device), old_logp[here])

@@ -49,6 +49,9 @@ FLAGS = {
     "negative samples": ("rto_llama3.py", ["--report-samples", "-1"], r"report_samples: must not be negative"),
     "negative exports": ("rto_llama3.py", ["--export-every", "-1"], r"export_every: must not be negative"),
     "a folder for a template": ("rm_llama3.py", ["--chat-template", "."], r"chat_template: no file '\.'; give auto"),
+    "a PTX loss without rows": ("rto_llama3.py", ["--ptx-coef", "0.5"], r"ptx_data: ptx_coef 0.5 needs supervised"),
+    "rows without a PTX loss": ("ppo_llama3.py", ["--ptx-data", "x.jsonl"], r"ptx_data: 'x.jsonl' is not read with"),
+    "a negative PTX loss": ("rto_llama3.py", ["--ptx-coef", "-1"], r"ptx_coef: must not be negative, got -1"),
     "a negative coefficient": ("rto_llama3.py", ["--beta2", "-1"], r"beta2: must not be negative, got -1"),
     "an evaluation on what is trained on": (
         "rm_llama3.py", ["--eval-split", "train"], r"eval_split: 'train' is data_split too",

@@ -175,6 +175,9 @@ def test_seconds_and_checkpoint():
     times = seconds(config, models, config.machine, config.rates)
     tokens, computed = 1024 * 2048 / 8, 8.03e9 - 128256 * 4096 / 2
     assert times["policy update"] == pytest.approx(8 * tokens * computed / 4e14 + 8 * 2 * 2 * 8.03e9 / 2e11, rel=0.1)
+    with_ptx = seconds(dataclasses.replace(config, ptx_coef=1.0), models, config.machine, config.rates)
+    assert with_ptx["policy update"] - times["policy update"] == pytest.approx(8 * tokens * computed / 4e14, rel=0.1)
+    assert with_ptx["critic update"] == times["critic update"]
     faster = dataclasses.replace(config, tflops=800.0)
     assert seconds(config, models, config.machine, faster.rates)["scoring"] < times["scoring"]
 
