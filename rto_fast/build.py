@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +59,17 @@ from rto_fast.supervised.stage import Rows
 
 
 @dataclass(frozen=True)
+class Reader:
+    """How a reward model reads a response."""
+
+    own_text: OwnText | None
+    """None where the policy's tokens are its own."""
+    positions: int
+    """Positions of the model; 0 = unlimited."""
+    said: str
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What the checks have read: everything but weights."""
 
@@ -78,6 +88,8 @@ class Inputs:
     """The supervised rows of the PTX loss, where there is one."""
     special_used: frozenset[str]
     """The special tokens that the run's prompts and responses are made with."""
+    readers: list[Reader]
+    """How each reward model reads."""
     iterations: int
 
 
@@ -166,6 +178,7 @@ def check(config: RTOConfig) -> Inputs:
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
     special = special_tokens_used(tokenizer, template, stop_ids, prompts.prompt_ids)
+    readers = [_reader(config, path, tokenizer, special, prompts) for path in config.reward_model]
     return Inputs(
         device,
         checkpoints,
@@ -178,6 +191,7 @@ def check(config: RTOConfig) -> Inputs:
         prompts,
         Rows(ptx.prompt_ids, ptx.response_ids) if ptx else None,
         special,
+        readers,
         iterations,
     )
 
@@ -228,10 +242,11 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
             dpo_ref = keep(load_policy(config.dpo_ref, argument="dpo_ref", **loading))
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
     sources, readings = [], []
-    for path, name in zip(config.reward_model, names, strict=True):
-        source, reading = _model_reward(path, name, keep, inputs, placement, loading, config.template_date)
-        sources.append(source)
-        readings.append(f"reward model: {reading}")
+    for path, name, reader in zip(config.reward_model, names, inputs.readers, strict=True):
+        model = keep(load_scalar(path, argument="reward_model", **loading))
+        end = end_of_turn(inputs.tokenizer, inputs.template)
+        sources.append(ModelReward(name, model, placement, end, reader.positions, reader.own_text))
+        readings.append(f"reward model: {reader.said}")
     scorers = Scorers(
         policy=policy.evaluate, critic=critic and critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
         rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights,
@@ -307,21 +322,19 @@ def _critic(config: RTOConfig, inputs: Inputs, loading: dict[str, Any]) -> tuple
     return scalar, f"starts from the policy's backbone {config.policy} with a zero head{why}"
 
 
-def _model_reward(
-    path: str, name: str, keep: Callable[[torch.nn.Module], FrozenModel], inputs: Inputs, placement: Placement,
-    loading: dict[str, Any], template_date: str,
-) -> tuple[ModelReward, str]:  # fmt: skip
-    """The source, and how it reads a response."""
-    model = keep(load_scalar(path, argument="reward_model", **loading))
-    difference = _difference(inputs.tokenizer, inputs.special_used, path)
-    limit = getattr(load_config(path, "reward_model").get_text_config(), "max_position_embeddings", 0)
+def _reader(
+    config: RTOConfig, path: str, tokenizer: PreTrainedTokenizerBase, special_used: frozenset[str], prompts: PromptData
+) -> Reader:
+    """How the reward model at `path` reads; DataError for a prompt that it cannot read. Collective."""
+    difference = _difference(tokenizer, special_used, path)
+    positions = getattr(load_config(path, "reward_model").get_text_config(), "max_position_embeddings", 0)
     if not difference:
-        end = end_of_turn(inputs.tokenizer, inputs.template)
-        return ModelReward(name, model, placement, end, limit), f"{path} reads the policy's tokens"
+        return Reader(None, positions, f"{path} reads the policy's tokens")
     own = load_tokenizer(path, "reward_model")
-    text = OwnText(own, load_template("auto", own, template_date), limit, inputs.prompts.prompts)
-    source = ModelReward(name, model, placement, own_text=text)
-    return source, f"{path} tokenises the texts anew, since {difference}"
+    text = OwnText(path, own, load_template("auto", own, config.template_date), positions, prompts)
+    tight = text.check(config.max_response_length)
+    said = f"{path} tokenises the texts anew, since {difference}" + (f"; {tight}" if tight else "")
+    return Reader(text, positions, said)
 
 
 def load_reward_sources(config: RTOConfig) -> list[RewardSource]:

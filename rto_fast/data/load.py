@@ -41,7 +41,7 @@ from rto_fast.data.row_formats import (
     sft_row,
 )
 from rto_fast.data.sources import has_splits
-from rto_fast.data.tokenise import Columns, Encode, TokenLists, TokenRows, load_rows
+from rto_fast.data.tokenise import Columns, Encode, TokenLists, TokenRows, load_rows, place_of
 from rto_fast.errors import DataError
 
 TOO_LONG = "longer than the limit"
@@ -84,9 +84,17 @@ class PromptData:
     counts: Counts
     prompts: list[Prompt]
     """The prompts as the data has them (string or messages), for encoding with another model's template."""
+    name: str
+    """The data set as the user gave it."""
+    lines: list[int]
+    """1-based lines of the file; 0 where it has none."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def at(self, index: int) -> str:
+        """Where a prompt stands in the data."""
+        return place_of("data", self.name, self.rows[index], self.lines[index])
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,8 @@ def load_prompts(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, template
         rows=kept.tolist(),
         counts=counts,
         prompts=prompts,
+        name=config.data,
+        lines=[rows.lines[i] for i in kept],
     )
 
 

@@ -115,8 +115,12 @@ class TokenRows:
         )  # fmt: skip
 
     def at(self, row: int) -> str:
-        line = self.lines[row]
-        return f"{self.argument}: {self.name!r}, " + (f"line {line}" if line else f"row {row} (from 0)")
+        return place_of(self.argument, self.name, row, self.lines[row])
+
+
+def place_of(argument: str, name: str, row: int, line: int) -> str:
+    """Where a row stands, for messages: its 1-based line, or the 0-based row where there are no lines."""
+    return f"{argument}: {name!r}, " + (f"line {line}" if line else f"row {row} (from 0)")
 
 
 _PLAIN_COLUMNS = ("text", "prompt", "reason", "detail", "line")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_helpers import save_llama, small_run
+from loop_helpers import save_llama, small_run, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +22,7 @@ from rto_fast import build, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.data.chat_template import load_template
-from rto_fast.errors import ConfigError, StorageError
+from rto_fast.errors import ConfigError, DataError, RewardError, StorageError
 from rto_fast.models import save
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import check_reward_head, check_weights, load_policy, load_scalar
@@ -203,6 +203,94 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(one_rank, tiny, fo
     with torch.no_grad():
         expected = raw.score(raw.model(torch.tensor([ids])).last_hidden_state[:, -1])[0]
     torch.testing.assert_close(source.score(rollout, run.texts(rollout)), (expected - 0.3) / 1.7, rtol=1e-4, atol=1e-5)
+
+
+def with_template(source: str, folder: Path, template: str, **settings) -> str:
+    """A copy of a model with a chat template of its own; settings: of its config."""
+    shutil.copytree(source, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return str(folder)
+
+
+TURNS = "{% for m in messages %}{{ m.content }} {% endfor %}"
+REFUSING = {
+    "a system turn, which the policy's template has a place for": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{{ m.content }} {% endfor %}",
+        r"line 2: the chat template of the reward model '.*' refuses the prompt: no system turn; leave the row out",
+    ),
+    "an answer behind a system turn": (
+        "{% if messages[-1].role == 'assistant' and messages[0].role == 'system' %}{{ raise_exception('no answer') }}"
+        "{% endif %}" + TURNS, r"line 2: the chat template of the reward model '.*' refuses the prompt: no answer; lea",
+    ),
+    "what is no text to it": (
+        "{% if messages[0].role == 'system' %}{{ messages[0].content + 1 }}{% endif %}" + TURNS,
+        r"line 2: the chat template of the reward model '.*' refuses the prompt: can only concatenate str",
+    ),
+    "an empty answer": (
+        "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}" + TURNS,
+        r"line 1: the chat template of the reward model '.*' refuses an empty answer: empty; use",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("refused", REFUSING)
+def test_a_prompt_that_the_reward_models_own_template_refuses_ends_the_run_before_it_starts(
+    one_rank, tiny, foreign, tmp_path, monkeypatch, refused
+):
+    template, message = REFUSING[refused]
+    reward = with_template(foreign, tmp_path / "reward", template)
+    rows = [json.loads(line) for line in Path(tiny.prompts).read_text().splitlines()]
+    turns = [{"role": "system", "content": rows[2]["prompt"]}, {"role": "user", "content": rows[1]["prompt"]}]
+    data = write_rows(tmp_path / "d.jsonl", [rows[0], {"prompt": turns}])
+    settings = {"data": data, "max_prompt_length": 60}
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "load_policy", lambda *a, **k: pytest.fail("it loaded a model"))
+        with pytest.raises(DataError, match=rf"data: '.*d.jsonl', {message}"):
+            run_with(tiny, tmp_path / "run", **settings, reward_model=(reward,))
+    assert not (tmp_path / "run").exists()
+    run_with(tiny, tmp_path / "other", **settings, reward_model=(foreign,)).logger.close()
+
+
+def test_a_prompt_that_leaves_a_reward_model_no_position_for_a_response_is_refused(
+    one_rank, tiny, foreign, tmp_path, capsys
+):
+    """Its score would say nothing of the response. Where some room is left, it is said how many may be cut."""
+    longest, second = (" ".join(["the"] * n) for n in (9, 3))
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": second}, {"prompt": longest}])
+    words = json.loads((Path(foreign) / "config.json").read_text())
+    assert words["max_position_embeddings"] == 128
+    template = "{{ bos_token }}" + TURNS
+    settings = {"data": data, "overlong": "refuse"}
+    tight = with_template(foreign, tmp_path / "tight", template, max_position_embeddings=11)
+    with pytest.raises(DataError, match=r"line 2: its 10 tokens leave the reward model '.*tight' no room for a response "
+                       r"in its 11 positions; lower --max-prompt-length, or use another"):  # fmt: skip
+        run_with(tiny, tmp_path / "run", **settings, reward_model=(tight,))
+    some = with_template(foreign, tmp_path / "some", template, max_position_embeddings=13)
+    run = run_with(tiny, tmp_path / "other", **settings, reward_model=(some,))
+    run.logger.close()
+    said = capsys.readouterr().out
+    assert "; behind 2 of 2 prompts its 13 positions leave less than 12 tokens for a response" in said
+    (source,) = run.scorers.rewards
+    sequences, lens = source.own_text.encode([1, 0], ["happy happy happy happy", ""])
+    assert [len(s) for s in sequences] == [13, 5]
+    assert sequences[0][-1] == sequences[1][-1] == run.tokenizer.eos_token_id
+    assert lens == [10, 4]
+
+
+def test_an_answer_that_the_reward_models_template_refuses_in_mid_run_is_a_reward_error(
+    one_rank, tiny, foreign, tmp_path
+):
+    template = "{% if 'duck' in messages[-1].content %}{{ raise_exception('no ducks') }}{% endif %}" + TURNS
+    run = run_with(tiny, tmp_path / "run", reward_model=(with_template(foreign, tmp_path / "reward", template),))
+    run.logger.close()
+    with pytest.raises(
+        RewardError,
+        match=r"reward model .*reward, data: .*, line 1: its chat template refuses .*'a duck': no ducks",
+    ):
+        run.scorers.rewards[0].own_text.encode([0], ["a duck"])
 
 
 @pytest.fixture(scope="module")
