@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -25,7 +26,7 @@ Contents = dict[str, dict[str, str]]
 
 
 def contents_of(config: RunConfig) -> Contents:
-    """The fingerprints of every model and data set that the run reads."""
+    """The fingerprints of every model, data set, reward function and template file that the run reads."""
     found: Contents = {}
     models = [name for name in MODELS if getattr(config, "beta1", 1.0) or name not in TOKEN_REWARD]
     for names, kind in ((models, "model"), (DATA, "dataset")):
@@ -34,6 +35,10 @@ def contents_of(config: RunConfig) -> Contents:
             for path in (value,) if isinstance(value, str) else value:
                 if path:
                     found[f"{name}: {path!r}"] = _contents(path, kind)
+    for function in getattr(config, "reward_fn", ()):
+        found[f"reward_fn: {function!r}"] = _sources(function)
+    if (template := Path(config.chat_template).expanduser()).is_file():
+        found[f"chat_template: {config.chat_template!r}"] = {template.name: fingerprint(template)}
     return found
 
 
@@ -63,6 +68,22 @@ def _contents(name: str, kind: str) -> dict[str, str]:
         return {str(p.relative_to(path)): fingerprint(p) for p in files}
     revision = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / "main"
     return {"revision": revision.read_text().strip()} if revision.is_file() else {}
+
+
+def _sources(function: str) -> dict[str, str]:
+    """Of a reward function: its file, its module's, or all of its package's; not what those import from elsewhere."""
+    place = function.rpartition(":")[0]
+    origin = Path(place)
+    if not place.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not spec.has_location or spec.origin is None:
+            return {}
+        origin = Path(spec.origin)
+    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+    return {str(p.relative_to(origin.parent)): fingerprint(p) for p in files if p.is_file()}
 
 
 def fingerprint(path: Path) -> str:

@@ -73,6 +73,44 @@ def test_rto_refuses_other_inputs_and_takes_the_same(tiny, copies):
     trainer.train(resumed)
 
 
+REWARD = "def brevity(prompts, responses):\n    return [-float(len(r)) for r in responses]\n"
+
+
+def test_rto_refuses_other_reward_functions_and_another_template(tiny, copies, monkeypatch):
+    """A file, a module and a package by their sources, a template by its file."""
+    monkeypatch.chdir(copies)
+    monkeypatch.syspath_prepend(str(copies))
+    (copies / "here.py").write_text(REWARD)
+    (copies / "length_rewards.py").write_text(REWARD)
+    (copies / "length_package").mkdir()
+    (copies / "length_package" / "__init__.py").write_text("from length_package.inner import brevity\n")
+    (copies / "length_package" / "inner.py").write_text(REWARD)
+    (copies / "chat.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    settings = small_run(
+        tiny, copies / "out", iterations=1, save_every=1, report=False, prompt_key="prompt", reward_model=(),
+        reward_fn=("here.py:brevity", "length_rewards:brevity", "length_package:brevity"), chat_template="chat.jinja",
+    )  # fmt: skip
+    trainer.train(RTOConfig(**settings))
+    for path, named in (
+        ("here.py", "reward_fn: 'here.py:brevity': here.py"),
+        ("length_rewards.py", "reward_fn: 'length_rewards:brevity': length_rewards.py"),
+        ("length_package/inner.py", "reward_fn: 'length_package:brevity': inner.py"),
+        ("chat.jinja", "chat_template: 'chat.jinja': chat.jinja"),
+    ):
+        before = (copies / path).read_text()
+        (copies / path).write_text(
+            before.replace("-float", "2.0 * -float").replace("{{ m.content }} ", "{{ m.content }}")
+        )
+        with pytest.raises(ConfigError, match=rf"resume: {named} has other contents \(\d+ bytes then, \d+ now\) since"):
+            trainer.train(RTOConfig(**settings, resume="auto"))
+        (copies / path).write_text(before)
+    trainer.train(RTOConfig(**settings, resume="auto"))
+
+
+def test_a_function_of_python_itself_has_no_file():
+    assert inputs.contents_of(RTOConfig(reward_fn=("sys:getsizeof",))) == {"reward_fn: 'sys:getsizeof'": {}}
+
+
 def test_a_stage_refuses_other_data(copies):
     settings = {"model": str(copies / "policy"), "data": str(copies / "texts.jsonl"), "output_dir": str(copies / "out"),
                 "batch": 32, "dtype": "fp32", "max_length": 64, "data_cache": False, "data_workers": 1}  # fmt: skip

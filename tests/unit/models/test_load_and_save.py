@@ -265,8 +265,10 @@ def test_a_prompt_that_leaves_a_reward_model_no_position_for_a_response_is_refus
     template = "{{ bos_token }}" + TURNS
     settings = {"data": data, "overlong": "refuse"}
     tight = with_template(foreign, tmp_path / "tight", template, max_position_embeddings=11)
-    with pytest.raises(DataError, match=r"line 2: its 10 tokens leave the reward model '.*tight' no room for a response "
-                       r"in its 11 positions; lower --max-prompt-length, or use another"):  # fmt: skip
+    room = (
+        r"its 10 tokens leave the reward model '.*tight' no room for a response in its 11 positions; lower --max-prompt"
+    )
+    with pytest.raises(DataError, match=rf"data: '.*d.jsonl', line 2: {room}"):
         run_with(tiny, tmp_path / "run", **settings, reward_model=(tight,))
     some = with_template(foreign, tmp_path / "some", template, max_position_embeddings=13)
     run = run_with(tiny, tmp_path / "other", **settings, reward_model=(some,))
