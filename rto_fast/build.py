@@ -22,6 +22,7 @@ from rto_fast.data.chat_template import ChatTemplate, check_template, load_templ
 from rto_fast.data.load import PromptData, load_prompts, load_ptx
 from rto_fast.data.tokenizer import (
     check_max_length,
+    check_min_length,
     check_vocabulary,
     delimiter_ids,
     end_of_turn,
@@ -169,6 +170,7 @@ def check(config: RTOConfig) -> Inputs:
     _check_models(config, tokenizer, template)
     check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
+    check_min_length(config.min_response_length, stop_ids, load_config(config.policy, "policy"))
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids, config.min_response_length)
     delimiters = _delimiters(config, tokenizer)
     prompts = load_prompts(config, tokenizer, template)

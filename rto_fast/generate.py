@@ -36,7 +36,7 @@ from rto_fast.contract import Request
 from rto_fast.data.chat_template import check_template, load_template
 from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, check_text, prompt_row, row_of
 from rto_fast.data.sources import Table, open_source
-from rto_fast.data.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from rto_fast.data.tokenizer import check_min_length, check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.errors import DataError, require
 from rto_fast.logs.files import json_line, mend, read_rows, write_atomic
 from rto_fast.models.load import DTYPES, load_config
@@ -77,6 +77,9 @@ class GenerateConfig:
     """Take the likeliest token each time; temperature is then ignored."""
     max_tokens: int = 1024
     """Tokens of a response at most."""
+    min_response_length: int = 0
+    """Tokens before the one that may end a response, as in training: up to there the sampler leaves stop tokens out.
+    0 = off."""
     seed: int = 0
     """Seed of the sampling; each response's own seed derives from it and the row."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
@@ -97,7 +100,13 @@ class GenerateConfig:
             require(bool(getattr(self, name)), f"{name}: missing; pass --{name}")
         for name in ("max_tokens", "batch_tokens", "chunk"):
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
-        require(self.max_rows >= 0, f"max_rows: must not be negative, got {self.max_rows}")
+        for name in ("max_rows", "min_response_length"):
+            require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        require(
+            self.min_response_length < self.max_tokens,
+            f"min_response_length: {self.min_response_length} leaves no room for an end within max_tokens "
+            f"{self.max_tokens}",
+        )
         require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}; for the likeliest token "
                 "pass --greedy True")  # fmt: skip
         require(
@@ -184,6 +193,8 @@ def generate(config: GenerateConfig) -> Path:
     template = load_template(config.chat_template, tokenizer, config.template_date)
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")
+    stop_ids = stop_token_ids(config.model, tokenizer, template)
+    check_min_length(config.min_response_length, stop_ids, model)
     fingerprint, prompts = _prompts(
         config, tokenizer, template, getattr(model.get_text_config(), "max_position_embeddings", 0)
     )
@@ -200,8 +211,8 @@ def generate(config: GenerateConfig) -> Path:
     )  # fmt: skip
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
-    stop_ids = stop_token_ids(config.model, tokenizer, template)
-    sampling = Sampling(config.max_tokens, GREEDY if config.greedy else config.temperature, stop_ids)
+    temperature = GREEDY if config.greedy else config.temperature
+    sampling = Sampling(config.max_tokens, temperature, stop_ids, config.min_response_length)
     columns = (TextColumn("answers"), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("answers", total=len(prompts), completed=len(done))

@@ -57,6 +57,16 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase, template
     return tuple(dict.fromkeys(ids))
 
 
+def check_min_length(tokens: int, stop_ids: Sequence[int], model_config: PretrainedConfig) -> None:
+    """Raises ConfigError when a least length, in tokens, leaves no token to sample before it."""
+    size = model_config.get_text_config().vocab_size
+    require(
+        not tokens or bool(set(range(size)) - set(stop_ids)),
+        f"min_response_length: each of the model's {size} tokens ends a response, and before {tokens} tokens none may; "
+        "use 0, or mend eos_token_id in the model's generation_config.json",
+    )
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, argument: str) -> None:
     """Raises ConfigError when the tokenizer has ids that the model's embedding has no row for."""
     top, size = max(tokenizer.get_vocab().values()), model_config.get_text_config().vocab_size

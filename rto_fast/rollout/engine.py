@@ -88,7 +88,8 @@ class RolloutEngine(Protocol):
         None = sample all.
 
         Raises:
-            ValueError: a prompt is empty, has an unknown token, or leaves no room for the response.
+            ValueError: a prompt is empty, has an unknown token, or leaves no room for the response; or min_tokens
+                leaves no token to sample.
             RolloutError: the model's logits are not finite, or the engine is asleep.
             SyncError: the last push failed.
         """
@@ -120,6 +121,10 @@ def check_requests(
         raise SyncError(f"the engine's weights are incomplete: {torn}")
     if asleep:
         raise RolloutError("the engine is asleep; call wake() first")
+    if sampling.min_tokens and not set(range(vocab)) - set(sampling.stop_ids):
+        raise ValueError(
+            f"min_tokens {sampling.min_tokens}: each of the {vocab} tokens ends a response, and none is left to sample"
+        )
     for i, request in enumerate(requests):
         length = len(request.prompt)
         if not length:

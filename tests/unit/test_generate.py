@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from loop_helpers import write_rows
@@ -121,6 +122,38 @@ def test_answers_do_not_depend_on_the_chunk_and_greedy_not_on_the_seed(settings,
     assert outputs("e", seed=1, greedy=True) == outputs("f", seed=2, greedy=True)
 
 
+def ends_often(model: str, folder):
+    """The model at a folder of its own, with half of its tokens as stop tokens."""
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 86, 2))}))
+    return str(folder)
+
+
+def test_no_answer_ends_before_its_least_length(settings, tmp_path):
+    settings |= {"model": ends_often(settings["model"], tmp_path / "ends"), "format": "jsonl"}
+
+    def tokens(name, **more):
+        text = made(settings, output=str(tmp_path / name), **more)
+        return [row["tokens"] for row in map(json.loads, text.splitlines())]
+
+    free = tokens("free.jsonl")
+    assert min(free) <= 7
+    assert tokens("zero.jsonl", min_response_length=0) == free
+    assert min(tokens("least.jsonl", min_response_length=7)) >= 8
+    assert min(tokens("greedy.jsonl", min_response_length=7, greedy=True)) >= 8
+
+
+def test_a_least_length_where_every_token_ends_is_refused(settings, tmp_path):
+    model = tmp_path / "stops"
+    shutil.copytree(settings["model"], model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(87))}))
+    message = "min_response_length: each of the model's 87 tokens ends a response, and before 3 tokens none may; use 0"
+    with pytest.raises(ConfigError, match=message):
+        made(settings, model=str(model), min_response_length=3)
+    assert not (tmp_path / "out.json").exists()
+    assert len(json.loads(made(settings, model=str(model)))) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -131,6 +164,8 @@ def test_answers_do_not_depend_on_the_chunk_and_greedy_not_on_the_seed(settings,
         ({"output": "x.txt"}, r"end in .json"),
         ({"temperature": 0.0}, "temperature: must be positive"),
         ({"max_tokens": 500}, "lower --max-tokens"),
+        ({"min_response_length": -1}, "min_response_length: must not be negative, got -1"),
+        ({"min_response_length": 12}, "min_response_length: 12 leaves no room for an end within max_tokens 12"),
         ({"model": ""}, "model: missing"),
     ],
 )

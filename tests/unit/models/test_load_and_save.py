@@ -471,3 +471,10 @@ def test_an_export_appears_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
     tiny_export(tiny, tmp_path / "policy")
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
     assert not (tmp_path / "policy" / "mark").exists()
+
+
+def test_a_least_length_where_every_token_ends_is_refused(one_rank, tiny, tmp_path):
+    policy = with_generation_config(tiny.policy, tmp_path / "policy", eos_token_id=list(range(87)))
+    with pytest.raises(ConfigError, match="min_response_length: each of the model's 87 tokens ends a response"):
+        run_with(tiny, tmp_path / "run", policy=policy, min_response_length=3)
+    assert not (tmp_path / "run").exists()

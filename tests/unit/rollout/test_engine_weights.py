@@ -135,6 +135,16 @@ def test_prompts_that_cannot_be_sampled_from(prompt, message):
         engine_of(model_path("llama")).generate([Request(prompt, 5, 0, 0, 1)], Sampling(4, 1.0, ()), quiet)
 
 
+def test_a_least_length_that_leaves_no_token():
+    """Every logit would be -inf, and every probability NaN."""
+    engine, request = engine_of(model_path("llama")), Request((3,), 5, 0, 0, 1)
+    for stops in (tuple(range(40)), tuple(range(-3, 99))):
+        with pytest.raises(ValueError, match=r"min_tokens 2: each of the 40 tokens ends a response"):
+            engine.generate([request], Sampling(4, 1.0, stops, 2), quiet)
+    assert engine.generate([request], Sampling(4, 1.0, tuple(range(40))), quiet).response_lens.tolist() == [1]
+    assert engine.generate([request], Sampling(4, 1.0, tuple(range(39)), 2), quiet).tokens.tolist()[1:3] == [39, 39]
+
+
 @pytest.mark.parametrize("settings", [(0, 1.0), (4, 0.0), (4, float("nan"))])
 def test_sampling_that_cannot_work(settings):
     with pytest.raises(ValueError, match=r"max_tokens|temperature"):
