@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import runpy
 import sys
+import typing
 
 import pytest
 from loop_helpers import ROOT
+
+from rto_fast.config import DPOConfig, RMConfig, RTOConfig
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -46,6 +50,25 @@ def test_readme_is_short_and_written_by_hand():
 def test_the_page_of_flags_is_what_the_configs_say(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["flags_page.py", "--check"])
     runpy.run_path(str(ROOT / "tools" / "flags_page.py"), run_name="__main__")
+
+
+def test_flags_beside_those_of_other_trainers_are_there():
+    """Each flag of the first column, by its command's config; and those that were added last have a row."""
+    configs = {"rto": RTOConfig, "dpo": DPOConfig, "rm": RMConfig}
+    rows = [r for r in (ROOT / "docs" / "from-other-trainers.md").read_text().splitlines() if r.startswith("| ")]
+    named = set()
+    for cell in (row.split(" | ")[0] for row in rows):
+        command = re.search(r"rto-fast (\w+)", cell)
+        fields = {f.name: f for f in dataclasses.fields(configs[command[1] if command else "rto"])}
+        for flag, value in re.findall(r"--([a-z][\w-]*)(?: ([\w\\|-]+))?", cell):
+            name = flag.replace("-", "_")
+            assert name in fields, cell
+            named.add(flag)
+            choices = typing.get_args(typing.get_type_hints(RTOConfig).get(name))
+            if value and choices and str in map(type, choices):
+                assert set(value.replace("\\", "").split("|")) <= set(choices), cell
+    assert len(named) > 60
+    assert named >= {"label-smoothing", "nll-coef", "margin-weight", "min-response-length", "save-minutes", "ptx-coef"}
 
 
 def test_the_page_of_memory_is_what_the_arithmetic_says(monkeypatch):
