@@ -8,7 +8,8 @@ In the files that AlpacaEval 2 and Arena-Hard read.
     arena_hard   JSON lines; rows {question_id, turns} (version 0.1) give {question_id, answer_id, model_id, choices,
                  tstamp}, rows {uid, prompt} (version 2) give {uid, ans_id, model, messages, tstamp, metadata}.
                  Style control's counts are added by Arena-Hard's own utils/add_markdown_info.py.
-    jsonl        JSON lines {row, prompt, response, generator, tokens, truncated}
+    jsonl        JSON lines {row, prompt, response, generator, tokens, truncated}; with --responses-per-prompt also
+                 response_index, with --token-logprobs token_ids and logprobs, with --reference ref_logprobs and kl
 
 The output appears when it is whole. Finished responses wait beside it in `<output>.partial`: run the same command
 again and it goes on from there, to the same file bit for bit (but for Arena-Hard's time stamp). Exit code 2: the
@@ -33,13 +34,13 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rto_fast import cli
 from rto_fast.config import TEMPLATE_DATE, RTOConfig, expand_home
 from rto_fast.contract import Request
-from rto_fast.data.chat_template import check_template, load_template
+from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, check_text, prompt_row, row_of
 from rto_fast.data.sources import Table, open_source
-from rto_fast.data.tokenizer import check_min_length, check_vocabulary, load_tokenizer, stop_token_ids
+from rto_fast.data.tokenizer import check_max_length, check_min_length, check_vocabulary, load_tokenizer, stop_token_ids
 from rto_fast.errors import DataError, require
 from rto_fast.logs.files import json_line, mend, read_rows, write_atomic
-from rto_fast.models.load import DTYPES, load_config
+from rto_fast.models.load import DTYPES, check_weights, load_config, load_policy, place
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
 
@@ -73,21 +74,32 @@ class GenerateConfig:
     """YYYY-MM-DD: the day that a chat template writes where it asks for today's date."""
     temperature: float = 1.0
     """Sampling temperature (top-p 1, as in training); see also greedy."""
+    responses_per_prompt: int = 1
+    """Responses sampled from each prompt; more than 1 for jsonl alone."""
     greedy: bool = False
     """Take the likeliest token each time; temperature is then ignored."""
-    max_tokens: int = 1024
+    max_response_length: int = 1024
     """Tokens of a response at most."""
     min_response_length: int = 0
     """Tokens before the one that may end a response, as in training: up to there the sampler leaves stop tokens out.
     0 = off."""
+    token_logprobs: bool = False
+    """jsonl: write each response's token ids and their log-probs (nats): the model's own at temperature 1, however the
+    tokens were sampled."""
+    reference: str = ""
+    """jsonl: a second model (folder or Hub id), whose log-probs of the same tokens are written too, and as `kl` the sum
+    of log(model / reference) over the response; its mean estimates the KL where temperature is 1. Turns token_logprobs
+    on."""
+    packing: Literal["on", "off"] = "on"
+    """Forwards for log-probs, as in training; off: one sequence a row, slower, and right for every family."""
     seed: int = 0
-    """Seed of the sampling; each response's own seed derives from it and the row."""
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """Seed of the sampling; each response's own seed derives from it, the row and the response's number."""
+    rollout_engine: Literal["auto", "transformers", "vllm"] = "auto"
     """Engine that samples; auto: vLLM where it is installed and knows the model, else transformers."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute type."""
-    batch_tokens: int = 65536
-    """Tokens (prompt + response) the transformers engine samples at once."""
+    rollout_tokens: int = 65536
+    """Tokens (prompt + response) the transformers engine samples at once, and a forward for log-probs holds."""
     chunk: int = 256
     """Responses between two saves of the work so far."""
 
@@ -98,17 +110,26 @@ class GenerateConfig:
         """Raises ConfigError on settings that contradict each other; needs no model and no data."""
         for name in ("model", "data", "output"):
             require(bool(getattr(self, name)), f"{name}: missing; pass --{name}")
-        for name in ("max_tokens", "batch_tokens", "chunk"):
+        for name in ("max_response_length", "rollout_tokens", "chunk", "responses_per_prompt"):
             require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("max_rows", "min_response_length"):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         require(
-            self.min_response_length < self.max_tokens,
-            f"min_response_length: {self.min_response_length} leaves no room for an end within max_tokens "
-            f"{self.max_tokens}",
+            self.min_response_length < self.max_response_length,
+            f"min_response_length: {self.min_response_length} leaves no room for an end within max_response_length "
+            f"{self.max_response_length}",
         )
         require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}; for the likeliest token "
                 "pass --greedy True")  # fmt: skip
+        if self.format != "jsonl":
+            many = self.responses_per_prompt > 1
+            require(not many, f"responses_per_prompt: {self.format} holds one answer a prompt; use --format jsonl")
+            for name in ("token_logprobs", "reference"):
+                require(not getattr(self, name), f"{name}: {self.format} has no place for it; use --format jsonl")
+        require(
+            not self.greedy or self.responses_per_prompt == 1,
+            f"greedy: all {self.responses_per_prompt} responses to a prompt would be the same; sample, or ask for one",
+        )
         require(
             self.format != "alpaca_eval" or self.output.endswith(".json"),
             f"output: AlpacaEval reads files that end in .json, got {self.output!r}",
@@ -136,8 +157,14 @@ class Prompt:
 @dataclass(frozen=True)
 class Answer:
     text: str
-    tokens: int
+    ids: list[int]
     truncated: bool
+    scores: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What jsonl writes of its tokens."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 def alpaca_eval(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) -> str:
@@ -168,14 +195,15 @@ def arena_hard(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) 
 
 
 def jsonl(prompts: Sequence[Prompt], answers: Sequence[Answer], name: str) -> str:
-    """JSON lines with what is known of each response."""
-    return "".join(
-        json_line(
-            {"row": i, "prompt": p.text, "response": a.text, "generator": name, "tokens": a.tokens,
-             "truncated": a.truncated}
-        )
-        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
-    )  # fmt: skip
+    """JSON lines with what is known of each response; those to one prompt follow one another."""
+    each = len(answers) // len(prompts)
+    lines = []
+    for k, a in enumerate(answers):
+        i, j = divmod(k, each)
+        number = {"response_index": j} if each > 1 else {}
+        row = {"prompt": prompts[i].text, "response": a.text, "generator": name, "tokens": a.tokens}
+        lines.append(json_line({"row": i, **number, **row, "truncated": a.truncated, **a.scores}))
+    return "".join(lines)
 
 
 FORMATS: dict[str, Callable[[Sequence[Prompt], Sequence[Answer], str], str]] = {
@@ -195,45 +223,93 @@ def generate(config: GenerateConfig) -> Path:
     check_template(config.model, template, "model")
     stop_ids = stop_token_ids(config.model, tokenizer, template)
     check_min_length(config.min_response_length, stop_ids, model)
-    fingerprint, prompts = _prompts(
-        config, tokenizer, template, getattr(model.get_text_config(), "max_position_embeddings", 0)
-    )
-
+    positions = getattr(model.get_text_config(), "max_position_embeddings", 0)
+    fingerprint, prompts = _prompts(config, tokenizer, template, positions)
+    if config.reference:
+        _check_reference(config, model, template, max(len(p.ids) for p in prompts))
     settings = dataclasses.asdict(config) | {"data": fingerprint, "template": template.hash}
-    for free in ("output", "chunk", "generator", "format", "batch_tokens"):
+    for free in ("output", "chunk", "generator", "format", "rollout_tokens", "token_logprobs", "reference", "packing"):
         del settings[free]
     answers = _Partial(Path(config.output + ".partial"), settings)
     done = answers.read()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     rollouts = RTOConfig(
-        rollout_engine=config.engine, rollout_tokens=config.batch_tokens, max_response_length=config.max_tokens,
+        dtype=config.dtype, packing=config.packing, rollout_engine=config.rollout_engine,
+        rollout_tokens=config.rollout_tokens, max_response_length=config.max_response_length,
         max_prompt_length=max((len(p.ids) for p in prompts), default=1),
     )  # fmt: skip
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
     temperature = GREEDY if config.greedy else config.temperature
-    sampling = Sampling(config.max_tokens, temperature, stop_ids, config.min_response_length)
+    sampling = Sampling(config.max_response_length, temperature, stop_ids, config.min_response_length)
     columns = (TextColumn("answers"), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task("answers", total=len(prompts), completed=len(done))
-        for start in range(len(done), len(prompts), config.chunk):
+        wanted = [divmod(k, config.responses_per_prompt) for k in range(len(prompts) * config.responses_per_prompt)]
+        bar = progress.add_task("answers", total=len(wanted), completed=len(done))
+        for start in range(len(done), len(wanted), config.chunk):
             requests = [
-                Request(prompts[i].ids, i, i, 0, sample_seed(config.seed, i, 0, 0))
-                for i in range(start, min(start + config.chunk, len(prompts)))
+                Request(prompts[i].ids, i, i, j, sample_seed(config.seed, i, 0, j))
+                for i, j in wanted[start : start + config.chunk]
             ]
             rollout = engine.generate(requests, sampling, lambda tokens, ended: progress.advance(bar, ended))
             ids = [r.tolist() for r in rollout.responses()]
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             new = [
-                Answer(text.strip(), len(r), cut)
+                Answer(text.strip(), r, cut)
                 for text, r, cut in zip(texts, ids, rollout.truncated.tolist(), strict=True)
             ]
             answers.add(new)
             done += new
+    if config.token_logprobs or config.reference:
+        engine.sleep()
+        done = _scored(config, rollouts, device, [prompts[i] for i, _ in wanted], done)
     write_atomic(config.output, FORMATS[config.format](prompts, done, config.name))
     answers.path.unlink()
-    print(f"{len(done)} answers, {sum(a.truncated for a in done)} cut at {config.max_tokens} tokens: {config.output}")
+    cut = sum(a.truncated for a in done)
+    print(f"{len(done)} answers, {cut} cut at {config.max_response_length} tokens: {config.output}")
+    if config.reference:
+        print(f"KL to {config.reference}: {sum(a.scores['kl'] for a in done) / len(done):.4f} nats a response")
     return Path(config.output)
+
+
+def _check_reference(config: GenerateConfig, model: Any, template: ChatTemplate, longest: int) -> None:
+    """ConfigError for a reference that cannot read the model's tokens; longest: of a prompt, tokens."""
+    other = load_config(config.reference, "reference")
+    ours, theirs = (c.get_text_config().vocab_size for c in (model, other))
+    require(
+        ours == theirs,
+        f"reference: {config.reference!r} has a vocabulary of {theirs} tokens, the model's has {ours}; the two are "
+        "compared token by token",
+    )
+    check_weights(config.reference, "reference")
+    check_template(config.reference, template, "reference")
+    check_max_length(longest + config.max_response_length, other, "max_response_length with the longest prompt")
+
+
+def _scored(
+    config: GenerateConfig, rollouts: RTOConfig, device: torch.device, prompts: Sequence[Prompt], answers: list[Answer]
+) -> list[Answer]:
+    """The answers with the log-probs of their tokens; prompts: that of each answer."""
+    longest = rollouts.max_prompt_length + rollouts.max_response_length
+    placement, loading = place(rollouts, device, config.rollout_tokens, longest)
+    sequences = [torch.tensor([*p.ids, *a.ids]) for p, a in zip(prompts, answers, strict=True)]
+    lens = [len(p.ids) for p in prompts]
+
+    @torch.inference_mode()
+    def logps(path: str, argument: str) -> list[list[float]]:
+        """[answer][token] nats."""
+        model, out = load_policy(path, argument=argument, **loading).to(device).eval(), [[0.0]] * len(answers)
+        for index, batch in placement.micro(sequences, lens):
+            for i, values in zip(index, model(batch).split(batch.cu_responses.diff().tolist()), strict=True):
+                out[i] = values.tolist()
+        return out
+
+    ours = logps(config.model, "model")
+    scores = [{"token_ids": a.ids, "logprobs": own} for a, own in zip(answers, ours, strict=True)]
+    if config.reference:
+        for score, own, other in zip(scores, ours, logps(config.reference, "reference"), strict=True):
+            score |= {"ref_logprobs": other, "kl": sum(own) - sum(other)}
+    return [dataclasses.replace(a, scores=score) for a, score in zip(answers, scores, strict=True)]
 
 
 class _Partial:
@@ -283,9 +359,11 @@ def _prompts(config: GenerateConfig, tokenizer: Any, template: Any, positions: i
         if config.format == "arena_hard" and not row.get("uid", row.get("question_id")):
             raise DataError(f"{at}: no question_id or uid, by which Arena-Hard knows its questions")
         ids = tuple(found["prompt_ids"])
-        if positions and len(ids) + config.max_tokens > positions:
-            raise DataError(f"{at}: a prompt of {len(ids)} tokens and max_tokens {config.max_tokens} are more than "
-                            f"the model's {positions} positions; lower --max-tokens")  # fmt: skip
+        if positions and len(ids) + config.max_response_length > positions:
+            raise DataError(
+                f"{at}: a prompt of {len(ids)} tokens and max_response_length {config.max_response_length} are more "
+                f"than the model's {positions} positions; lower --max-response-length"
+            )
         prompt = row[key] if config.format == "alpaca_eval" else json.loads(found["prompt"])
         out.append(Prompt(row, prompt if isinstance(prompt, str) else prompt[-1]["content"], ids))
     return fingerprint, out

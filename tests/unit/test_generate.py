@@ -6,7 +6,9 @@ import json
 import shutil
 
 import pytest
-from loop_helpers import write_rows
+import torch
+from loop_helpers import save_llama, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rto_fast import generate as module
 from rto_fast.errors import ConfigError
@@ -19,8 +21,8 @@ STORIES = ["Once there was a proud fox.", "One day a sad bear ran to the hill.",
 def settings(tiny, tmp_path):
     rows = [{"instruction": s, "dataset": "helpful_base"} for s in STORIES]
     return {
-        "model": tiny.policy, "data": write_rows(tmp_path / "data.jsonl", rows), "dtype": "fp32", "max_tokens": 12,
-        "output": str(tmp_path / "out.json"), "format": "alpaca_eval", "chunk": 2,
+        "model": tiny.policy, "data": write_rows(tmp_path / "data.jsonl", rows), "dtype": "fp32",
+        "max_response_length": 12, "output": str(tmp_path / "out.json"), "format": "alpaca_eval", "chunk": 2,
     }  # fmt: skip
 
 
@@ -105,8 +107,8 @@ def test_a_stopped_run_goes_on_to_the_same_file(settings, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         made(settings)
     assert not (tmp_path / "out.json").exists()
-    with pytest.raises(ConfigError, match=r"other settings \(max_tokens\)"):
-        made(settings, max_tokens=11)
+    with pytest.raises(ConfigError, match=r"other settings \(max_response_length\)"):
+        made(settings, max_response_length=11)
     with (tmp_path / "out.json.partial").open("a") as file:
         file.write('{"text": "torn')
     assert made(settings) == whole
@@ -120,6 +122,58 @@ def test_answers_do_not_depend_on_the_chunk_and_greedy_not_on_the_seed(settings,
     assert outputs("a") == outputs("b", chunk=3)
     assert outputs("c", seed=1) != outputs("d", seed=2)
     assert outputs("e", seed=1, greedy=True) == outputs("f", seed=2, greedy=True)
+
+
+def rows_of(settings, tmp_path, name, **more):
+    text = made(settings, output=str(tmp_path / f"{name}.jsonl"), format="jsonl", **more)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_several_responses_to_each_prompt(settings, tmp_path, monkeypatch):
+    """Each with a seed of its own: the first is that of a run with one; chunks cut anywhere."""
+    single, several = (rows_of(settings, tmp_path, str(n), responses_per_prompt=n) for n in (1, 3))
+    assert [(r["row"], r["response_index"]) for r in several] == [(i, j) for i in range(3) for j in range(3)]
+    assert all("response_index" not in r for r in single)
+    assert [r["response"] for r in several[::3]] == [r["response"] for r in single]
+    assert all(len({r["response"] for r in several[i : i + 3]}) > 1 for i in (0, 3, 6))
+    assert [r["prompt"] for r in several[::3]] == STORIES
+    assert rows_of(settings, tmp_path, "chunk", responses_per_prompt=3, chunk=4) == several
+
+
+def own_logps(path, prompt, ids):
+    """Log-probs of a response's tokens, by transformers in fp64 at temperature 1."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    head = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    with torch.no_grad():
+        rows = torch.log_softmax(model(torch.tensor([[*head, *ids]])).logits[0], -1)
+    return [float(rows[len(head) + t - 1, token]) for t, token in enumerate(ids)]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6, "min_response_length": 4}, {"greedy": True}])
+def test_token_log_probs_and_the_kl_to_a_reference(settings, tiny, tmp_path, sampling):
+    """The model's own at temperature 1, however its tokens were sampled."""
+    plain = rows_of(settings, tmp_path, "plain", **sampling)
+    rows = rows_of(settings, tmp_path, "scored", reference=tiny.dpo, **sampling)
+    added = {"token_ids", "logprobs", "ref_logprobs", "kl"}
+    assert [{k: v for k, v in r.items() if k not in added} for r in rows] == plain
+    tokenizer = AutoTokenizer.from_pretrained(tiny.policy)
+    for r in rows:
+        assert len(r["token_ids"]) == r["tokens"]
+        assert tokenizer.decode(r["token_ids"], skip_special_tokens=True).strip() == r["response"]
+        for name, path in (("logprobs", tiny.policy), ("ref_logprobs", tiny.dpo)):
+            assert r[name] == pytest.approx(own_logps(path, r["prompt"], r["token_ids"]), abs=1e-4)
+        assert r["kl"] == pytest.approx(sum(r["logprobs"]) - sum(r["ref_logprobs"]), abs=1e-5)
+    assert any(abs(r["kl"]) > 0.01 for r in rows)
+    alone = rows_of(settings, tmp_path, "alone", token_logprobs=True, **sampling)
+    assert alone == [{k: v for k, v in r.items() if k not in ("ref_logprobs", "kl")} for r in rows]
+
+
+def test_a_reference_with_other_tokens_is_refused(settings, tmp_path):
+    other = tmp_path / "other"
+    save_llama(other, seed=1, vocab=90, ids={"eos_token_id": 2})
+    with pytest.raises(ConfigError, match=r"reference: '.*other' has a vocabulary of 90 tokens, the model's has 87"):
+        rows_of(settings, tmp_path, "x", reference=str(other))
 
 
 def ends_often(model: str, folder):
@@ -163,9 +217,24 @@ def test_a_least_length_where_every_token_ends_is_refused(settings, tmp_path):
         ({"format": "arena_hard", "output": "x.jsonl"}, "neither question_id nor uid"),
         ({"output": "x.txt"}, r"end in .json"),
         ({"temperature": 0.0}, "temperature: must be positive"),
-        ({"max_tokens": 500}, "lower --max-tokens"),
+        ({"max_response_length": 500}, "lower --max-response-length"),
+        ({"responses_per_prompt": 0}, "responses_per_prompt: must be at least 1, got 0"),
+        (
+            {"responses_per_prompt": 2},
+            "responses_per_prompt: alpaca_eval holds one answer a prompt; use --format jsonl",
+        ),
+        ({"token_logprobs": True}, "token_logprobs: alpaca_eval has no place for it; use --format jsonl"),
+        ({"reference": "x"}, "reference: alpaca_eval has no place for it; use --format jsonl"),
+        (
+            {"format": "jsonl", "responses_per_prompt": 2, "greedy": True},
+            "greedy: all 2 responses to a prompt would be the same",
+        ),
+        ({"format": "jsonl", "reference": "no/where/model"}, "reference: no model at"),
         ({"min_response_length": -1}, "min_response_length: must not be negative, got -1"),
-        ({"min_response_length": 12}, "min_response_length: 12 leaves no room for an end within max_tokens 12"),
+        (
+            {"min_response_length": 12},
+            "min_response_length: 12 leaves no room for an end within max_response_length 12",
+        ),
         ({"model": ""}, "model: missing"),
     ],
 )

@@ -572,11 +572,11 @@ def test_killed_and_resumed(tied, tmp_path, launch, one_rank, whole):
 def test_answers_to_a_benchmark(tied, tmp_path, launch):
     """`rto_fast.generate` with vLLM, from the command line; greedy answers are the transformers engine's."""
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": f"A {w} fox ran."} for w in ("sad", "proud", "calm")])
-    settings = {"model": tied.policy, "data": data, "dtype": "fp32", "max_tokens": 8, "greedy": True, "generator": "x",
-                "min_response_length": 6}  # fmt: skip
-    other = generate(GenerateConfig(**settings, engine="transformers", output=str(tmp_path / "other.jsonl")))
+    settings = {"model": tied.policy, "data": data, "dtype": "fp32", "max_response_length": 8, "greedy": True,
+                "generator": "x", "min_response_length": 6}  # fmt: skip
+    other = generate(GenerateConfig(**settings, rollout_engine="transformers", output=str(tmp_path / "other.jsonl")))
     ours = tmp_path / "vllm.jsonl"
-    result = launch(["-m", "rto_fast.generate", *flags_of(settings | {"engine": "vllm", "output": ours})])
+    result = launch(["-m", "rto_fast.generate", *flags_of(settings | {"rollout_engine": "vllm", "output": ours})])
     assert result.returncode == 0, result.output
     assert ours.read_text() == other.read_text()
     assert ours.read_text().count("\n") == 3
