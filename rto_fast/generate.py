@@ -232,7 +232,7 @@ def generate(config: GenerateConfig) -> Path:
         del settings[free]
     answers = _Partial(Path(config.output + ".partial"), settings)
     done = answers.read()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     rollouts = RTOConfig(
         dtype=config.dtype, packing=config.packing, rollout_engine=config.rollout_engine,
         rollout_tokens=config.rollout_tokens, max_response_length=config.max_response_length,
