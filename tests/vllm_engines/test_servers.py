@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from stat import S_IMODE
 
@@ -172,6 +173,29 @@ def test_no_other_account_reaches_the_server(tied):
     ports = {p.pid: [c for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN] for p in processes}
     assert ports.pop(leader.pid) == []
     assert {c.laddr.ip for found in ports.values() for c in found} <= {"127.0.0.1"}
+
+
+def test_two_servers_get_the_same_weights(tied, tmp_path):
+    """Each has a folder of its own, and both meet the trainer in the first one's; nothing of either is left."""
+    weights, sampling = moved(tied.models.policy, 0.3), Sampling(16, 0.7, (2,))
+    requests = [replace(q, sample_index=i) for i, q in enumerate(requests_of(6, 80))]
+    one = tied.engine()
+    one.push(weights.items(), 1)
+    expected = one.generate(requests, sampling, quiet)
+    two = VLLMServeEngine(
+        tied.models.policy, CPU, torch.float32, folder=tmp_path, max_length=64, max_sequences=64, devices=("", "")
+    )
+    try:
+        folders = [server.folder for server in two.servers]
+        assert len(set(folders)) == 2
+        assert (folders[0] / "weights").exists()
+        two.push(weights.items(), 1)
+        rollout = two.generate(requests, sampling, quiet)
+    finally:
+        two.close()
+    assert torch.equal(rollout.tokens, expected.tokens)
+    assert torch.equal(rollout.sampler_logp, expected.sampler_logp)
+    assert not any(folder.exists() for folder in folders)
 
 
 # Servers that do not fit

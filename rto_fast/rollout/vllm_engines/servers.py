@@ -28,11 +28,12 @@ from torch.distributed import Store
 from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
-from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
+from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, RolloutError, SyncError
 from rto_fast.redact import without_credentials
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
 from rto_fast.rollout.vllm_engines import address
 from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
+from rto_fast.rollout.vllm_engines.sleeping import failure
 from rto_fast.rollout.vllm_engines.support import OLDEST_SERVED, cpu_cache_bytes, temperature_of, too_old, unusable
 from rto_fast.rollout.weights import stream
 from rto_fast.rollout.weights.expected import ExpectedWeights
@@ -134,6 +135,8 @@ class VLLMServeEngine:
         except SyncError:
             _ = [reply.exception() for reply in replies]
             raise
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # this process's own, not a server's
+            raise failure("sending weights to vLLM", error, remedy="lower --micro-tokens") from error
         except RuntimeError as error:
             raise EngineFailure(f"the weights did not reach vLLM: {error}") from error
         answers = [reply.result() for reply in replies]
@@ -383,6 +386,8 @@ def _on_first_rank(act: Callable[[], Any], meanwhile: Iterable[object] = ()) -> 
     if distributed.rank() == 0:
         try:
             result = act()
+        except DeviceLost:
+            raise  # this process cannot even tell the other ranks
         except (ConfigError, RolloutError, SyncError) as e:
             error = e
     for _ in meanwhile:  # ZeRO-3 gathers together

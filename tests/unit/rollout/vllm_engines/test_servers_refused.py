@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from rto_fast.config import RTOConfig
-from rto_fast.errors import ConfigError, EngineFailure, RolloutError
+from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, OutOfMemory, RolloutError
 from rto_fast.rollout.vllm_engines import servers
 from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
 
@@ -107,3 +108,39 @@ def config_of(*urls: str) -> RTOConfig:
     return RTOConfig(
         policy="p", reward_model=("r",), dpo_model="d", data="d", rollout_engine="vllm-serve", vllm_url=urls
     )
+
+
+# The trainer's own device
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (torch.AcceleratorError("illegal"), DeviceLost, "sending weights to vLLM broke the CUDA context"),
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory, "sending weights .*; lower --micro-tokens: "),
+        (RuntimeError("Connection closed by peer"), EngineFailure, "the weights did not reach vLLM: Connection closed"),
+    ],
+)
+def test_a_broadcast_that_breaks(error, kind, message, monkeypatch):
+    """A server is started again; the trainer's own broken context, or its own lack of memory, another cannot mend."""
+
+    def send(*_):
+        raise error
+
+    engine = engine_of(lambda request: httpx.Response(200, json={"results": [{}]}))
+    engine.threads, engine.group = ThreadPoolExecutor(1), None
+    engine.expected = SimpleNamespace(checked_once=iter)
+    monkeypatch.setattr(servers.stream, "send", send)
+    with pytest.raises(kind, match=message):
+        engine._transfer(iter(()), 1)
+
+
+def test_a_lost_device_tells_nobody(monkeypatch):
+    """Telling the other ranks takes the device."""
+
+    def lost():
+        raise DeviceLost("broke the CUDA context")
+
+    monkeypatch.setattr(servers.distributed, "broadcast_object", lambda item: pytest.fail("the device was used"))
+    with pytest.raises(DeviceLost):
+        servers._on_first_rank(lost)
