@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from rto_fast.errors import ConfigError, require
-from rto_fast.redact import redacted, without_credentials
+from rto_fast.redact import ENCODED, redacted, without_credentials
 
 TEMPLATE_DATE = "2024-07-26"
 """The day that chat templates write who ask for today's date: the one that Llama-3.1's falls back to."""
@@ -39,7 +39,7 @@ def _fault_of(url: str) -> str:
     try:
         host = httpx.URL(url).host
     except httpx.InvalidURL:  # its words may hold a part of a password
-        return "is no URL; in user and password write %40 for @, %23 for #, %2F for / and %3F for ?"
+        return f"is no URL; {ENCODED}"
     if not host:
         return "names no host"
     return "must end before its query or fragment: paths are put behind it" if "?" in url or "#" in url else ""

@@ -9,6 +9,8 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _TAIL = re.compile(r"[?#]")
 _PLACE = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
 """Host and port."""
+ENCODED = "in user and password write %40 for @, %23 for #, %2F for / and %3F for ?"
+"""The remedy where a URL cannot be read."""
 
 
 def without_credentials(text: str) -> str:
