@@ -47,8 +47,10 @@ from rto_fast.models.load import (
 )
 from rto_fast.models.packing import Placement
 from rto_fast.models.save import rehearse_export
+from rto_fast.redact import without_credentials
 from rto_fast.rollout.engine import Sampling
 from rto_fast.rollout.make_engine import make_engine
+from rto_fast.rollout.vllm_engines import address
 from rto_fast.rollout.weights.sync import WeightSync
 from rto_fast.run import Run, State
 from rto_fast.scoring.reward_function import FunctionReward
@@ -199,14 +201,19 @@ def check(config: RTOConfig) -> Inputs:
 
 
 def _check_reach(config: RTOConfig) -> None:
-    """ConfigError where a rank could not reach the servers that the recipe starts: they listen on 127.0.0.1."""
-    if config.rollout_engine == "vllm-serve" and not config.vllm_url:
-        first, *others = distributed.hosts()
-        require(
-            not (elsewhere := sorted({host for host in others if host != first})),
-            f"vllm_url: the recipe's own servers listen on 127.0.0.1 of {first} alone, and ranks run on "
-            f"{', '.join(elsewhere)} too; start servers in a private network (docs/rollouts.md) and give their URLs",
-        )
+    """ConfigError where a rank could not reach a server that is for the machine of rank 0 alone."""
+    if config.rollout_engine != "vllm-serve":
+        return
+    near = [url for url in config.vllm_url if address.is_near(url)]
+    if config.vllm_url and not near:
+        return
+    first, *others = distributed.hosts()
+    what = f"{without_credentials(near[0])} is" if near else "the recipe's own servers are"
+    require(
+        not (elsewhere := sorted({host for host in others if host != first})),
+        f"vllm_url: {what} reached from {first} alone, and ranks run on {', '.join(elsewhere)} too; start servers in a "
+        "private network (docs/rollouts.md) and give their URLs",
+    )
 
 
 def load(config: RTOConfig, inputs: Inputs) -> Loaded:

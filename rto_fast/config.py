@@ -14,12 +14,35 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from rto_fast.errors import ConfigError, require
-from rto_fast.redact import redacted, without_credentials
+from rto_fast.redact import ENCODED, redacted, without_credentials
 
 TEMPLATE_DATE = "2024-07-26"
 """The day that chat templates write who ask for today's date: the one that Llama-3.1's falls back to."""
 FREE = "a resumed run may change it"
+SOCKET_BYTES = 107
+"""Of the path of a Unix socket at most."""
 T = TypeVar("T")
+
+
+def _fault_of(url: str) -> str:
+    """Why no vLLM server can be asked at `url`; empty when one can."""
+    import httpx  # here alone: nothing else of this file waits for it
+
+    if url.startswith("unix:"):
+        path = url.removeprefix("unix:")
+        if not path.startswith("/"):
+            return "must name the socket by its whole path, as unix:/run/user/1000/vllm/socket"
+        size = len(os.fsencode(path))
+        return f"has a path of {size} bytes, a socket's has {SOCKET_BYTES} at most" if size > SOCKET_BYTES else ""
+    if not url.startswith(("http://", "https://")):
+        return "must start with http://, https:// or unix:/"
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL:  # its words may hold a part of a password
+        return f"is no URL; {ENCODED}"
+    if not host:
+        return "names no host"
+    return "must end before its query or fragment: paths are put behind it" if "?" in url or "#" in url else ""
 
 
 def free(default: T) -> T:
@@ -388,8 +411,8 @@ class RTOConfig(RunConfig):
     """Seconds a step of vLLM (vllm-serve: any response) may take before the engine counts as hung. In the training
     process a step that has not returned after twice that ends the run."""
     vllm_url: tuple[str, ...] = free(())
-    """vllm-serve: running servers; empty = the recipe starts its own. Whoever reaches a server can take it over:
-    loopback or a private network only."""
+    """vllm-serve: running servers, http://HOST:PORT or unix:PATH of a socket; empty = the recipe starts its own.
+    Whoever reaches a server can take it over: a socket in a folder of your own, or a private network only."""
     vllm_devices: tuple[str, ...] = free(())
     """vllm-serve: CUDA devices that the recipe starts a server on each; the trainer must not use them."""
     vllm_start_timeout_s: float = free(600.0)
@@ -613,7 +636,8 @@ class RTOConfig(RunConfig):
                 not given or self.rollout_engine == "vllm-serve",
                 f"{name}: is for --rollout-engine vllm-serve, not {self.rollout_engine!r}",
             )
-            require(len(set(given)) == len(given), f"{name}: one of {', '.join(redacted(given))} comes twice")
+            once = len({one.rstrip("/") for one in given}) == len(given)
+            require(once, f"{name}: one of {', '.join(redacted(given))} comes twice")
         require(
             not (self.vllm_url and self.vllm_devices), "vllm_devices: for servers that the recipe starts, not vllm_url"
         )
@@ -636,8 +660,7 @@ class RTOConfig(RunConfig):
             f"behaviour_logp: {self.policy_update} has no correction for the sampler; use trainer and --rollout-lag 0",
         )
         for url in self.vllm_url:
-            shown = without_credentials(url)
-            require(url.startswith(("http://", "https://")), f"vllm_url: {shown!r} must start with http:// or https://")
+            require(not (fault := _fault_of(url)), f"vllm_url: {without_credentials(url)!r} {fault}")
 
     def _check_variants(self) -> None:
         grouped, pairs = self.advantage in ("grpo", "rloo"), self.policy_update in ("p3o", "rebel")

@@ -47,7 +47,7 @@ def init() -> torch.device:
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         alone = os.environ["WORLD_SIZE"] == "1" or _meets_on_loopback()
         if alone:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # else it listens where the machine's name leads
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())  # else it listens where the machine's name leads
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False, init_method=f"{HERE}://" if alone else None)
     return device()
 
@@ -74,7 +74,7 @@ def open_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
         )
 
 
-def _loopback() -> str:
+def loopback() -> str:
     """The name of the loopback interface, which is lo on Linux and lo0 on a Mac."""
     found = psutil.net_if_addrs().items()
     return next((name for name, addresses in found if any(a.address == "127.0.0.1" for a in addresses)), "lo")

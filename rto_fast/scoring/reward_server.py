@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.errors import ConfigError, RewardError
-from rto_fast.redact import without_credentials
+from rto_fast.redact import ENCODED, without_credentials
 
 ANSWER_BYTES = 4 << 20
 """Most bytes of an answer, unpacked; its numbers take a few hundred."""
@@ -58,8 +58,8 @@ class RemoteReward:
         """
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"reward_url: {without_credentials(url)!r} is no URL: {error}") from None
+        except httpx.InvalidURL:  # its words may hold a part of a password
+            raise ConfigError(f"reward_url: {without_credentials(url)!r} is no URL; {ENCODED}") from None
         self.name = without_credentials(url)
         """The URL without password and query, for messages and metrics."""
         if parsed.scheme not in ("http", "https") or not parsed.host:

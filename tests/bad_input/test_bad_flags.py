@@ -168,6 +168,9 @@ def fields_of(recipe: str, monkeypatch) -> list[tuple[str, object, str]]:
 def test_servers_that_ranks_elsewhere_could_not_reach(refused, monkeypatch):
     """Rank 0 is on one machine, two others on another; nothing is loaded on any."""
     monkeypatch.setattr(distributed, "hosts", lambda: ["node-a", "node-a", "node-b", "node-b"])
-    message = r"vllm_url: the recipe's own servers listen on 127\.0\.0\.1 of node-a alone, and ranks run on node-b too"
-    refused("rto_llama3.py", message, rollout_engine="vllm-serve")
+    from_afar = r"reached from node-a alone, and ranks run on node-b too"
+    refused("rto_llama3.py", f"vllm_url: the recipe's own servers are {from_afar}", rollout_engine="vllm-serve")
+    for url in ("unix:/run/vllm/socket", "http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000"):
+        message = rf"vllm_url: {re.escape(url)} is {from_afar}"
+        refused("rto_llama3.py", message, rollout_engine="vllm-serve", vllm_url=f"http://x {url}".split())
     refused("rto_llama3.py", "no/such/model", rollout_engine="vllm-serve", vllm_url="http://x", policy="no/such/model")

@@ -60,7 +60,7 @@ def test_ranks_of_one_machine_listen_on_loopback_alone(launch, tmp_path, ranks):
 def test_a_mac_names_its_loopback_and_its_processors_otherwise(monkeypatch):
     mac = {"en0": [SimpleNamespace(address="192.168.1.2")], "lo0": [SimpleNamespace(address="127.0.0.1")]}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: mac)
-    assert distributed._loopback() == "lo0"
+    assert distributed.loopback() == "lo0"
     monkeypatch.delattr(os, "sched_getaffinity")
     assert distributed.cores() == os.cpu_count()
 

@@ -28,7 +28,7 @@ from rto_fast.generate import GenerateConfig, generate
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
 from rto_fast.rollout.transformers_engine import TransformersEngine
-from rto_fast.rollout.vllm_engines import load_weights, support
+from rto_fast.rollout.vllm_engines import colocated, load_weights, support
 from rto_fast.rollout.vllm_engines.colocated import VLLMEngine
 from rto_fast.rollout.vllm_engines.support import installed
 
@@ -185,6 +185,53 @@ def test_sampling_stops_when_enough_prompts_are_whole(tied, make):
     again = engine.generate(requests, sampling, quiet)
     assert torch.equal(again.tokens, full.tokens)
     assert len(engine.generate(requests, sampling, quiet, keep=0)) == 0
+
+
+def test_flat_log_probs_are_the_same_bits(tied, make, monkeypatch):
+    """vLLM's flat lists hold what its objects hold, one dict a token."""
+    import vllm
+
+    engine, requests, sampling, asked = make(tied.policy), requests_of(12, 80), Sampling(16, 0.7, (2,)), []
+    flat = engine.generate(requests, sampling, quiet)
+    plain = vllm.SamplingParams
+
+    def unflat(**settings):
+        asked.append(settings.pop("flat_logprobs"))
+        return plain(**settings)
+
+    def logps(objects, tokens):
+        return [at[token].logprob for at, token in zip(objects or (), tokens, strict=True)]
+
+    monkeypatch.setattr(vllm, "SamplingParams", unflat)
+    monkeypatch.setattr(colocated, "_logps", logps)
+    whole = engine.generate(requests, sampling, quiet)
+    assert asked == [True] * len(requests)
+    assert torch.equal(whole.tokens, flat.tokens)
+    assert torch.equal(whole.sampler_logp, flat.sampler_logp)
+
+
+def test_a_step_takes_few_tokens(tied, make):
+    """Or as many as there are sequences, of which each gives one."""
+    for sequences, tokens in ((64, 4096), (5000, 5000)):
+        engine = make(tied.policy, max_sequences=sequences)
+        assert engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens == tokens
+
+
+def test_a_fault_while_requests_are_dropped(tied, make, monkeypatch):
+    engine, requests = make(tied.policy), [replace(q, sample_index=i // 2) for i, q in enumerate(requests_of(24, 80))]
+    core = engine.llm.llm_engine
+    plain = core.abort_request
+
+    def abort(names):
+        plain(names)
+        monkeypatch.setattr(core, "step", broken)
+
+    def broken():
+        raise RuntimeError("cancelled")
+
+    monkeypatch.setattr(core, "abort_request", abort)
+    with pytest.raises(EngineFailure, match=r"sampling with vLLM failed .*cancelled"):
+        engine.generate(requests, Sampling(30, 1.0, tuple(range(2, 10))), quiet, keep=7)
 
 
 def test_log_probs_must_be_those_of_the_tokens(tied, make, monkeypatch):

@@ -1,4 +1,7 @@
-"""vLLM servers on this machine: weights over gloo, samples over HTTP; they agree with the trainer or the run stops."""
+"""vLLM servers on this machine: weights over gloo, samples over their sockets.
+
+They agree with the trainer or the run stops.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from stat import S_IMODE
 
+import psutil
 import pytest
 import torch
 from loop_helpers import ROOT, make_tiny_models, small_run
@@ -150,6 +156,48 @@ def test_another_runs_push_is_noticed(tied):
         mine.generate(requests_of(2, 80), Sampling(2, 1.0, ()), quiet)
 
 
+# Who reaches the recipe's servers
+
+
+def test_no_other_account_reaches_the_server(tied):
+    """Its HTTP and its processes' own sockets lie in a closed folder; gloo alone has ports, on loopback."""
+    server = tied.owner.servers[0]
+    assert tied.url == f"unix:{server.folder}/socket"
+    assert S_IMODE(server.folder.stat().st_mode) == 0o700
+    leader = psutil.Process(server.process.pid)
+    processes = [leader, *leader.children(recursive=True)]
+    assert len(processes) > 1
+    sockets = {Path(c.laddr) for p in processes for c in p.net_connections("unix") if str(c.laddr).startswith("/")}
+    assert server.folder / "socket" in sockets
+    assert {path.parent for path in sockets} == {server.folder}
+    ports = {p.pid: [c for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN] for p in processes}
+    assert ports.pop(leader.pid) == []
+    assert {c.laddr.ip for found in ports.values() for c in found} <= {"127.0.0.1"}
+
+
+def test_two_servers_get_the_same_weights(tied, tmp_path):
+    """Each has a folder of its own, and both meet the trainer in the first one's; nothing of either is left."""
+    weights, sampling = moved(tied.models.policy, 0.3), Sampling(16, 0.7, (2,))
+    requests = [replace(q, sample_index=i) for i, q in enumerate(requests_of(6, 80))]
+    one = tied.engine()
+    one.push(weights.items(), 1)
+    expected = one.generate(requests, sampling, quiet)
+    two = VLLMServeEngine(
+        tied.models.policy, CPU, torch.float32, folder=tmp_path, max_length=64, max_sequences=64, devices=("", "")
+    )
+    try:
+        folders = [server.folder for server in two.servers]
+        assert len(set(folders)) == 2
+        assert (folders[0] / "weights").exists()
+        two.push(weights.items(), 1)
+        rollout = two.generate(requests, sampling, quiet)
+    finally:
+        two.close()
+    assert torch.equal(rollout.tokens, expected.tokens)
+    assert torch.equal(rollout.sampler_logp, expected.sampler_logp)
+    assert not any(folder.exists() for folder in folders)
+
+
 # Servers that do not fit
 
 
@@ -185,7 +233,8 @@ def test_a_server_dies_with_its_trainer(tmp_path):
 import os, signal
 from pathlib import Path
 from rto_fast.rollout.vllm_engines.server_process import Server
-print(Server({{"model": "none"}}, (), Path({str(tmp_path)!r}) / "log").process.pid, flush=True)
+server = Server({{"model": "none"}}, (), Path({str(tmp_path)!r}) / "log")
+print(server.process.pid, server.folder, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
@@ -193,11 +242,12 @@ os.kill(os.getpid(), signal.SIGKILL)
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120
     )
     assert out.returncode == -signal.SIGKILL
-    server = int(out.stdout)
+    server, folder = out.stdout.split()
     deadline = time.monotonic() + 60
     while Path(f"/proc/{server}/stat").exists() and Path(f"/proc/{server}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.2)
+    assert not Path(folder).exists()
 
 
 # Whole runs
@@ -270,6 +320,7 @@ def test_a_server_killed_in_mid_rollout_is_replaced_once(tied, tmp_path, one_ran
     rewards = [[row["reward/total"] for row in rows(tmp_path / name)] for name in ("whole", "broken")]
     assert rewards[0] == rewards[1]
     assert not process_group(victims[0].process.pid)
+    assert not victims[0].folder.exists()
 
 
 def test_a_server_killed_twice_stops_the_run_and_it_resumes(tied, tmp_path, one_rank, monkeypatch):

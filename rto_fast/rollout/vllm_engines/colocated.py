@@ -28,7 +28,7 @@ from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, OutOfMemory,
 from rto_fast.rollout.assignment import Tally
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
 from rto_fast.rollout.vllm_engines.load_weights import receive
-from rto_fast.rollout.vllm_engines.sleeping import Memory, failure, release_pools
+from rto_fast.rollout.vllm_engines.sleeping import Memory, failing_as, failure, release_pools
 from rto_fast.rollout.vllm_engines.support import cpu_cache_bytes, temperature_of, unusable
 from rto_fast.rollout.watchdog import watched
 from rto_fast.rollout.weights.expected import ExpectedWeights
@@ -120,10 +120,12 @@ class VLLMEngine:
         except (ValueError, KeyError, AssertionError) as error:
             self.torn = f"vLLM did not take the weights: {error}"
             raise SyncError(self.torn) from error
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        except RuntimeError as error:
             raise failure("pushing weights to vLLM", error) from error
         self.memory.lost = False
-        if not self.llm.reset_prefix_cache():
+        emptied: list[bool] = []
+        failing_as("emptying vLLM's cache", lambda: emptied.append(self.llm.reset_prefix_cache()))
+        if not emptied[0]:
             self.torn = "keys and values of the old weights could not be dropped from vLLM's cache"
             raise SyncError(self.torn)
         self.torn = ""
@@ -198,7 +200,7 @@ class VLLMEngine:
                 progress(len(tokens), 1)
             if dropped := [name for name, i in ids.items() if not responses[i]]:
                 core.abort_request(dropped)
-                core.step()  # takes back what was under way for them
+                failing_as("sampling with vLLM", core.step)  # takes back what was under way for them
         rollout = Rollout.from_lists(requests, responses, logps, truncated, self.version)
         return rollout if keep is None else rollout.select(tally.kept([len(r) for r in responses]))
 

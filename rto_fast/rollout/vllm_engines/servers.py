@@ -2,10 +2,11 @@
 
 The recipe starts one server, or is given the URLs of several; each holds a whole model, and requests are dealt out
 to them by prompt. Rank 0 of the trainer broadcasts the weights to all of them (weights/stream.py), every rank sends
-its own requests. Tested with vLLM 0.32.0 on a CPU over loopback.
+its own requests. Tested with vLLM 0.32.0 on a CPU of one machine.
 
-Pushing weights needs vLLM's development mode, in which whoever reaches a server's port can call any method of it:
-a server belongs on 127.0.0.1 or in a private network.
+Pushing weights needs vLLM's development mode, in which whoever reaches a server can call any method of it: those that
+the recipe starts listen on a socket that no other account reaches (server_process.py), others belong on such a socket
+or in a private network.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from typing import Any
 import httpx
 import torch
 from torch import Tensor
+from torch.distributed import Store
 
 from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
-from rto_fast.errors import ConfigError, EngineFailure, RolloutError, SyncError
+from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, RolloutError, SyncError
 from rto_fast.redact import without_credentials
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.vllm_engines import address
 from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
+from rto_fast.rollout.vllm_engines.sleeping import failure
 from rto_fast.rollout.vllm_engines.support import OLDEST_SERVED, cpu_cache_bytes, temperature_of, too_old, unusable
 from rto_fast.rollout.weights import stream
 from rto_fast.rollout.weights.expected import ExpectedWeights
@@ -42,6 +46,7 @@ RELEASE_S = 30.0
 BUSY = (429, 502, 503, 504)
 NOT_FINITE = -9999.0
 """What a server says of a log-prob that is NaN or -inf."""
+GENERATE = "/inference/v1/generate"
 LOG = "vllm-{}.log"
 """Of the n-th server that the recipe starts, in the run's folder."""
 
@@ -60,10 +65,10 @@ class VLLMServeEngine:
     ) -> None:  # fmt: skip
         """Every rank must come here together.
 
-        urls: running servers; empty = start them here, one on each of the `devices` (CUDA's numbers; on a CPU one
-        server), with their logs in `folder`. timeout_s: seconds without any finished response, or without progress
-        of a push. start_timeout_s: seconds until a server must answer. Raises ConfigError where a server's settings
-        do not fit, EngineFailure where one does not answer.
+        urls: running servers, http(s)://... or unix:PATH of a socket; empty = start them here, one on each of the
+        `devices` (CUDA's numbers; on a CPU one server), with their logs in `folder`. timeout_s: seconds without any
+        finished response, or without progress of a push. start_timeout_s: seconds until a server must answer. Raises
+        ConfigError where a server's settings do not fit, EngineFailure where one does not answer.
         """
         self.device, self.dtype = torch.device(device), dtype
         distributed.init()
@@ -74,8 +79,8 @@ class VLLMServeEngine:
         text = self.expected.text
         self.vocab_size = text.vocab_size
         self.urls = [url.rstrip("/") for url in urls]
+        self.apis: dict[str, httpx.Client] = {}
         self.servers: list[Server] = []
-        self.api = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10), trust_env=False)
         flags = {
             "model": model_path, "dtype": _name(dtype), "seed": seed, "max-model-len": max_length,
             "max-num-seqs": max_sequences, "gpu-memory-utilization": memory_share,
@@ -91,6 +96,8 @@ class VLLMServeEngine:
                 for i, device_id in enumerate(devices or [""]):
                     self.servers.append(Server(flags, switches, Path(folder) / LOG.format(i), device_id))
                 self.urls = [server.url for server in self.servers]
+            timeout = httpx.Timeout(timeout_s, connect=10)
+            self.apis.update((url, address.client(url, timeout)) for url in self.urls)
             self.threads = ThreadPoolExecutor(len(self.urls))
             self._await_health()
             for url in self.urls:
@@ -128,6 +135,8 @@ class VLLMServeEngine:
         except SyncError:
             _ = [reply.exception() for reply in replies]
             raise
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # this process's own, not a server's
+            raise failure("sending weights to vLLM", error, remedy="lower --micro-tokens") from error
         except RuntimeError as error:
             raise EngineFailure(f"the weights did not reach vLLM: {error}") from error
         answers = [reply.result() for reply in replies]
@@ -162,7 +171,8 @@ class VLLMServeEngine:
         """Ends the servers that the engine has started."""
         for server in self.servers:
             server.kill()
-        self.api.close()
+        for api in self.apis.values():
+            api.close()
 
     # Sampling
 
@@ -208,15 +218,17 @@ class VLLMServeEngine:
         """One choice a request; EngineFailure where no answer comes for `timeout_s` seconds."""
         answers: list[dict[str, Any]] = [{} for _ in requests]
         done: asyncio.Queue[int] = asyncio.Queue()
-        connections = self.max_sequences * len(self.urls)
-        async with httpx.AsyncClient(
-            limits=httpx.Limits(max_connections=connections), timeout=httpx.Timeout(None, connect=30), trust_env=False
-        ) as client:
+        timeout = httpx.Timeout(None, connect=30)
+        async with contextlib.AsyncExitStack() as stack:
+            clients = {
+                url: await stack.enter_async_context(address.async_client(url, timeout, self.max_sequences))
+                for url in self.urls
+            }
 
             async def ask(i: int) -> None:
                 url = self.urls[requests[i].sample_index % len(self.urls)]  # a prompt's responses share its cache
                 body = {"token_ids": list(requests[i].prompt), "sampling_params": params | {"seed": requests[i].seed}}
-                answers[i] = (await self._ask(client, url + "/inference/v1/generate", body))["choices"][0]
+                answers[i] = (await self._ask(clients[url], url, body))["choices"][0]
                 done.put_nowait(i)
 
             async with _Tasks(ask(i) for i in range(len(requests))) as tasks:
@@ -237,13 +249,13 @@ class VLLMServeEngine:
         for attempt in range(ATTEMPTS):
             last = attempt + 1 == ATTEMPTS
             try:
-                answer = await client.post(url, json=body)
+                answer = await client.post(GENERATE, json=body)
                 if answer.status_code not in BUSY or last:
-                    return _content(answer)
+                    return _content(answer, url + GENERATE)
             except httpx.TransportError as error:
                 if last or not self._lives():
                     raise EngineFailure(
-                        f"{without_credentials(url)} does not answer: {error!r}{self._log_tail()}"
+                        f"{without_credentials(url)}{GENERATE} does not answer: {error!r}{self._log_tail()}"
                     ) from error
             await asyncio.sleep(PAUSE_S * 2**attempt)
         raise AssertionError("unreachable")
@@ -263,7 +275,7 @@ class VLLMServeEngine:
             while True:
                 healthy = False
                 with contextlib.suppress(httpx.TransportError):
-                    healthy = self.api.get(url + "/health").status_code == 200
+                    healthy = self.apis[url].get("/health").status_code == 200
                 if not self._lives():  # asked after the answer: another process may have taken a dead server's port
                     raise EngineFailure(f"vLLM ended while it started{self._log_tail()}")
                 if healthy:
@@ -284,7 +296,7 @@ class VLLMServeEngine:
     def _check_settings(self, url: str) -> None:
         """ConfigError where the server cannot be what the trainer needs."""
         shown = without_credentials(url)
-        version = str(self.api.get(url + "/version").json()["version"])
+        version = str(self.apis[url].get("/version").json()["version"])
         if refused := too_old(version, OLDEST_SERVED):
             raise ConfigError(f"vllm_url: {shown}: {refused}")
         try:
@@ -310,15 +322,21 @@ class VLLMServeEngine:
 
     def _join(self) -> None:
         """Makes the group that weights are broadcast over: this rank and every server's worker."""
-        addresses = [stream.own_address(httpx.URL(url).host) for url in self.urls]
-        address = next((a for a in addresses if not a.startswith("127.")), addresses[0])
-        store = distributed.open_store(address, 0, timedelta(seconds=self.timeout_s))
-        size = 1 + len(self.urls)
+        addresses = [stream.own_address(httpx.URL(address.base(url)).host) for url in self.urls]
+        host = next((a for a in addresses if not a.startswith("127.")), addresses[0])
+        size, port, file = 1 + len(self.urls), 0, ""
+        store: Store
+        if self.servers:  # they meet where no other account can
+            file = str(self.servers[0].folder / "weights")
+            store = stream.open_file(file, size, self.timeout_s)
+        else:
+            store = listening = distributed.open_store(host, 0, timedelta(seconds=self.timeout_s))
+            port = listening.port
         replies = [
-            self.threads.submit(self._call, url, "rto_join", address, store.port, rank, size, self.timeout_s)
+            self.threads.submit(self._call, url, "rto_join", host, port, file, rank, size, self.timeout_s)
             for rank, url in enumerate(self.urls, start=1)
         ]
-        self.group = stream.join(store, 0, size, self.device, address, self.timeout_s)
+        self.group = stream.join(store, 0, size, self.device, host, self.timeout_s)
         for reply in replies:
             reply.result()
 
@@ -331,7 +349,7 @@ class VLLMServeEngine:
 
     def _post(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
-            return _content(self.api.post(url + path, json=body))
+            return _content(self.apis[url].post(path, json=body), url + path)
         except httpx.TransportError as error:
             raise EngineFailure(
                 f"{without_credentials(url)}{path} does not answer: {error!r}{self._log_tail()}"
@@ -368,6 +386,8 @@ def _on_first_rank(act: Callable[[], Any], meanwhile: Iterable[object] = ()) -> 
     if distributed.rank() == 0:
         try:
             result = act()
+        except DeviceLost:
+            raise  # this process cannot even tell the other ranks
         except (ConfigError, RolloutError, SyncError) as e:
             error = e
     for _ in meanwhile:  # ZeRO-3 gathers together
@@ -378,14 +398,15 @@ def _on_first_rank(act: Callable[[], Any], meanwhile: Iterable[object] = ()) -> 
     return result
 
 
-def _content(answer: httpx.Response) -> Any:
+def _content(answer: httpx.Response, url: str) -> Any:
     """The JSON of an answer; EngineFailure on an error of the server's, RolloutError on one of the request's."""
+    shown = without_credentials(url)
     if answer.status_code >= 500 or answer.status_code in BUSY:
-        raise EngineFailure(f"{without_credentials(str(answer.url))}: status {answer.status_code}: {answer.text[:500]}")
+        raise EngineFailure(f"{shown}: status {answer.status_code}: {answer.text[:500]}")
     if answer.status_code == 404:
-        raise EngineFailure(f"{without_credentials(str(answer.url))}: not found")
+        raise EngineFailure(f"{shown}: not found")
     if answer.status_code >= 400:
-        raise RolloutError(f"{without_credentials(str(answer.url))}: status {answer.status_code}: {answer.text[:500]}")
+        raise RolloutError(f"{shown}: status {answer.status_code}: {answer.text[:500]}")
     return answer.json() if answer.content else None
 
 

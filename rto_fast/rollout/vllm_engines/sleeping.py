@@ -92,14 +92,14 @@ def failing_as(phase: str, act: Callable[[], object], wanted_bytes: int = 0) -> 
         raise failure(phase, error, wanted_bytes) from error
 
 
-def failure(phase: str, error: Exception, wanted_bytes: int = 0) -> EngineFailure | DeviceLost:
-    """The run's own error for one of vLLM's; see `failing_as`."""
+def failure(
+    phase: str, error: Exception, wanted_bytes: int = 0, remedy: str = "lower --vllm-memory-share or --micro-tokens"
+) -> EngineFailure | DeviceLost:
+    """The run's own error for one of vLLM's; see `failing_as`. remedy: where memory ran out."""
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if "out of memory" in str(error).lower() or isinstance(error, torch.OutOfMemoryError):
         wanted = f", weights and cache take {wanted_bytes / GIB:.1f} together" if wanted_bytes else ""
-        return OutOfMemory(
-            f"{phase} ran out of memory ({_free()}{wanted}); lower --vllm-memory-share or --micro-tokens: {what}"
-        )
+        return OutOfMemory(f"{phase} ran out of memory ({_free()}{wanted}); {remedy}: {what}")
     if isinstance(error, torch.AcceleratorError) or "cuda error" in str(error).lower():
         return DeviceLost(f"{phase} broke the CUDA context ({what}); this process can compute no more. "
                           "The last checkpoint is whole")  # fmt: skip

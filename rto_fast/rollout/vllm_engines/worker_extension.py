@@ -32,9 +32,16 @@ class WeightReceiver:
             "device": self.device.type,
         }
 
-    def rto_join(self, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
-        """Joins the trainer's group for weights; a second call leaves the first group."""
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    def rto_join(self, host: str, port: int, file: str, rank: int, size: int, timeout_s: float) -> None:
+        """Joins the trainer's group for weights; a second call leaves the first group.
+
+        It meets the trainer in a file, or at a port of `host` where there is none.
+        """
+        store = (
+            stream.open_file(file, size, timeout_s)
+            if file
+            else dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        )
         self.rto_group = stream.join(store, rank, size, self.device, stream.own_address(host), timeout_s)
 
     def rto_receive(self) -> dict[str, Any]:

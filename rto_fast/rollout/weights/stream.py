@@ -39,7 +39,14 @@ def own_address(peer: str) -> str:
         return s.getsockname()[0]
 
 
-def join(store: dist.TCPStore, rank: int, size: int, device: torch.device, address: str, timeout_s: float) -> Any:
+def open_file(path: str, size: int, timeout_s: float) -> dist.FileStore:
+    """A store for `size` processes of this machine, in a file that is made where there is none."""
+    store = dist.FileStore(path, size)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def join(store: dist.Store, rank: int, size: int, device: torch.device, address: str, timeout_s: float) -> Any:
     """The group of the sender (rank 0) and its receivers: NCCL between CUDA devices, else gloo. Waits for all.
 
     address: this end's own, that gloo listens at.

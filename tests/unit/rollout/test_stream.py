@@ -10,7 +10,7 @@ import torch.distributed as dist
 from launches import forks
 
 from rto_fast.distributed import open_store
-from rto_fast.rollout.weights.stream import Abandoned, join, own_address, receive, send
+from rto_fast.rollout.weights.stream import Abandoned, join, open_file, own_address, receive, send
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -22,8 +22,12 @@ WEIGHTS = {
 }
 
 
-def receiver(port: int, sets: int, out) -> None:
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+def receiver(place: int | str, sets: int, out) -> None:
+    """place: where it meets the sender, a port or a file."""
+    if isinstance(place, int):
+        store = dist.TCPStore("127.0.0.1", place, is_master=False, wait_for_workers=False)
+    else:
+        store = open_file(place, 2, 60)
     group = join(store, 1, 2, CPU, "127.0.0.1", 60)
     for _ in range(sets):
         got = []
@@ -35,14 +39,20 @@ def receiver(port: int, sets: int, out) -> None:
         out.put(got)
 
 
-@pytest.fixture
-def sender():
+@pytest.fixture(params=["port", "file"])
+def sender(request, tmp_path):
     """start(sets) -> (group, queue of what the other process received)."""
     context, started = forks(), []
 
     def start(sets: int):
-        store, out = open_store("127.0.0.1", 0, timedelta(seconds=60)), context.Queue()
-        started.append(context.Process(target=receiver, args=(store.port, sets, out)))
+        out = context.Queue()
+        if request.param == "port":
+            store = open_store("127.0.0.1", 0, timedelta(seconds=60))
+            place = store.port
+        else:
+            place = str(tmp_path / "weights")
+            store = open_file(place, 2, 60)
+        started.append(context.Process(target=receiver, args=(place, sets, out)))
         started[-1].start()
         return join(store, 0, 2, CPU, own_address("127.0.0.1"), 60), out
 

@@ -408,3 +408,10 @@ def test_urls_that_are_none(url):
 def test_a_source_given_twice():
     with pytest.raises(ConfigError, match="http://h/x is given twice"):
         load_reward_sources(RTOConfig(reward_url=("http://h/x", "http://h/x")))
+
+
+def test_a_password_that_breaks_its_url_is_not_shown():
+    """httpx takes what stands before the # for the port, and says so."""
+    with pytest.raises(ConfigError, match=r"reward_url: 'http://\*\*\*' is no URL; .* write .* %23 for #") as refused:
+        load_reward_sources(RTOConfig(reward_url=("http://user:sec#ret@host/rm",)))
+    assert "sec" not in str(refused.value)

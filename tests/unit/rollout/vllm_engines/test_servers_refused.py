@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 
-from rto_fast.errors import ConfigError, EngineFailure, RolloutError
+from rto_fast.config import RTOConfig
+from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, OutOfMemory, RolloutError
 from rto_fast.rollout.vllm_engines import servers
 from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
 
@@ -23,7 +25,7 @@ def engine_of(answer, *, ended: int | None = None) -> VLLMServeEngine:
     engine.vocab_size, engine.max_positions = 8, 4
     process = SimpleNamespace(poll=lambda: ended)
     engine.servers = [SimpleNamespace(process=process, log_tail=lambda: "\n  its log")]
-    engine.api = httpx.Client(transport=httpx.MockTransport(answer))
+    engine.apis = {URL: httpx.Client(base_url=URL, transport=httpx.MockTransport(answer))}
     return engine
 
 
@@ -53,9 +55,9 @@ def test_messages_hold_no_credentials():
     calls = [
         (EngineFailure, lambda: engine_of(refuses)._await_health()),
         (EngineFailure, lambda: engine_of(refuses)._post(URL, "/x")),
-        (EngineFailure, lambda: servers._content(httpx.Response(500, request=httpx.Request("GET", URL)))),
-        (EngineFailure, lambda: servers._content(httpx.Response(404, request=httpx.Request("GET", URL)))),
-        (RolloutError, lambda: servers._content(httpx.Response(400, request=httpx.Request("GET", URL)))),
+        (EngineFailure, lambda: servers._content(httpx.Response(500), URL)),
+        (EngineFailure, lambda: servers._content(httpx.Response(404), URL)),
+        (RolloutError, lambda: servers._content(httpx.Response(400), URL)),
         (ConfigError, lambda: engine_of(version)._check_settings(URL)),
         (ConfigError, lambda: engine_of(workers(dtype="float16"))._check_settings(URL)),
         (ConfigError, lambda: engine_of(workers(max_model_len=3))._check_settings(URL)),
@@ -65,3 +67,80 @@ def test_messages_hold_no_credentials():
         with pytest.raises(kind, match=r"http://127\.0\.0\.1:9") as caught:
             call()
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("x:1", r"'x:1' must start with http://, https:// or unix:/"),
+        ("http://user:secret@h:1/v?key=secret", r"'http://h:1/v' must end before its query or fragment"),
+        ("http://h:1#secret", r"'http://h:1' must end before its query or fragment"),
+        ("http://h:1?", r"'http://h:1' must end before its query or fragment"),
+        ("http://user:se#cret@h:1", r"'http://\*\*\*' is no URL; in user and password write %40 for @, %23 for #"),
+        ("http://h:port", r"'http://h:port' is no URL"),
+        ("http://:8000", r"'http://:8000' names no host"),
+        ("unix:run/socket", r"'unix:run/socket' must name the socket by its whole path"),
+        ("unix:~/socket", r"must name the socket by its whole path"),
+        ("unix:/" + "ü" * 54, r"has a path of 109 bytes, a socket's has 107 at most"),
+    ],
+)
+def test_urls_that_no_server_can_be_asked_at(url, message):
+    with pytest.raises(ConfigError, match=f"vllm_url: .*{message}") as caught:
+        config_of(url).validate()
+    assert "secret" not in str(caught.value)
+    assert "se#cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:s%23cret@h:1", "https://h/prefix/", "http://[fd00::1]:80", "unix:/run/a?b#c", "unix:/" + "x" * 106],
+)
+def test_urls_that_one_can(url):
+    config_of(url).validate()
+
+
+def test_a_server_that_is_named_twice():
+    with pytest.raises(ConfigError, match="vllm_url: one of http://h:1, http://h:1/ comes twice"):
+        config_of("http://h:1", "http://h:1/").validate()
+
+
+def config_of(*urls: str) -> RTOConfig:
+    return RTOConfig(
+        policy="p", reward_model=("r",), dpo_model="d", data="d", rollout_engine="vllm-serve", vllm_url=urls
+    )
+
+
+# The trainer's own device
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (torch.AcceleratorError("illegal"), DeviceLost, "sending weights to vLLM broke the CUDA context"),
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory, "sending weights .*; lower --micro-tokens: "),
+        (RuntimeError("Connection closed by peer"), EngineFailure, "the weights did not reach vLLM: Connection closed"),
+    ],
+)
+def test_a_broadcast_that_breaks(error, kind, message, monkeypatch):
+    """A server is started again; the trainer's own broken context, or its own lack of memory, another cannot mend."""
+
+    def send(*_):
+        raise error
+
+    engine = engine_of(lambda request: httpx.Response(200, json={"results": [{}]}))
+    engine.threads, engine.group = ThreadPoolExecutor(1), None
+    engine.expected = SimpleNamespace(checked_once=iter)
+    monkeypatch.setattr(servers.stream, "send", send)
+    with pytest.raises(kind, match=message):
+        engine._transfer(iter(()), 1)
+
+
+def test_a_lost_device_tells_nobody(monkeypatch):
+    """Telling the other ranks takes the device."""
+
+    def lost():
+        raise DeviceLost("broke the CUDA context")
+
+    monkeypatch.setattr(servers.distributed, "broadcast_object", lambda item: pytest.fail("the device was used"))
+    with pytest.raises(DeviceLost):
+        servers._on_first_rank(lost)
