@@ -27,12 +27,12 @@ PREFERENCES: dict[str, Any] = {
 }
 RTO = RTOConfig(
     policy="OpenRLHF/Llama-3-8b-sft-mixture",
-    dpo_model="RTO-RL/Llama3-8B-DPO",
+    dpo_model=("RTO-RL/Llama3-8B-DPO",),
     reward_model=("RTO-RL/Llama3.2-1B-RewardModel",),
     data="weqweasdas/ultra_train",
     output_dir="runs/rto_llama3",
 )
-PPO = dataclasses.replace(RTO, beta1=0.0, dpo_model="", output_dir="runs/ppo_llama3")
+PPO = dataclasses.replace(RTO, beta1=0.0, dpo_model=(), output_dir="runs/ppo_llama3")
 DPO = DPOConfig(model="OpenRLHF/Llama-3-8b-sft-mixture", output_dir="runs/dpo_llama3", **PREFERENCES)
 RM = RMConfig(model="meta-llama/Llama-3.2-1B-Instruct", output_dir="runs/rm_llama3", **PREFERENCES)
 SFT = SFTConfig(
