@@ -1,4 +1,4 @@
-"""From `--token-reward` to sources: what can be checked before any model is loaded, then the models."""
+"""From `--token-reward` to sources: checks before any model is loaded."""
 
 from __future__ import annotations
 

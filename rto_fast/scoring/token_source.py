@@ -1,4 +1,4 @@
-"""What a source of token rewards is asked: one number for each response token, unscaled.
+"""Sources of token rewards: one unscaled number for each response token.
 
 beta1 and the source's weight scale it, `dpo_clip` bounds it and `credit` pays it, as they do the DPO models' log-ratio.
 A source passes NaN and infinity on: the trainer counts them and skips the step.
