@@ -448,8 +448,9 @@ class RTOConfig(RunConfig):
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
 
     # Policy and critic
-    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo"] = "gae"
-    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "gae"
+    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
+    reward still to come as it is."""
     policy_update: Literal["ppo", "p3o", "rebel"] = "ppo"
     """p3o (joint clip of the pair's ratio) and rebel compare two responses to each prompt, without a critic."""
     rebel_eta: float = 1.0
@@ -690,6 +691,51 @@ class RTOConfig(RunConfig):
         for name, off in (("critic", "auto"), ("critic_warmup", 0), ("truncation", "zero")):
             value, method = getattr(self, name), self.policy_update if pairs else self.advantage
             require(self.uses_critic or value == off, f"{name}: {value!r} needs a critic, and {method} has none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RTOConfig):
+    """On-policy distillation (arXiv 2602.12125): RTO whose token reward is a teacher's log-ratio, and nothing else.
+
+    Maximises E[scale * log(pi_teacher / pi_base)] - KL(pi || pi_base) over the policy's own responses. With scale 1
+    that is -KL(pi || pi_teacher), whatever the base.
+    """
+
+    teacher: str = ""
+    """Language model on the policy's tokens (folder or Hub id)."""
+    base: str = ""
+    """The model that the teacher's log-ratio and the KL are taken against; empty = the policy's start."""
+    scale: float = 1.0
+    """Weight of the teacher's log-ratio; above 1 the policy goes beyond the teacher, away from the base."""
+    beta2: float = 1.0
+    """Scale of the KL against the base, and so of the whole objective; beta1 is scale times it."""
+    beta3: float = 0.0
+    """Scale of the response's score at its last token; 0 = no reward model."""
+    dpo_clip: float = 0.0
+    """Bound on |beta1 * log(pi_teacher / pi_base)| of a token (reward units); 0 = off."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "returns"
+    """Estimator; returns takes the reward still to come as it is, without a critic and without whitening."""
+    gamma: float = 0.0
+    """Discount a token. 0: a token answers for its own log-ratio; 1: for all that follow, the whole KL's gradient."""
+    loss_aggregation: Literal["sequence", "token"] = "token"
+    """Mean over all tokens, or over a response's tokens, then responses."""
+
+    def __post_init__(self) -> None:
+        """teacher, base and scale are spoken of as the settings that they stand for."""
+        super().__post_init__()
+        for name in ("teacher", "base"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        if self.teacher:
+            object.__setattr__(self, "token_reward", (f"logratio:{self.teacher}",))
+        object.__setattr__(self, "reference", self.base or self.reference)
+        object.__setattr__(self, "beta1", self.scale * self.beta2)
+
+    def validate(self) -> None:
+        require(bool(self.teacher), "teacher: no model given; pass --teacher (folder or Hub id)")
+        require(":" not in self.teacher, f"teacher: {self.teacher!r} must not have a colon")
+        require(self.scale > 0, f"scale: must be positive, got {self.scale}")
+        require(self.beta2 > 0, f"beta2: scales the whole objective, must be positive, got {self.beta2}")
+        super().validate()
 
 
 def check_wandb(project: str) -> None:

@@ -56,9 +56,12 @@ def of_tokens(config: RTOConfig, rollout: Rollout, scores: Scores) -> dict[str, 
     if scores.tokens is None:
         return {}
     found, count = {}, max(1, scores.tokens.shape[0])
-    for i, (name, (_, weight)) in enumerate(zip(source_names(config), config.other_token_sources, strict=True)):
+    for i, (name, (spec, weight)) in enumerate(zip(source_names(config), config.other_token_sources, strict=True)):
         scaled = config.beta1 * weight * scores.tokens[:, i]
         found[f"token/{name}"] = float(scores.tokens[:, i].sum()) / len(rollout)
+        if spec.kind == "logratio" and len(spec.models) == 1:
+            gap = scores.policy_logp - scores.ref_logp - scores.tokens[:, i]  # log(pi / pi_model)
+            found[f"kl/{name}"] = float(gap.sum()) / len(rollout)
         if config.dpo_clip:
             found[f"token/{name}_clipped"] = float((scaled.abs() >= config.dpo_clip).sum()) / count
     return found
