@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,11 @@ from rto_fast.run import Run, State
 from rto_fast.scoring.reward_function import FunctionReward
 from rto_fast.scoring.reward_model import ModelReward, OwnText
 from rto_fast.scoring.reward_server import RemoteReward
-from rto_fast.scoring.reward_source import RewardSource, try_sources
+from rto_fast.scoring.reward_source import Model, RewardSource, try_sources
 from rto_fast.scoring.score import Scorers
+from rto_fast.scoring.token_function import try_written
+from rto_fast.scoring.token_load import Written, check_token_models, check_tokens, load_token_sources, load_written
+from rto_fast.scoring.token_source import Mixture
 from rto_fast.supervised.stage import Rows
 
 
@@ -82,6 +86,8 @@ class Inputs:
     """The checkpoint to go on from."""
     rewards: list[RewardSource]
     """Those of `reward_fn` and `reward_url`."""
+    written: Written
+    """Sources of token rewards that a function or a server is."""
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     sampling: Sampling
@@ -169,6 +175,7 @@ def check(config: RTOConfig) -> Inputs:
     rewards = load_reward_sources(config)
     tokenizer = load_tokenizer(config.policy, "policy")
     template = load_template(config.chat_template, tokenizer, config.template_date)
+    written = load_written(config, tokenizer)
     _check_models(config, tokenizer, template)
     check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
@@ -178,26 +185,16 @@ def check(config: RTOConfig) -> Inputs:
     prompts = load_prompts(config, tokenizer, template)
     ptx = load_ptx(config, tokenizer, template) if config.ptx_coef else None
     try_sources(rewards, prompts.texts)
+    try_written(list(written.values()), prompts.texts)
     checkpoints.check_inputs(config)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
     special = special_tokens_used(tokenizer, template, stop_ids, prompts.prompt_ids)
     readers = [_reader(config, path, tokenizer, special, prompts) for path in config.reward_model]
     return Inputs(
-        device,
-        checkpoints,
-        found,
-        rewards,
-        tokenizer,
-        template,
-        sampling,
-        delimiters,
-        prompts,
-        Rows(ptx.prompt_ids, ptx.response_ids) if ptx else None,
-        special,
-        readers,
-        iterations,
-    )
+        device, checkpoints, found, rewards, written, tokenizer, template, sampling, delimiters, prompts,
+        Rows(ptx.prompt_ids, ptx.response_ids) if ptx else None, special, readers, iterations,
+    )  # fmt: skip
 
 
 def _check_reach(config: RTOConfig) -> None:
@@ -243,22 +240,38 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         kept.append(frozen(model, config, parks=config.park_frozen, partitioned=partitioned))
         return kept[-1]
 
-    reference = keep(load_policy(config.reference or config.policy, argument="reference", **loading))
-    dpo, dpo_ref = None, reference
-    if config.beta1:
-        dpo = keep(load_policy(config.dpo_model, argument="dpo_model", **loading))
+    def once(loader: Callable[..., torch.nn.Module]) -> Callable[[str, str], FrozenModel]:
+        """Of a path and the setting that names it: the model, the same one for the same path."""
+        seen: dict[str, FrozenModel] = {}
+
+        def load_once(path: str, argument: str) -> FrozenModel:
+            if path not in seen:
+                seen[path] = keep(loader(path, argument=argument, **loading))
+            return seen[path]
+
+        return load_once
+
+    language, scalar = once(load_policy), once(load_scalar)
+    reference = language(config.reference or config.policy, "reference")
+    dpo: Model | Mixture | None = None
+    dpo_ref = reference
+    if config.dpo_scale:
+        models = [language(path, "dpo_model") for path in config.dpo_model]
+        single = config.dpo_weights == (1.0,)
+        dpo = models[0] if single else Mixture(models, config.dpo_weights, config.dpo_pessimism)
         if config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
-            dpo_ref = keep(load_policy(config.dpo_ref, argument="dpo_ref", **loading))
+            dpo_ref = language(config.dpo_ref, "dpo_ref")
+    tokens = load_token_sources(config, inputs.written, placement, language, scalar)
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
     sources, readings = [], []
     for path, name, reader in zip(config.reward_model, names, inputs.readers, strict=True):
-        model = keep(load_scalar(path, argument="reward_model", **loading))
+        model = scalar(path, "reward_model")
         end = end_of_turn(inputs.tokenizer, inputs.template)
         sources.append(ModelReward(name, model, placement, end, reader.positions, reader.own_text))
         readings.append(f"reward model: {reader.said}")
     scorers = Scorers(
         policy=policy.evaluate, critic=critic and critic.evaluate, reference=reference, dpo=dpo, dpo_ref=dpo_ref,
-        rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights,
+        rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights, tokens=tokens,
         frozen=kept,
     )  # fmt: skip
     return Loaded(placement, policy, critic, [f"critic: {origin}", *readings], tight, scorers)
@@ -280,26 +293,23 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
     check_template(config.policy, template, "policy")
     length = config.max_prompt_length + config.max_response_length
     check_max_length(length, policy, "max_prompt_length + max_response_length")
-    others = {"reference": config.reference}
-    if config.beta1:
-        others |= {"dpo_model": config.dpo_model, "dpo_ref": config.dpo_ref}
-    for argument, path in others.items():
+    others = [("reference", config.reference)]
+    if config.dpo_scale:
+        others += [*(("dpo_model", path) for path in config.dpo_model), ("dpo_ref", config.dpo_ref)]
+    special = special_tokens_used(tokenizer, template)
+    for argument, path in others:
         if path:
-            other = load_config(path, argument)
-            ours, theirs = (c.get_text_config().vocab_size for c in (policy, other))
-            require(
-                theirs == ours,
-                f"{argument}: {path!r} has a vocabulary of {theirs} tokens, the policy's has "
-                f"{ours}; token rewards compare the two token by token",
-            )
+            check_tokens(path, argument, tokenizer, config.policy, special, exact=True)
             check_weights(path, argument)
             check_template(path, template, argument)
+            other = load_config(path, argument)
             check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
+    check_token_models(config, tokenizer, special)
     for path in config.reward_model:
         reward, own = load_config(path, "reward_model"), load_tokenizer(path, "reward_model")
         check_reward_head(path, "reward_model")
         check_vocabulary(own, reward, "reward_model")
-        if not _difference(tokenizer, special_tokens_used(tokenizer, template), path):
+        if not _difference(tokenizer, special, path):
             check_max_length(length, reward, "max_prompt_length + max_response_length (reward_model)")
             check_template(path, template, "reward_model")
 

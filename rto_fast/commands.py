@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rto_fast import cli
-from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
+from rto_fast.config import DistillConfig, DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import REFUSED
 
@@ -27,12 +27,12 @@ PREFERENCES: dict[str, Any] = {
 }
 RTO = RTOConfig(
     policy="OpenRLHF/Llama-3-8b-sft-mixture",
-    dpo_model="RTO-RL/Llama3-8B-DPO",
+    dpo_model=("RTO-RL/Llama3-8B-DPO",),
     reward_model=("RTO-RL/Llama3.2-1B-RewardModel",),
     data="weqweasdas/ultra_train",
     output_dir="runs/rto_llama3",
 )
-PPO = dataclasses.replace(RTO, beta1=0.0, dpo_model="", output_dir="runs/ppo_llama3")
+PPO = dataclasses.replace(RTO, beta1=0.0, dpo_model=(), output_dir="runs/ppo_llama3")
 DPO = DPOConfig(model="OpenRLHF/Llama-3-8b-sft-mixture", output_dir="runs/dpo_llama3", **PREFERENCES)
 RM = RMConfig(model="meta-llama/Llama-3.2-1B-Instruct", output_dir="runs/rm_llama3", **PREFERENCES)
 SFT = SFTConfig(
@@ -41,6 +41,12 @@ SFT = SFTConfig(
     data_split="train_sft",
     invalid_rows="skip_empty",
     output_dir="runs/sft_llama3",
+)
+DISTILL = DistillConfig(
+    policy="meta-llama/Llama-3.2-1B-Instruct",
+    teacher="meta-llama/Llama-3.1-8B-Instruct",
+    data="weqweasdas/ultra_train",
+    output_dir="runs/distill",
 )
 DEMO = DemoConfig()
 
@@ -78,6 +84,7 @@ COMMANDS: dict[str, Stage | Tool] = {
     "dpo": Stage("DPO and its relatives: the token reward's source", DPO, "rto_fast.supervised.dpo:train_dpo"),
     "rto": Stage("Reinforced Token Optimization", RTO, "rto_fast.trainer:train"),
     "ppo": Stage("the same loop without the token reward", PPO, "rto_fast.trainer:train"),
+    "distill": Stage("on-policy distillation: a teacher pays each token", DISTILL, "rto_fast.trainer:train"),
     "generate": Stage(
         "responses to a benchmark's prompts", "rto_fast.generate:GenerateConfig", "rto_fast.generate:generate"
     ),

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from rto_fast.errors import ConfigError, require
 from rto_fast.redact import ENCODED, redacted, without_credentials
+from rto_fast.token_spec import TokenSpec
 
 TEMPLATE_DATE = "2024-07-26"
 """The day that chat templates write who ask for today's date: the one that Llama-3.1's falls back to."""
@@ -341,10 +342,15 @@ class RTOConfig(RunConfig):
     """SFT model that the policy starts from (folder or Hub id)."""
     reference: str = ""
     """KL reference; empty = the policy's start."""
-    dpo_model: str = ""
-    """DPO model, the token reward's numerator; not loaded when beta1 = 0."""
+    dpo_model: tuple[str, ...] = ()
+    """DPO model, the token reward's numerator; of several, the log-ratios are added up. Not loaded when beta1 = 0."""
+    dpo_weight: tuple[float, ...] = ()
+    """Weights of several DPO models' log-ratios, of either sign (1.3 -0.3 extrapolates from one round of DPO to the
+    next); empty = their mean."""
+    dpo_pessimism: float = 0.0
+    """Deviations over the DPO models that are taken off each token's log-ratio; 0 = off."""
     dpo_ref: str = ""
-    """The DPO model's own reference, the token reward's denominator; empty = the KL reference."""
+    """The DPO models' own reference, the token reward's denominator; empty = the KL reference."""
     critic: Literal["auto", "reward", "policy"] = "auto"
     """Critic's start: the reward model, the SFT backbone with a zero head, or auto (reward where tokenizers agree)."""
 
@@ -363,14 +369,21 @@ class RTOConfig(RunConfig):
     """Attempts after a failed remote request."""
 
     # Token reward (Eq. 4.7)
+    token_reward: tuple[str, ...] = ("dpo",)
+    """Sources of token rewards, added up: dpo, logratio:MODEL[:BASE], endogenous[:MODEL], scalar:MODEL,
+    scalar-diff:MODEL, fn:module:function, url:URL."""
+    token_reward_weight: tuple[float, ...] = ()
+    """Weights of the sources, of either sign; empty = 1 each. A source of weight 0 is left out."""
+    token_reward_alpha: float = 1.0
+    """endogenous: its entropy coefficient alpha."""
     beta1: float = 0.05
-    """Scale of log(pi_dpo / pi_ref), the token reward; 0 = PPO, the DPO model is not loaded."""
+    """Scale of the token rewards, log(pi_dpo / pi_ref) by default; 0 = PPO, their models are not loaded."""
     beta2: float = 0.01
     """Scale of the KL penalty log(pi / pi_ref); 0 = off."""
     beta3: float = 1.0
     """Scale of the response's score at its last token; 0 = off."""
     dpo_clip: float = 0.05
-    """Bound on |beta1 * log(pi_dpo / pi_ref)| of a token (reward units); 0 = off."""
+    """Bound on |beta1 * log(pi_dpo / pi_ref)| of a token, and on every other source's (reward units); 0 = off."""
     score_clip: float = 10.0
     """Bound on |score|; 0 = off."""
     kl_target: float = 0.0
@@ -458,8 +471,9 @@ class RTOConfig(RunConfig):
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
 
     # Policy and critic
-    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo"] = "gae"
-    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "gae"
+    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
+    reward still to come as it is."""
     policy_update: Literal["ppo", "p3o", "rebel"] = "ppo"
     """p3o (joint clip of the pair's ratio) and rebel compare two responses to each prompt, without a critic."""
     rebel_eta: float = 1.0
@@ -546,6 +560,27 @@ class RTOConfig(RunConfig):
         return 1 if self.policy_update == "ppo" else 2
 
     @property
+    def token_sources(self) -> tuple[tuple[TokenSpec, float], ...]:
+        """The sources of token rewards and their weights, without those that are off."""
+        weights = self.token_reward_weight or (1.0,) * len(self.token_reward)
+        specs = map(TokenSpec.parse, self.token_reward)
+        return tuple((s, w) for s, w in zip(specs, weights, strict=True) if w and self.beta1)
+
+    @property
+    def other_token_sources(self) -> tuple[tuple[TokenSpec, float], ...]:
+        """Those beside `dpo`."""
+        return tuple((s, w) for s, w in self.token_sources if s.kind != "dpo")
+
+    @property
+    def dpo_scale(self) -> float:
+        """beta1 times the weight of `dpo` among the token rewards; 0 = no DPO model is loaded."""
+        return self.beta1 * sum(w for s, w in self.token_sources if s.kind == "dpo")
+
+    @property
+    def dpo_weights(self) -> tuple[float, ...]:
+        return self.dpo_weight or (1 / len(self.dpo_model),) * len(self.dpo_model)
+
+    @property
     def reward_sources(self) -> tuple[str, ...]:
         return self.reward_model + self.reward_fn + self.reward_url
 
@@ -553,13 +588,15 @@ class RTOConfig(RunConfig):
     def reward_weights(self) -> tuple[float, ...]:
         return self.reward_weight or (1.0,) * len(self.reward_sources)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one = (self.dpo_model,) if isinstance(self.dpo_model, str) else self.dpo_model
+        object.__setattr__(self, "dpo_model", tuple(filter(None, one)))
+
     def validate(self) -> None:
         super().validate()
         require(bool(self.policy), "policy: no model given; pass --policy (folder or Hub id)")
-        require(
-            self.beta1 == 0 or bool(self.dpo_model),
-            "dpo_model: beta1 > 0 needs a DPO model; pass --dpo-model, or --beta1 0 for PPO",
-        )
+        self._check_token_rewards()
         require(
             bool(self.reward_sources) or self.beta3 == 0,
             "reward_model: no reward source; pass --reward-model, --reward-fn or --reward-url, or --beta3 0",
@@ -573,8 +610,8 @@ class RTOConfig(RunConfig):
             "critic: 'reward' needs a reward model; pass --reward-model, or --critic policy",
         )
         for name in (
-            "beta1", "beta2", "beta3", "dpo_clip", "score_clip", "kl_target", "entropy_coef", "value_clip", "is_cap",
-            "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
+            "beta1", "beta2", "beta3", "dpo_clip", "dpo_pessimism", "score_clip", "kl_target", "entropy_coef",
+            "value_clip", "is_cap", "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
             "rollout_oversample", "min_response_length", "ptx_coef",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
@@ -625,6 +662,30 @@ class RTOConfig(RunConfig):
                 f"{name}: {value!r} is not read with ptx_coef 0; pass a --ptx-coef above 0, or leave it out",
             )
 
+    def _check_token_rewards(self) -> None:
+        count, models = len(self.token_reward), len(self.dpo_model)
+        weights = len(self.token_reward_weight)
+        require(weights in (0, count), f"token_reward_weight: {weights} weights for {count} sources of --token-reward")
+        for name in ("token_reward", "dpo_model"):
+            given = getattr(self, name)
+            require(len(set(given)) == len(given), f"{name}: one of {', '.join(redacted(given))} comes twice")
+        default = RTOConfig.__dataclass_fields__["token_reward"].default
+        require(
+            bool(self.beta1) or self.token_reward in ((), default),
+            "token_reward: beta1 = 0 pays no token rewards; pass a --beta1 above 0",
+        )
+        require(
+            not self.dpo_scale or bool(models),
+            "dpo_model: beta1 > 0 needs a DPO model; pass --dpo-model, another --token-reward, or --beta1 0 for PPO",
+        )
+        weights = len(self.dpo_weight)
+        require(weights in (0, models), f"dpo_weight: {weights} weights for {models} DPO models")
+        require(
+            self.dpo_pessimism <= 0 or models > 1,
+            f"dpo_pessimism: a deviation over DPO models needs at least 2 of them, got {models}",
+        )
+        require(self.token_reward_alpha > 0, f"token_reward_alpha: must be positive, got {self.token_reward_alpha}")
+
     def _check_engine(self) -> None:
         require(
             not (self.park_frozen and self.partition_frozen == "yes"),
@@ -666,6 +727,7 @@ class RTOConfig(RunConfig):
         grouped, pairs = self.advantage in ("grpo", "rloo"), self.policy_update in ("p3o", "rebel")
         for wrong, message in (
             (self.credit != "token" and not self.beta1, f"credit: beta1 = 0 has no token rewards for {self.credit!r}"),
+            (bool(self.beta1) and not self.token_sources, "token_reward: no source; for none pass --beta1 0"),
             (self.credit == "sentence" and not all(self.delimiters), "delimiters: an empty string ends no sentence"),
             (self.credit == "sentence" and not self.delimiters, "delimiters: credit 'sentence' needs at least one"),
             (grouped and self.responses_per_prompt < 2, f"responses_per_prompt: {self.advantage} needs at least 2"),
@@ -679,6 +741,51 @@ class RTOConfig(RunConfig):
         for name, off in (("critic", "auto"), ("critic_warmup", 0), ("truncation", "zero")):
             value, method = getattr(self, name), self.policy_update if pairs else self.advantage
             require(self.uses_critic or value == off, f"{name}: {value!r} needs a critic, and {method} has none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RTOConfig):
+    """On-policy distillation (arXiv 2602.12125): RTO whose token reward is a teacher's log-ratio, and nothing else.
+
+    Maximises E[scale * log(pi_teacher / pi_base)] - KL(pi || pi_base) over the policy's own responses. With scale 1
+    that is -KL(pi || pi_teacher), whatever the base.
+    """
+
+    teacher: str = ""
+    """Language model on the policy's tokens (folder or Hub id)."""
+    base: str = ""
+    """The model that the teacher's log-ratio and the KL are taken against; empty = the policy's start."""
+    scale: float = 1.0
+    """Weight of the teacher's log-ratio; above 1 the policy goes beyond the teacher, away from the base."""
+    beta2: float = 1.0
+    """Scale of the KL against the base, and so of the whole objective; beta1 is scale times it."""
+    beta3: float = 0.0
+    """Scale of the response's score at its last token; 0 = no reward model."""
+    dpo_clip: float = 0.0
+    """Bound on |beta1 * log(pi_teacher / pi_base)| of a token (reward units); 0 = off."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "returns"
+    """Estimator; returns takes the reward still to come as it is, without a critic and without whitening."""
+    gamma: float = 0.0
+    """Discount a token. 0: a token answers for its own log-ratio; 1: for all that follow, the whole KL's gradient."""
+    loss_aggregation: Literal["sequence", "token"] = "token"
+    """Mean over all tokens, or over a response's tokens, then responses."""
+
+    def __post_init__(self) -> None:
+        """teacher, base and scale are spoken of as the settings that they stand for."""
+        super().__post_init__()
+        for name in ("teacher", "base"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        if self.teacher:
+            object.__setattr__(self, "token_reward", (f"logratio:{self.teacher}",))
+        object.__setattr__(self, "reference", self.base or self.reference)
+        object.__setattr__(self, "beta1", self.scale * self.beta2)
+
+    def validate(self) -> None:
+        require(bool(self.teacher), "teacher: no model given; pass --teacher (folder or Hub id)")
+        require(":" not in self.teacher, f"teacher: {self.teacher!r} must not have a colon")
+        require(self.scale > 0, f"scale: must be positive, got {self.scale}")
+        require(self.beta2 > 0, f"beta2: scales the whole objective, must be positive, got {self.beta2}")
+        super().validate()
 
 
 def check_wandb(project: str) -> None:

@@ -175,6 +175,8 @@ class Scores:
     """[B] value after the last token: the critic's where a truncated response is bootstrapped, else 0."""
     score: Tensor
     """[B] weighted sum of the reward sources."""
+    tokens: Tensor | None = None
+    """[R, K] what K sources of token rewards beside the DPO models say of each token, unscaled; None where K = 0."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ class Targets:
     """[R] token rewards (Eq. 4.7), the dense part paid where `credit` says."""
     dpo_reward: Tensor
     """[R] clip(beta1 * log(pi_dpo / pi_ref)) of each token."""
+    dense: Tensor
+    """[R] the sum of all sources of token rewards, each scaled and clipped, where each token earns it."""
     kl: Tensor
     """[R] log(pi / pi_ref), unscaled."""
     advantages: Tensor

@@ -21,6 +21,8 @@ def not_finite(scores: Scores) -> str:
     names = ["score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values"]
     if not scores.old_logp.isnan().all():  # else the update computes it
         names.append("old_logp")
+    if scores.tokens is not None:
+        names.append("tokens")
     counts = {n: int((~torch.isfinite(getattr(scores, n))).sum()) for n in names}
     return ", ".join(f"{k} non-finite {n} values" for n, k in counts.items() if k)
 
@@ -45,8 +47,31 @@ def of_scored(
         **of_rollout(rollout, scores, sources, config.min_response_length),
         "samples": (iteration + 1) * config.responses,
         "rollout/lag": lag,
+        **of_tokens(config, rollout, scores),
         **(of_dropped(config, len(rollout)) if config.rollout_oversample else {}),
     }
+
+
+def of_tokens(config: RTOConfig, rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """Of each source of token rewards beside the DPO models: the sum over a response, and the share at the bound."""
+    if scores.tokens is None:
+        return {}
+    found, count = {}, max(1, scores.tokens.shape[0])
+    for i, (name, (spec, weight)) in enumerate(zip(source_names(config), config.other_token_sources, strict=True)):
+        scaled = config.beta1 * weight * scores.tokens[:, i]
+        found[f"token/{name}"] = float(scores.tokens[:, i].sum()) / len(rollout)
+        if spec.kind == "logratio" and len(spec.models) == 1:
+            gap = scores.policy_logp - scores.ref_logp - scores.tokens[:, i]  # log(pi / pi_model)
+            found[f"kl/{name}"] = float(gap.sum()) / len(rollout)
+        if config.dpo_clip:
+            found[f"token/{name}_clipped"] = float((scaled.abs() >= config.dpo_clip).sum()) / count
+    return found
+
+
+def source_names(config: RTOConfig) -> list[str]:
+    """Names of the sources of token rewards beside the DPO models: their kinds, numbered where one comes again."""
+    kinds = [spec.kind for spec, _ in config.other_token_sources]
+    return [k if kinds.count(k) == 1 else f"{k}{kinds[:i].count(k)}" for i, k in enumerate(kinds)]
 
 
 def of_iteration(
@@ -91,6 +116,7 @@ def of_targets(targets: Targets, responses: int, beta2: float) -> dict[str, floa
     return {
         "reward/total": float(targets.rewards.sum()) / responses,
         "reward/dpo": float(targets.dpo_reward.sum()) / responses,
+        "reward/dense": float(targets.dense.sum()) / responses,
         "kl/response": float(targets.kl.sum()) / responses,
         "kl/token": targets.mean_kl,
         "kl/k3": float((torch.expm1(-targets.kl) + targets.kl).sum()) / tokens,

@@ -180,7 +180,8 @@ def compute_targets(
     """`targets_of` with the run's settings; beta2 stands beside them because the adaptive controller moves it."""
     estimator = ESTIMATORS[config.advantage] if config.policy_update == "ppo" else pair
     return targets_of(
-        rollout, scores, Coefficients(config.beta1, beta2, config.beta3, config.dpo_clip, config.score_clip),
+        rollout, scores, Coefficients(config.dpo_scale, beta2, config.beta3, config.dpo_clip, config.score_clip),
+        scales=[config.beta1 * weight for _, weight in config.other_token_sources],
         credit=CREDIT[config.credit], delimiters=delimiters,
         estimate=partial(estimator, gamma=config.gamma, lam=config.lam, group=config.responses_per_prompt),
     )  # fmt: skip

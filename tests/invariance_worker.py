@@ -139,6 +139,29 @@ def whole_iteration(paths: dict[str, str], responses: int, folder: Path) -> tupl
     return seen[0], metrics | {f"tokens of {phase}": count for phase, count in tokens.items()}
 
 
+def places(token_ids: list[list[int]]) -> list[list[float]]:
+    """A function of token rewards."""
+    return [[i / 7 for i in range(len(ids))] for ids in token_ids]
+
+
+def token_rewards(paths: dict[str, str], stage: int, responses: int, folder: Path) -> tuple:
+    """What every kind of source says of a rollout, and what is paid; also where a rank has no response of its own."""
+    sources = (
+        f"logratio:{paths['dpo_ref']}:{paths['dpo']}", "endogenous", f"scalar:{paths['reward']}",
+        f"scalar-diff:{paths['reward']}", "fn:invariance_worker:places",
+    )  # fmt: skip
+    config = RTOConfig(**small_run(
+        TinyModels(**paths), folder, zero_stage=stage, score_tokens=64, max_response_length=100,
+        token_reward=("dpo", *sources), dpo_model=(paths["dpo"], paths["dpo_ref"]), dpo_pessimism=0.5,
+    ))  # fmt: skip
+    run = build.build(config)
+    drawn = rollout().select(range(responses))
+    scores, _ = score_rollout(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
+    dense = compute_targets(drawn, scores, config, config.beta2).dense
+    run.logger.close()
+    return scores.tokens, dense
+
+
 def main() -> None:
     paths, target = json.loads(sys.argv[1]), Path(sys.argv[2])
     distributed.init()
@@ -155,6 +178,12 @@ def main() -> None:
             root = Path(distributed.broadcast_object(folder))
             found[responses] = whole_iteration(paths, responses, root / "loop")
             distributed.barrier()
+    for stage in (2, 3):
+        for responses in (1, SEQUENCES):
+            with tempfile.TemporaryDirectory() as folder:
+                root = Path(distributed.broadcast_object(folder))
+                found["token rewards", stage, responses] = token_rewards(paths, stage, responses, root / "tokens")
+                distributed.barrier()
     if distributed.rank() == 0:
         torch.save(found, target)
 

@@ -35,6 +35,7 @@ SECTIONS = (
     ("`rto-fast rm`", config.RMConfig),
     ("`rto-fast dpo`", config.DPOConfig),
     ("`rto-fast rto`, `rto-fast ppo`", config.RTOConfig),
+    ("`rto-fast distill`, beside those", config.DistillConfig),
     ("`rto-fast demo`", DemoConfig),
 )
 

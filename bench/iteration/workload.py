@@ -115,7 +115,7 @@ class Parts:
         frozen = [FrozenModel(m, self.placement.device, parks=False) for m in (self.reference, self.dpo)]
         return Scorers(
             policy=self.policy.evaluate, critic=self.critic.evaluate, reference=frozen[0], dpo=frozen[1],
-            dpo_ref=frozen[0], rewards=[ModelReward("model", self.reward_model, self.placement)],
+            dpo_ref=frozen[0], tokens=(), rewards=[ModelReward("model", self.reward_model, self.placement)],
             reward_weights=(1.0,), frozen=frozen,
         )  # fmt: skip
 

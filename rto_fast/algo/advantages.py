@@ -47,6 +47,12 @@ def reinforce_pp(rewards: Tensor, scores: Scores, cu: Tensor, *, gamma: float, l
     return Estimate(out.advantages, out.advantages, rto_kernels.whiten_moments(out.moments))
 
 
+def returns(rewards: Tensor, scores: Scores, cu: Tensor, *, gamma: float, lam: float, group: int) -> Estimate:
+    """The reward still to come itself, not whitened: the gradient is that of the expected return (gamma 1)."""
+    to_go, _ = _returns(rewards, cu, gamma, group)
+    return Estimate(to_go, to_go, _identity(rewards))
+
+
 def rloo(rewards: Tensor, scores: Scores, cu: Tensor, *, gamma: float, lam: float, group: int) -> Estimate:
     """Leave-one-out (arXiv 2402.14740): return-to-go less the mean return of the prompt's other responses.
 
@@ -81,6 +87,7 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     "reinforce_pp": reinforce_pp,
     "rloo": rloo,
     "grpo": grpo,
+    "returns": returns,
 }
 
 

@@ -6,7 +6,7 @@ Nothing else in the trainer does arithmetic on rewards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import rto_kernels
@@ -31,15 +31,25 @@ class Coefficients:
     score_clip: float
 
 
+def paid_by(tokens: Tensor, scales: Sequence[float], bound: float) -> Tensor:
+    """[R] sum over sources of clip(scale * number, +-bound).
+
+    tokens: [R, K] fp32, what the sources say; scales: K of them, of either sign; bound: 0 = none.
+    """
+    scaled = tokens * torch.tensor(scales, dtype=tokens.dtype, device=tokens.device)
+    return (scaled.clamp(-bound, bound) if bound else scaled).sum(dim=1)
+
+
 def targets_of(
     rollout: Rollout, scores: Scores, coefficients: Coefficients, *, credit: Credit,
     estimate: Callable[[Tensor, Scores, Tensor], Estimate], delimiters: Tensor = NO_DELIMITERS,
+    scales: Sequence[float] = (),
 ) -> Targets:  # fmt: skip
     """Token rewards (Eq. 4.7), where they are paid, then advantages over the whole rollout.
 
     The rollout is the global one, so the whitening covers all ranks without another collective. estimate: an
-    estimator with its settings filled in. delimiters: [K] int64, tokens that end a sentence. All of it runs where
-    `scores` are.
+    estimator with its settings filled in. delimiters: [K] int64, tokens that end a sentence. scales: of the columns of
+    `scores.tokens`. All of it runs where `scores` are.
     """
     cu = rollout.cu_responses.to(scores.values.device)
     reward = rto_kernels.token_rewards(
@@ -47,12 +57,16 @@ def targets_of(
         **dataclasses.asdict(coefficients), dpo_ref_logp=scores.dpo_ref_logp, cu_seqlens=cu,
     )  # fmt: skip
     ends_sentence = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
-    dense = credit(reward.dpo_reward, cu, ends_sentence)
-    rewards = reward.rewards + (dense - reward.dpo_reward)  # the same bits where nothing moves
+    dense = reward.dpo_reward
+    if scores.tokens is not None:
+        dense = dense + paid_by(scores.tokens, scales, coefficients.dpo_clip)
+    placed = credit(dense, cu, ends_sentence)
+    rewards = reward.rewards + (placed - reward.dpo_reward)  # the same bits where nothing moves
     estimated = estimate(rewards, scores, cu)
     return Targets(
         rewards=rewards,
         dpo_reward=reward.dpo_reward,
+        dense=dense,
         kl=reward.kl,
         advantages=estimated.advantages,
         returns=estimated.returns,

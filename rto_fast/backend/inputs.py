@@ -13,7 +13,7 @@ from rto_fast.config import RunConfig
 
 MODELS = ("model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model")
 TOKEN_REWARD = ("dpo_model", "dpo_ref")
-"""Not loaded when beta1 = 0."""
+"""Not loaded where no token reward comes from them."""
 DATA = ("data", "eval_data", "ptx_data")
 READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".arrow")
 """Files of a folder that loading reads."""
@@ -28,7 +28,11 @@ Contents = dict[str, dict[str, str]]
 def contents_of(config: RunConfig) -> Contents:
     """The fingerprints of every model, data set, reward function and template file that the run reads."""
     found: Contents = {}
-    models = [name for name in MODELS if getattr(config, "beta1", 1.0) or name not in TOKEN_REWARD]
+    models = [name for name in MODELS if getattr(config, "dpo_scale", 1.0) or name not in TOKEN_REWARD]
+    for spec, _ in getattr(config, "token_sources", ()):
+        found |= {f"token_reward: {path!r}": _contents(path, "model") for path in spec.models}
+        if spec.kind == "fn":
+            found[f"token_reward: {spec.parts[0]!r}"] = _sources(spec.parts[0])
     for names, kind in ((models, "model"), (DATA, "dataset")):
         for name in names:
             value = getattr(config, name, ())

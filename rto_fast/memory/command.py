@@ -23,7 +23,7 @@ class MemoryConfig(RTOConfig):
     """
 
     policy: str = "llama-3-8b"
-    dpo_model: str = "llama-3-8b"
+    dpo_model: tuple[str, ...] = ("llama-3-8b",)
     reward_model: tuple[str, ...] = ("llama-3.2-1b",)
     data: str = "none"
     ranks: int = 8

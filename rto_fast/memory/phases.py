@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from rto_fast.backend.frozen import partitions
 from rto_fast.config import RTOConfig
-from rto_fast.memory.shapes import ModelShape, shape_of
+from rto_fast.memory.shapes import KNOWN, ModelShape, shape_of
 
 GIB = 1 << 30
 BUCKET = 500_000_000
@@ -81,12 +81,17 @@ def models_of(config: RTOConfig) -> Models:
     if config.uses_critic:  # `auto` is taken for the reward model: whether tokenizers agree, a config does not say
         start = (policy, "policy") if config.critic == "policy" or not reward else (reward[0], "reward_model")
         critic = shape_of(*start, scalar=True)
-    frozen = [("reference", shape_of(config.reference or policy, "reference"))]
-    if config.beta1:
-        frozen.append(("dpo_model", shape_of(config.dpo_model, "dpo_model")))
-        if config.dpo_ref and config.dpo_ref != (config.reference or policy):
-            frozen.append(("dpo_ref", shape_of(config.dpo_ref, "dpo_ref")))
-    frozen += [("reward_model", shape_of(path, "reward_model", scalar=True)) for path in reward]
+    named = [("reference", config.reference or policy, False)]
+    if config.dpo_scale:
+        named += [("dpo_model", path, False) for path in config.dpo_model]
+        named += [("dpo_ref", config.dpo_ref, False)] * bool(config.dpo_ref)
+    named += [("token_reward", path, spec.scalar) for spec, _ in config.other_token_sources for path in spec.models]
+    named += [("reward_model", path, True) for path in reward]
+    frozen, loaded = [], set()
+    for name, path, scalar in named:
+        if (path, scalar) not in loaded:  # a model that two settings name is loaded once
+            frozen.append((name, shape_of(path, name, scalar=scalar)))
+        loaded |= {(path, scalar)} if path not in KNOWN else set()  # else the name of a size, not a model's
     return Models(shape_of(policy, "policy"), critic, tuple(frozen))
 
 

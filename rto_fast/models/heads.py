@@ -110,11 +110,12 @@ class PolicyModel(nn.Module):
 
 
 class ScalarHead(nn.Linear):
-    """A bias-free linear map to one number, in fp32 whatever the backbone's dtype."""
+    """A linear map to one number, in fp32 whatever the backbone's dtype."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R] fp32."""
-        return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias).squeeze(-1)
 
 
 class ScalarModel(nn.Module):
@@ -128,7 +129,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         weight = classifier.score.weight
         head = ScalarHead(weight.shape[1], 1, bias=False, device="meta")
-        head.weight = weight
+        head.weight, head.bias = weight, classifier.score.bias
         classifier.score = head
         self.classifier = classifier
         self.mean = float(getattr(classifier.config, "mean", 0.0))

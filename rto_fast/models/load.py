@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from rto_fast import distributed
@@ -120,10 +126,16 @@ def _drop_unused_sampling(lm: torch.nn.Module) -> None:
 def load_scalar(
     path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None
 ) -> ScalarModel:
-    """A reward model with its stored head; a missing head is an error, never random weights. placement: load_policy."""
-    _check_statistics(load_config(path, argument), path, argument)
+    """A reward model with its stored head; a missing head is an error, never random weights. placement: load_policy.
+
+    Its class is sequence classification, or token classification, whose head has a bias.
+    """
+    config = load_config(path, argument)
+    _check_statistics(config, path, argument)
+    of_tokens = any("TokenClassification" in name for name in config.architectures or ())
+    kind = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
     classifier, info = _load(
-        AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention,
+        kind, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention,
         key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
     )  # fmt: skip
     _require_score(classifier, path, argument)
@@ -173,6 +185,16 @@ def check_reward_head(path: str, argument: str) -> None:
     _check_statistics(load_config(path, argument), path, argument)
     if names and not any(f"{head}.weight" in names for head in SCORE_HEADS):
         raise _no_head(path, argument)
+
+
+def reward_outputs(path: str) -> int:
+    """Numbers that the reward head in a folder's safetensors gives at a position; 0 where none is found there."""
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for head in SCORE_HEADS:
+                if f"{head}.weight" in tensors.keys():  # noqa: SIM118  (no mapping)
+                    return int(tensors.get_slice(f"{head}.weight").get_shape()[0])
+    return 0
 
 
 def _check_statistics(config: PretrainedConfig, path: str, argument: str) -> None:

@@ -31,7 +31,7 @@ class ReportSample:
     advantage: list[float]
     """[H] GAE."""
     dpo_reward: list[float]
-    """[H] clip(beta1 * log(pi_dpo / pi_ref))."""
+    """[H] clip(beta1 * log(pi_dpo / pi_ref)), or the sum of all sources of token rewards."""
     kl: list[float]
     """[H] log(pi / pi_ref), nats, unscaled."""
     value: list[float]
@@ -96,7 +96,7 @@ def report_samples(
     columns = {
         "token_reward": targets.rewards,
         "advantage": whitened,
-        "dpo_reward": targets.dpo_reward,
+        "dpo_reward": targets.dense,
         "kl": targets.kl,
         "value": scores.values,
     }

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +35,7 @@ class FunctionReward:
     @classmethod
     def load(cls, spec: str) -> FunctionReward:
         """From `module:function` or `path/to/file.py:function`; its ConfigErrors suggest near names."""
-        place, colon, attribute = spec.rpartition(":")
-        if not (colon and place and attribute):
-            raise ConfigError(f"reward_fn: {spec!r} is not module:function or path/to/file.py:function")
-        module = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
-        fn = getattr(module, attribute, None)
-        if not callable(fn):
-            functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            what = "has no" if fn is None else "has a non-callable"
-            raise ConfigError(f"reward_fn: {place} {what} {attribute!r}{_near(attribute, functions)}")
+        fn = load_function(spec, cls.setting)
         try:
             signature = inspect.signature(fn)
         except (TypeError, ValueError):  # a builtin without a signature: found out at the first call
@@ -99,16 +92,30 @@ class FunctionReward:
         return f"on the whole batch of {len(texts.responses)}, on no sample alone: {text}"
 
 
+def load_function(spec: str, setting: str) -> Callable[..., Any]:
+    """The function of `module:function` or `path/to/file.py:function`; its ConfigErrors suggest near names."""
+    place, colon, attribute = spec.rpartition(":")
+    if not (colon and place and attribute):
+        raise ConfigError(f"{setting}: {spec!r} is not module:function or path/to/file.py:function")
+    module = _load_file(spec, Path(place), setting) if place.endswith(".py") else _load_module(spec, place, setting)
+    fn = getattr(module, attribute, None)
+    if not callable(fn):
+        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        what = "has no" if fn is None else "has a non-callable"
+        raise ConfigError(f"{setting}: {place} {what} {attribute!r}{_near(attribute, functions)}")
+    return fn
+
+
 def _near(name: str, candidates: Sequence[str]) -> str:
     """'; did you mean a, b?' or '' when nothing is near."""
     found = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(found)}?" if found else ""
 
 
-def _load_file(spec: str, path: Path) -> ModuleType:
+def _load_file(spec: str, path: Path, setting: str) -> ModuleType:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ConfigError(f"reward_fn: file {path} of {spec!r} does not exist{_near(path.name, siblings)}")
+        raise ConfigError(f"{setting}: file {path} of {spec!r} does not exist{_near(path.name, siblings)}")
     module_spec = importlib.util.spec_from_file_location(f"rto_reward_{path.stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None  # the name ends with .py
@@ -118,21 +125,21 @@ def _load_file(spec: str, path: Path) -> ModuleType:
         module_spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_spec.name]
-        raise ConfigError(f"reward_fn: importing {path} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{setting}: importing {path} raised {type(error).__name__}: {error}") from error
     return module
 
 
-def _load_module(spec: str, name: str) -> ModuleType:
+def _load_module(spec: str, name: str, setting: str) -> ModuleType:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a recipe's own folder comes first; a user's file lies where they stand
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name and not name.startswith(f"{error.name}."):
-            raise ConfigError(f"reward_fn: importing {name} raised {error}") from error
+            raise ConfigError(f"{setting}: importing {name} raised {error}") from error
         known = {m.name for m in pkgutil.iter_modules()}
         raise ConfigError(
-            f"reward_fn: module {error.name!r} of {spec!r} not found{_near(name, sorted(known))}"
+            f"{setting}: module {error.name!r} of {spec!r} not found{_near(name, sorted(known))}"
         ) from None
     except Exception as error:
-        raise ConfigError(f"reward_fn: importing {name} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{setting}: importing {name} raised {type(error).__name__}: {error}") from error

@@ -8,7 +8,7 @@ import json
 import logging
 import socket
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.request import proxy_bypass_environment as bypassed  # type: ignore[attr-defined]
@@ -29,17 +29,23 @@ ENCODINGS = ("", "identity", "gzip", "deflate")
 SHOWN = 200
 """Characters of an answer in an error message."""
 
+Check = Callable[[int, Any], Any]
+"""Of the index of a response and its reward: the reward as it is used. ValueError where it is none."""
+
 logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it prints the URL of each request, password and all
 
 
-class RemoteReward:
-    """A reward model on HTTP: POST {"query": [prompt + response], "prompts": [...]} -> {"rewards": [...]}.
+class RewardServer:
+    """A server that is asked by POST and answers {"rewards": [...]}, one reward a response.
 
     Connection errors, time-outs, status 429 and 5xx are tried again after 1, 2, 4, ... times `wait_s`. The
     environment's proxies are used, but never for an address of this machine or of a private network.
     """
 
     setting = "reward_url"
+    """Where the user named it."""
+    unit = "numbers"
+    """What a response gets one of."""
 
     def __init__(
         self,
@@ -59,11 +65,11 @@ class RemoteReward:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL:  # its words may hold a part of a password
-            raise ConfigError(f"reward_url: {without_credentials(url)!r} is no URL; {ENCODED}") from None
+            raise ConfigError(f"{self.setting}: {without_credentials(url)!r} is no URL; {ENCODED}") from None
         self.name = without_credentials(url)
         """The URL without password and query, for messages and metrics."""
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ConfigError(f"reward_url: {self.name!r} must start with http:// or https:// and name a host")
+            raise ConfigError(f"{self.setting}: {self.name!r} must start with http:// or https:// and name a host")
         self.url = url
         self.secrets = [s for s in (parsed.password, parsed.query.decode(), *parsed.params.values()) if s]
         self.timeout_s = timeout_s
@@ -76,43 +82,42 @@ class RemoteReward:
             self._transport()
         except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
             through = f" through the proxy {without_credentials(self.proxy)} of the environment" if self.proxy else ""
-            raise ConfigError(f"reward_url: {self.name} cannot be asked{through}: {error}") from None
+            raise ConfigError(f"{self.setting}: {self.name} cannot be asked{through}: {error}") from None
 
     def _transport(self) -> httpx.AsyncHTTPTransport:
         return httpx.AsyncHTTPTransport(proxy=self.proxy or None)
 
-    def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
-        return self.score_texts(texts)
+    def ask(self, columns: Mapping[str, Sequence[Any]], check: Check) -> list[Any]:
+        """The rewards of all responses.
 
-    def score_texts(self, texts: ResponseTexts) -> Tensor:
-        """[B] fp32. Raises RewardError after the last attempt, or at once for an answer of another form."""
+        columns: what a request holds, each of all responses; check: what a reward must be.
+        Raises RewardError after the last attempt, or at once for an answer of another form.
+        """
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            rewards = asyncio.run(self._ask_all(texts))
-        else:  # a notebook's, in this thread
-            with ThreadPoolExecutor(1) as elsewhere:
-                rewards = elsewhere.submit(asyncio.run, self._ask_all(texts)).result()
-        return torch.tensor(rewards, dtype=torch.float32)
+            return asyncio.run(self._ask_all(columns, check))
+        with ThreadPoolExecutor(1) as elsewhere:  # a notebook has a loop of its own in this thread
+            return elsewhere.submit(asyncio.run, self._ask_all(columns, check)).result()
 
-    async def _ask_all(self, texts: ResponseTexts) -> list[float]:
-        pairs = list(zip(texts.prompts, texts.responses, strict=True))
-        chunks = [pairs[i : i + self.chunk] for i in range(0, len(pairs), self.chunk)]
+    async def _ask_all(self, columns: Mapping[str, Sequence[Any]], check: Check) -> list[Any]:
+        count = len(next(iter(columns.values())))
+        starts = range(0, count, self.chunk)
+        chunks = [{name: list(column[i : i + self.chunk]) for name, column in columns.items()} for i in starts]
         free = asyncio.Semaphore(self.in_flight)
         async with httpx.AsyncClient(
             transport=self._transport(), timeout=None, headers={"Accept-Encoding": "identity"}
         ) as client:
 
-            async def ask(part: list[tuple[str, str]]) -> list[float]:
+            async def ask(first: int, body: dict[str, Any]) -> list[Any]:
                 async with free:
-                    return await self._post(client, part)
+                    return self._checked(await self._post(client, body), first, min(self.chunk, count - first), check)
 
-            answers: list[list[float]] = await asyncio.gather(*(ask(part) for part in chunks))
+            answers: list[list[Any]] = await asyncio.gather(*map(ask, starts, chunks))
         return [reward for answer in answers for reward in answer]
 
-    async def _post(self, client: httpx.AsyncClient, pairs: list[tuple[str, str]]) -> list[float]:
-        """The rewards of one chunk."""
-        body = {"query": [p + r for p, r in pairs], "prompts": [p for p, _ in pairs]}
+    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
+        """The answer to one chunk."""
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.attempts),
             wait=self.wait,
@@ -120,7 +125,7 @@ class RemoteReward:
             reraise=True,
         )
         try:
-            answer: str = await retrying(self._request, client, body)
+            return await retrying(self._request, client, body)
         except _BadStatus as error:
             tried = retrying.statistics["attempt_number"]
             raise RewardError(
@@ -133,7 +138,6 @@ class RemoteReward:
                 f"remote reward {self.name}: no answer{through} after {tried} attempt(s) "
                 f"(time-out {self.timeout_s:g} s): {type(error).__name__}: {error}"
             ) from None
-        return self._parse(answer, len(pairs))
 
     async def _request(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
         """The text of one attempt's answer, whole within `timeout_s`."""
@@ -158,30 +162,53 @@ class RemoteReward:
                 raise RewardError(f"remote reward {self.name}: the answer has more than {ANSWER_BYTES:,} bytes")
         return bytes(content)
 
-    def _parse(self, answer: str, count: int) -> list[float]:
-        """The `rewards` of an answer: `count` numbers."""
+    def _checked(self, answer: str, first: int, count: int, check: Check) -> list[Any]:
+        """The `rewards` of an answer, one for each of the `count` responses from the `first` on."""
         try:
             rewards = json.loads(answer)["rewards"]
         except (ValueError, RecursionError, KeyError, TypeError):  # ValueError: of a number with 5,000 digits, too
             raise RewardError(
                 f'remote reward {self.name}: answer is not {{"rewards": [...]}}: {self._shown(answer)}'
             ) from None
-        if not isinstance(rewards, list) or not all(type(r) in (int, float) for r in rewards):
-            raise RewardError(f"remote reward {self.name}: rewards is no flat list of numbers: {self._shown(answer)}")
-        if len(rewards) != count:
-            raise RewardError(f"remote reward {self.name}: {len(rewards)} rewards for {count} responses")
         try:
-            return [float(r) for r in rewards]
+            if not isinstance(rewards, list):
+                raise ValueError(f"rewards is no flat list of {self.unit}")
+            if len(rewards) != count:
+                raise ValueError(f"{len(rewards)} rewards for {count} responses")
+            found = [check(first + i, reward) for i, reward in enumerate(rewards)]
+        except ValueError as error:
+            raise RewardError(f"remote reward {self.name}: {error}: {self._shown(answer)}") from None
         except OverflowError:
             raise RewardError(
                 f"remote reward {self.name}: a reward is beyond every float: {self._shown(answer)}"
             ) from None
+        return found
 
     def _shown(self, text: str) -> str:
         """The start of a server's text, without what the URL keeps secret."""
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return repr(text[:SHOWN])
+
+
+class RemoteReward(RewardServer):
+    """A reward model on HTTP: POST {"query": [prompt + response], "prompts": [...]} -> {"rewards": [number, ...]}."""
+
+    def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
+        return self.score_texts(texts)
+
+    def score_texts(self, texts: ResponseTexts) -> Tensor:
+        """[B] fp32; RewardError as `ask`."""
+        query = [p + r for p, r in zip(texts.prompts, texts.responses, strict=True)]
+        rewards = self.ask({"query": query, "prompts": texts.prompts}, lambda _, reward: number(reward))
+        return torch.tensor(rewards, dtype=torch.float32)
+
+
+def number(reward: Any) -> float:
+    """ValueError where a reward is none."""
+    if type(reward) not in (int, float):
+        raise ValueError("rewards is no flat list of numbers")
+    return float(reward)
 
 
 class _BadStatus(Exception):

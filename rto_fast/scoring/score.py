@@ -21,6 +21,7 @@ from rto_fast.errors import RewardError
 from rto_fast.models.heads import logps_at
 from rto_fast.models.packing import Placement, balance
 from rto_fast.scoring.reward_source import Model, RewardSource
+from rto_fast.scoring.token_source import Mixture, TokenSource
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Scorers:
     critic: Model | None
     """None where the advantages need none: values are 0."""
     reference: Model
-    dpo: Model | None
-    """None when beta1 = 0: the token reward is off."""
+    dpo: Model | Mixture | None
+    """None where no token reward comes from it."""
     dpo_ref: Model
     rewards: Sequence[RewardSource]
     reward_weights: Sequence[float]
+    tokens: Sequence[TokenSource]
+    """Sources of token rewards beside the DPO models."""
     frozen: Sequence[FrozenModel]
     """Those of the models that may wait in host memory between rollouts."""
 
@@ -72,7 +75,8 @@ def score_rollout(
     with scorers.on_device():
         named = _source_scores(local, local_texts, scorers.rewards)
         pieces = _token_scores(local, scorers, config, placement, progress)
-    names = [f.name for f in fields(Scores) if f.name != "score"]
+        said = _said_of_tokens(local, local_texts, pieces, scorers.tokens)
+    names = [f.name for f in fields(Scores) if f.name not in ("score", "tokens")]
     # Column by column, so that a rank without any sequence takes part too.
     columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
     progress(int(rollout.seq_lens.sum() - local.seq_lens.sum()))
@@ -80,6 +84,10 @@ def score_rollout(
     if config.behaviour == "sampler" and config.samples_policy:
         tensors["policy_logp"] = rollout.sampler_logp.to(placement.device)
 
+    if scorers.tokens:
+        lens = local.response_lens.tolist()
+        columns = [torch.cat(distributed.gather_ragged(list(one.split(lens)), owners)) for one in said]
+        tensors["tokens"] = torch.stack(columns, dim=1).to(placement.device)
     sources = {
         n: torch.cat(distributed.gather_ragged(list(t.float().cpu()[:, None]), owners)) for n, t in named.items()
     }
@@ -104,6 +112,25 @@ def _source_scores(local: Rollout, texts: ResponseTexts, sources: Sequence[Rewar
     return named
 
 
+def _said_of_tokens(
+    local: Rollout, texts: ResponseTexts, pieces: Sequence[tuple[Tensor, ...]], sources: Sequence[TokenSource]
+) -> list[Tensor]:
+    """[R] fp32 of each source for this rank's share. One that fails on one rank raises RewardError on all.
+
+    After a failure the others are asked all the same: under ZeRO-3 every rank must call every model.
+    """
+    reference = torch.cat([p[2] for p in pieces]).cpu() if pieces else torch.zeros(0)
+    said, failure = [], ""
+    for source in sources:
+        try:
+            said.append(source.score(local, texts, reference).float().cpu())
+        except RewardError as error:
+            failure = failure or str(error)
+    if failed := [f for f in distributed.gather_objects(failure) if f]:
+        raise RewardError(failed[0])
+    return said
+
+
 def _token_scores(
     local: Rollout, scorers: Scorers, config: RTOConfig, placement: Placement, progress: Callable[[int], None]
 ) -> list[tuple[Tensor, ...]]:
@@ -115,7 +142,10 @@ def _token_scores(
         unknown = torch.full_like(reference, math.nan)[None]
         policy = scorers.policy(batch, logps_at(temperatures)) if config.scores_policy else unknown
         dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)
-        dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)
+        if isinstance(scorers.dpo, Mixture):
+            dpo = scorers.dpo(batch, dpo_ref)
+        else:
+            dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)
         # One critic forward: the values of all states, and of the state after each last token.
         states = torch.cat([batch.state_positions, batch.last_positions])
         values = scorers.critic(batch, states) if scorers.critic else torch.zeros(states.shape, device=states.device)

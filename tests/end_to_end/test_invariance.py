@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from invariance_worker import CASES, RESPONSES
+from invariance_worker import CASES, RESPONSES, SEQUENCES
 from loop_helpers import ROOT
 
 pytestmark = pytest.mark.slow
@@ -71,3 +71,16 @@ def test_a_whole_iteration(measured, responses):
     for name, value in figures.items():
         if not name.startswith(("sampler/", "sync/seconds")):  # differences of rounding, and time
             assert others[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("responses", [1, SEQUENCES])
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_token_rewards_of_every_source(measured, ranks, stage, responses):
+    """The same on any number of ranks, models whole or partitioned."""
+    numbers, dense = measured[1]["token rewards", 2, responses]
+    others, paid = measured[ranks]["token rewards", stage, responses]
+    assert numbers.shape[1] == 5
+    assert numbers.isfinite().all()
+    torch.testing.assert_close(others, numbers, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(paid, dense, rtol=1e-4, atol=1e-6)

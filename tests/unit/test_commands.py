@@ -17,7 +17,19 @@ def test_it_lists_its_commands(capsys):
     commands.main([])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert listed == list(commands.COMMANDS)
-    assert set(listed) == {"sft", "rm", "dpo", "rto", "ppo", "generate", "export", "report", "memory", "demo"}
+    assert set(listed) == {
+        "sft",
+        "rm",
+        "dpo",
+        "rto",
+        "ppo",
+        "generate",
+        "export",
+        "report",
+        "memory",
+        "demo",
+        "distill",
+    }
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("rtoo", "rto"), ("exprot", "export"), ("Demo", "demo"), ("x", None)])
@@ -41,7 +53,7 @@ def test_a_wrong_flag_of_a_command_is_refused(name, capsys):
 @pytest.mark.parametrize(
     ("recipe", "name"),
     [("rto_llama3", "rto"), ("ppo_llama3", "ppo"), ("dpo_llama3", "dpo"), ("rm_llama3", "rm"), ("sft_llama3", "sft"),
-     ("rto_tiny", "demo")],
+     ("distill", "distill"), ("rto_tiny", "demo")],
 )  # fmt: skip
 def test_a_recipe_is_its_command(recipe, name, monkeypatch):
     called = []

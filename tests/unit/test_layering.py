@@ -30,6 +30,7 @@ ORDER = (
     ("models", "report"),
     ("data", "logs", "algo", "cli"),
     ("config",),
+    ("token_spec",),
     ("errors", "distributed", "contract", "redact"),
 )
 """Rooms of rto_fast (a folder, or a file beside them), those on top first: a room imports from those below it alone."""

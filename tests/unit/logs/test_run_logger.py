@@ -418,6 +418,6 @@ def test_moments_of_the_advantages_are_their_own(whiten):
     zeros = torch.zeros(4)
     advantages = torch.tensor([1.0, 3.0, 3.0, 7.0])
     moments = tuple(torch.tensor(x, dtype=torch.float64) for x in whiten)
-    found = of_targets(Targets(zeros, zeros, zeros, advantages, zeros, moments), 2, 0.01)
+    found = of_targets(Targets(zeros, zeros, zeros, zeros, advantages, zeros, moments), 2, 0.01)
     assert found["advantage/mean"] == 3.5
     assert found["advantage/std"] == pytest.approx(float(advantages.std(correction=0)))

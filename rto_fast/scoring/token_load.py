@@ -1,0 +1,97 @@
+"""From `--token-reward` to sources: checks before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rto_fast.config import RTOConfig
+from rto_fast.data.tokenizer import check_max_length, load_tokenizer, tokenizer_difference
+from rto_fast.errors import ConfigError, require
+from rto_fast.models.load import check_reward_head, check_weights, load_config, reward_outputs
+from rto_fast.models.packing import Placement
+from rto_fast.scoring.reward_source import Model
+from rto_fast.scoring.token_function import TokenFunction, TokenServer
+from rto_fast.scoring.token_source import Endogenous, LogRatio, Scalar, TokenSource
+from rto_fast.token_spec import TokenSpec
+
+ARGUMENT = "token_reward"
+Written = dict[TokenSpec, TokenFunction | TokenServer]
+"""The sources of `fn` and `url`."""
+Load = Callable[[str, str], Model]
+"""Of a path and the setting that names it: the frozen model."""
+
+
+def load_written(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Written:
+    """Imports functions and reads URLs; calls and requests nothing. ConfigError where one cannot be."""
+    found: Written = {}
+    for spec, _ in config.other_token_sources:
+        if spec.kind == "fn":
+            found[spec] = TokenFunction.load(spec.parts[0], tokenizer)
+        elif spec.kind == "url":
+            timeout, attempts = config.reward_timeout_s, config.reward_retries + 1
+            found[spec] = TokenServer(spec.parts[0], tokenizer, timeout_s=timeout, attempts=attempts)
+    return found
+
+
+def check_token_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, special: frozenset[str]) -> None:
+    """ConfigError where a source's model has other tokens, too few positions, or no head of one output.
+
+    special: the special tokens that the run uses.
+    """
+    length = config.max_prompt_length + config.max_response_length
+    for spec, _ in config.other_token_sources:
+        more = spec.kind == "endogenous"  # it looks at the state behind a truncated response
+        for path in spec.models or ((config.reference or config.policy,) if more else ()):
+            check_weights(path, ARGUMENT)
+            if spec.scalar:
+                check_reward_head(path, ARGUMENT)
+                outputs = reward_outputs(path)
+                require(outputs in (0, 1), f"{ARGUMENT}: {path!r} gives {outputs} numbers a token, not one")
+            check_tokens(path, ARGUMENT, tokenizer, config.policy, special, exact=not spec.scalar)
+            limits = f"max_prompt_length + max_response_length ({ARGUMENT})"
+            check_max_length(length + more, load_config(path, ARGUMENT), limits)
+
+
+def check_tokens(
+    path: str, argument: str, tokenizer: PreTrainedTokenizerBase, policy: str, special: frozenset[str], *, exact: bool
+) -> None:
+    """ConfigError where the model at `path` has other tokens than the policy; exact: or vocabularies differ in size."""
+    ours, theirs = (load_config(p, a).get_text_config().vocab_size for p, a in ((policy, "policy"), (path, argument)))
+    require(
+        theirs == ours if exact else theirs > max(tokenizer.get_vocab().values()),
+        f"{argument}: {path!r} has a vocabulary of {theirs} tokens, the policy's has {ours}; token rewards compare the "
+        "two token by token",
+    )
+    try:
+        own = load_tokenizer(path, argument)
+    except ConfigError:  # a folder without one: its vocabulary must do
+        return
+    if difference := tokenizer_difference(tokenizer, own, special):
+        raise ConfigError(
+            f"{argument}: {path!r} has another tokenizer than the policy ({difference}); token rewards compare the two "
+            "token by token"
+        )
+
+
+def load_token_sources(
+    config: RTOConfig, written: Written, placement: Placement, language: Load, scalar: Load
+) -> list[TokenSource]:
+    """The sources beside the DPO models, in the order of the setting. language, scalar: load a model of the kind."""
+    return [_source(spec, config, written, placement, language, scalar) for spec, _ in config.other_token_sources]
+
+
+def _source(
+    spec: TokenSpec, config: RTOConfig, written: Written, placement: Placement, language: Load, scalar: Load
+) -> Any:
+    if spec in written:
+        return written[spec]
+    if spec.scalar:
+        return Scalar(scalar(spec.parts[0], ARGUMENT), spec.kind == "scalar-diff", placement)
+    reference = config.reference or config.policy
+    models = [language(path, ARGUMENT) for path in spec.models or (reference,)]
+    if spec.kind == "endogenous":
+        return Endogenous(models[0], config.token_reward_alpha, placement)
+    return LogRatio(models[0], models[1] if len(models) > 1 and spec.models[1] != reference else None, placement)
