@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from launches import environment
+from launches import START, environment
 from loop_helpers import ROOT, make_tiny_models, small_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -187,18 +187,6 @@ def test_the_command_says_whether_it_fits(capsys):
         assert phase in text
     config = MemoryConfig(ranks=1)
     assert conclusions(config, models_of(config))[-1].startswith("it fits with --")
-
-
-START = """
-import sys
-from pathlib import Path
-from launches import Launch
-
-ranks, *args = sys.argv[1:]
-result = Launch(args, ranks=int(ranks), log=Path(args[-1]).with_name("log")).wait()
-print(result.output)
-sys.exit(result.returncode)
-"""
 
 
 @pytest.mark.slow
