@@ -2,6 +2,7 @@
 
 python loading_worker.py bits MODELS OUT      # MODELS: a JSON list of JSON dicts of paths; OUT: rank 0 writes it
 python loading_worker.py peak MODELS OUT      # bytes of host memory of every rank while it loads the first of them
+python loading_worker.py host MODELS OUT      # bytes of all ranks at most while a run with the first of them is built
 python loading_worker.py refused MODELS OUT   # the error of every rank that loads each one's reward model
 """
 
@@ -10,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 from invariance_worker import SEQUENCES, rollout
 from loop_helpers import TinyModels, small_run
@@ -25,6 +29,8 @@ from memory_worker import forget_peak, resident
 from rto_fast import build, distributed
 from rto_fast.backend import frozen, train_engine
 from rto_fast.config import RTOConfig
+from rto_fast.memory.host import host_phases
+from rto_fast.memory.phases import Machine, models_of
 from rto_fast.models import load
 from rto_fast.scoring.score import score_rollout
 from rto_fast.trainer import compute_targets
@@ -115,6 +121,44 @@ def peak(models: list[dict[str, str]]) -> dict[str, list[float]]:
     return out
 
 
+def host(models: list[dict[str, str]]) -> tuple[float, float]:
+    """(measured, by the arithmetic); a run with the second models comes first."""
+    large, tiny = (
+        RTOConfig(**small_run(
+            TinyModels(**paths), shared_folder() / "run", zero_stage=3, advantage="reinforce_pp", reward_model=(),
+            reward_fn=("invariance_worker:length",), sync_proof=False,
+        )) for paths in models
+    )  # fmt: skip
+    build.build(tiny).logger.close()
+    forget_peak()
+    distributed.barrier()
+    with most_of_all_ranks() as most:
+        build.build(large).logger.close()
+        distributed.barrier()
+    machine = Machine(distributed.world_size(), device=0, reserve=0, kind="cpu")
+    return most[-1] - most[0], host_phases(large, models_of(large), machine)[0].total
+
+
+@contextlib.contextmanager
+def most_of_all_ranks() -> Iterator[list[float]]:
+    """[bytes of all ranks at first, at most since then]; rank 0 looks every few milliseconds."""
+    ranks = [psutil.Process(pid) for pid in distributed.gather_objects(os.getpid())]
+    most = [float(sum(rank.memory_info().rss for rank in ranks))] * 2
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.002):
+            most[1] = max(most[1], sum(rank.memory_info().rss for rank in ranks))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
 def refused(models: list[dict[str, str]]) -> list[list[tuple[str, str]]]:
     """[model][rank] -> (type, message) of the error; at last those of a fault that rank 0 alone meets."""
 
@@ -137,7 +181,7 @@ def main() -> None:
     mode, models, target = sys.argv[1], [json.loads(text) for text in json.loads(sys.argv[2])], Path(sys.argv[3])
     distributed.init()
     torch.set_num_threads(1)
-    found = {"bits": bits, "peak": peak, "refused": refused}[mode](models)
+    found = {"bits": bits, "peak": peak, "host": host, "refused": refused}[mode](models)
     if distributed.rank() == 0:
         torch.save(found, target)
 
