@@ -52,7 +52,7 @@ With P parameters, b bytes each (bf16: 2) and R ranks:
 | weights of policy and critic | b P (ZeRO-3: b P / R) | always |
 | their fp32 weights | 4 P / R (`--offload`: on the host) | always |
 | moments of AdamW | 8 P / R (`--offload`: on the host) | from the first update on |
-| reference, DPO and reward models | b P / R; whole: b P (`--park-frozen`: in scoring alone) | always |
+| reference, DPO and reward models | b P / R; whole: b P (`--park-frozen`: one at a time, in scoring alone) | always |
 | vLLM | its share of the device | in rollouts; 2 GiB while it sleeps |
 | fp32 gradients | 4 P / R (ZeRO-2 and 3; `--offload`: on the host) | in an update; under ZeRO-3 always |
 | a bucket of gradients, what ZeRO-3 gathers | 0.5, and 1.05 billion elements at most | in an update, in scoring |

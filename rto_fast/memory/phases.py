@@ -190,6 +190,9 @@ def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: boo
         return {}
     share = machine.ranks if partitioned else 1
     out: dict[str, float] = {}
+    if config.park_frozen and machine.kind == "cuda" and not partitioned:  # one at a time
+        name, s = max(models.frozen, key=lambda item: item[1].parameters)
+        return {name: float(width(config) * s.parameters)}
     for i, (name, s) in enumerate(models.frozen):
         out[f"{name}{i if name in out else ''}"] = width(config) * s.parameters / share
     return out
