@@ -13,6 +13,7 @@ VERSION = next(
 )
 
 TRAIN = [
+    "accelerate>=1.1",  # transformers reads weights straight to a GPU with it
     "datasets>=3",
     "deepspeed>=0.19.8,<0.20",
     "filelock>=3.16",

@@ -234,6 +234,8 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     exports = 1 + ((iterations - 1) // config.export_every if config.export_every else 0)
     tight = check_space(config, models, exports, averaged=config.ema_decay > 0)
 
+    whole = "host" if config.park_frozen else "device"
+    loading["home"] = "rank 0" if partitioned else whole
     kept: list[FrozenModel] = []
 
     def keep(model: torch.nn.Module) -> FrozenModel:

@@ -454,7 +454,8 @@ class RTOConfig(RunConfig):
     rollout_tokens: int = free(65536)
     """Tokens (prompt + response) the transformers engine samples at once on one rank."""
     park_frozen: bool = free(False)
-    """Keep reference, DPO and reward models in host memory outside scoring, where they are not partitioned."""
+    """Keep reference, DPO and reward models in host memory, where they are not partitioned; scoring brings them to the
+    device one at a time."""
     partition_frozen: Literal["auto", "yes", "no"] = free("auto")
     """Spread reference, DPO and reward models over the ranks (ZeRO-3), whatever the stage of the trained ones: the same
     bits; scoring waits for the links. auto: under zero_stage 3, and with several ranks on GPUs unless park_frozen."""

@@ -38,6 +38,19 @@ IMPORTED = [
     "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker",
 ]  # fmt: skip
 
+START = """
+import sys
+from pathlib import Path
+from launches import Launch
+
+ranks, *args = sys.argv[1:]
+result = Launch(args, ranks=int(ranks), log=Path(args[-1]).with_name("log")).wait()
+print(result.output)
+sys.exit(result.returncode)
+"""
+"""A program for `python -c`: ranks, then a script and its arguments. What a process reads once, as malloc its settings,
+the ranks then read at its start."""
+
 
 def environment() -> dict[str, str]:
     """This process's environment for a start of its own: on CPUs, offline, with the repository's packages."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from rto_fast import cli
 from rto_fast.memory.command import MemoryConfig
 from rto_fast.memory.fit import largest_micro_tokens, largest_share, remedies, shortage
+from rto_fast.memory.host import host_phases
 from rto_fast.memory.phases import GIB, models_of, phases
 from rto_fast.memory.seconds import checkpoint_bytes, seconds
 
@@ -51,9 +52,9 @@ With P parameters, b bytes each (bf16: 2) and R ranks:
 | weights of policy and critic | b P (ZeRO-3: b P / R) | always |
 | their fp32 weights | 4 P / R (`--offload`: on the host) | always |
 | moments of AdamW | 8 P / R (`--offload`: on the host) | from the first update on |
-| reference, DPO and reward models | b P / R; whole: b P (`--park-frozen`: in scoring alone) | always |
+| reference, DPO and reward models | b P / R; whole: b P (`--park-frozen`: one at a time, in scoring alone) | always |
 | vLLM | its share of the device | in rollouts; 2 GiB while it sleeps |
-| fp32 gradients | 4 P / R (ZeRO-2 and 3) | in an update |
+| fp32 gradients | 4 P / R (ZeRO-2 and 3; `--offload`: on the host) | in an update; under ZeRO-3 always |
 | a bucket of gradients, what ZeRO-3 gathers | 0.5, and 1.05 billion elements at most | in an update, in scoring |
 | layer inputs and one layer's activations | by `--micro-tokens`, `--score-tokens` | in an update, in scoring |
 | lm_head | its gradient in fp32 and bf16, 1 GiB of probabilities | in a policy update |
@@ -62,12 +63,36 @@ With P parameters, b bytes each (bf16: 2) and R ranks:
 With several ranks on GPUs frozen models are partitioned (`--partition-frozen auto`): scoring then waits for the links,
 some 5 % by the same arithmetic, and their bits are those of whole models. On one rank, or on CPUs, they stay whole.
 
+## What a host holds
+
+| what | bytes on a node with n of the R ranks | when |
+|---|---|---|
+| a model that ZeRO-3 takes apart | b P: rank 0 reads it for all ranks | while it is loaded |
+| other models | n times 4 tensors on their way from the files to the devices | while they are loaded |
+| `--park-frozen` | n b P of every frozen model | always |
+| `--offload` | n / R of (4 + b) P, 4 P of gradients and 8 P of moments | the last two from the first update on |
+| Python, CUDA's host side | 3 GiB a rank, an estimate | always |
+
+Rank 0 spreads a model one parameter at a time; the other ranks never see it whole. The files' own pages are not
+counted, since the system takes them back when it needs them. A run on GPUs asks for the host's free memory, too;
+`rto-fast memory` assumes `--host-gib` and `--node-ranks`.
+
+Measured on CPUs, two ranks, a frozen policy of 193 MiB in fp32 from bf16 files (97 MiB), partitioned; MiB of resident
+memory at most (`tests/unit/backend/test_spread.py`):
+
+| | rank 0 | rank 1 | together |
+|---|---|---|---|
+| every rank loads the whole model | 289 | 295 | 584 |
+| rank 0 loads it | 290 | 0, then 103 with its part | 290, then 393 at most |
+
+A whole run with models of 193 MiB under ZeRO-3 held 1,413 MiB at most on both ranks together while it was built, the
+sampler's weights on each of them among it; the arithmetic says 1,348.
+
 ## Runs
 
-Devices of 79.6 GiB, GiB of one rank at each phase's peak, everything else by default. Where the defaults do not
-fit, the row shows the flags that `rto-fast memory` proposes, and the figures with them. Host memory is not
-counted: `--offload` and `--park-frozen` take there what they save here, and every rank loads whole models there, one
-after another.
+Devices of 79.6 GiB, GiB of one rank at each phase's peak, nodes of 8 ranks, everything else by default. Where the
+defaults do not fit, the row shows the flags that `rto-fast memory` proposes, and the figures with them. The two host
+columns are GiB of all ranks of a node together.
 
 """
 TAIL = """
@@ -85,7 +110,8 @@ def row(name: str, flags: str, mend: bool) -> str:
     fits = shortage(adapted, models, machine) is None
     peaks = {p.name: f"{p.total / GIB:.1f}" for p in phases(adapted, models, machine)}
     times = seconds(dataclasses.replace(adapted, save_every=0), models, machine, adapted.rates)
-    cells = [name, " ".join(f"`{h}`" for h in helps) or "-", *peaks.values(), "yes" if fits else "no"]
+    hosts = [f"{p.total / GIB:.0f}" for p in host_phases(adapted, models, machine)]
+    cells = [name, " ".join(f"`{h}`" for h in helps) or "-", *peaks.values(), *hosts, "yes" if fits else "no"]
     cells += [f"{largest_micro_tokens(adapted, models, machine):,}", f"{largest_share(adapted, models, machine):.2f}"]
     cells += [f"{sum(times.values()):.0f}", f"{checkpoint_bytes(adapted, models) / 1e9:.0f}"]
     return "| " + " | ".join(cells) + " |"
@@ -98,6 +124,8 @@ def page() -> str:
         "run",
         "flags",
         *names,
+        "host, loading",
+        "host, training",
         "fits",
         "most `--micro-tokens`",
         "most `--vllm-memory-share`",

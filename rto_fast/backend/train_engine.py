@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rto_fast import distributed
+from rto_fast.backend.spread import spread
 from rto_fast.config import RunConfig
 from rto_fast.errors import ConfigError
 from rto_fast.models.save import full_parameters
@@ -88,7 +89,10 @@ class TrainEngine:
             fused=fuses(config, distributed.device().type),
         )  # fmt: skip
         distributed.barrier()  # DeepSpeed's own groups wait 10 minutes; one rank's download may take longer
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+        settings = deepspeed_config(config)
+        if config.zero_stage == 3:
+            spread(model, settings)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

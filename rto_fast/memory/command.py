@@ -10,6 +10,7 @@ from rich.table import Table
 from rto_fast.config import RTOConfig
 from rto_fast.errors import require
 from rto_fast.memory.fit import largest_micro_tokens, largest_share, remedies, shortage
+from rto_fast.memory.host import host_phases
 from rto_fast.memory.phases import GIB, RESERVE, Machine, Models, Phase, least_share, models_of, phases, uses_vllm
 from rto_fast.memory.seconds import Rates, checkpoint_bytes, seconds
 
@@ -32,6 +33,10 @@ class MemoryConfig(RTOConfig):
     """Memory of one device, GiB."""
     reserve_gib: float = RESERVE / GIB
     """What CUDA and NCCL take of it, GiB."""
+    node_ranks: int = 8
+    """Devices of one node, which share its host memory."""
+    host_gib: float = 1900.0
+    """Memory of a node's host, GiB."""
     tflops: float = 400.0
     """Products that a device reaches in bf16, TFLOP/s."""
     memory_gbps: float = 2600.0
@@ -45,7 +50,8 @@ class MemoryConfig(RTOConfig):
         super().validate()
         require(self.ranks >= 1, f"ranks: must be at least 1, got {self.ranks}")
         require(self.reserve_gib >= 0, f"reserve_gib: must not be negative, got {self.reserve_gib}")
-        for name in ("device_gib", "tflops", "memory_gbps", "link_gbps", "disk_gbps"):
+        require(self.node_ranks >= 1, f"node_ranks: must be at least 1, got {self.node_ranks}")
+        for name in ("device_gib", "host_gib", "tflops", "memory_gbps", "link_gbps", "disk_gbps"):
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         require(
             self.ranks % self.vllm_tensor_parallel == 0,
@@ -54,7 +60,10 @@ class MemoryConfig(RTOConfig):
 
     @property
     def machine(self) -> Machine:
-        return Machine(self.ranks, self.device_gib * GIB, self.reserve_gib * GIB)
+        return Machine(
+            self.ranks, self.device_gib * GIB, self.reserve_gib * GIB, node_ranks=self.node_ranks,
+            host=self.host_gib * GIB,
+        )  # fmt: skip
 
     @property
     def rates(self) -> Rates:
@@ -74,13 +83,23 @@ def _table(config: MemoryConfig, found: list[Phase], models: Models) -> Table:
     table = Table("phase", "GiB", "free", "s", "largest parts", title=f"{config.ranks} x {config.device_gib:g} GiB")
     times = seconds(config, models, config.machine, config.rates)
     for phase in found:
-        parts = sorted(phase.parts.items(), key=lambda item: -item[1])[:4]
         took = f"{times[phase.name]:.1f}" if times.get(phase.name) else ""
-        table.add_row(
-            phase.name, f"{phase.total / GIB:.1f}", f"{config.device_gib - phase.total / GIB:.1f}", took,
-            ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts),
-        )  # fmt: skip
+        table.add_row(phase.name, *_sizes(phase, config.device_gib), took, _parts(phase))
+    table.add_section()
+    for phase in host_phases(config, models, config.machine):
+        name = f"{phase.name}, host of {config.machine.on_node} rank{'s' * (config.machine.on_node > 1)}"
+        table.add_row(name, *_sizes(phase, config.host_gib), "", _parts(phase))
     return table
+
+
+def _sizes(phase: Phase, room: float) -> tuple[str, str]:
+    """GiB that the phase takes, and that are left."""
+    return f"{phase.total / GIB:.1f}", f"{room - phase.total / GIB:.1f}"
+
+
+def _parts(phase: Phase) -> str:
+    parts = sorted(phase.parts.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
 
 
 def conclusions(config: MemoryConfig, models: Models) -> list[str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
+from rto_fast.memory.host import PROCESS, host_free, host_phases
 from rto_fast.memory.phases import GIB, RESERVE, Machine, Models, least_share, models_of, phases, uses_vllm
 
 STEP = 1024
@@ -30,10 +33,13 @@ class Shortage:
     asked: float
     """What the phase asks for beside that."""
     free: float
+    host: bool = False
+    """Whether it is the memory of a node's host that lacks, for all ranks of the node."""
 
     def __str__(self) -> str:
         held, asked, free = (f"{x / GIB:.1f}" for x in (self.held, self.asked, self.free))
-        return f"{self.phase} asks for {asked} GiB beside {held} GiB held, and {free} GiB are free"
+        where = " of a node's host memory" if self.host else ""
+        return f"{self.phase} asks for {asked} GiB{where} beside {held} GiB held, and {free} GiB are free"
 
 
 def shortage(config: RTOConfig, models: Models, machine: Machine) -> Shortage | None:
@@ -47,7 +53,16 @@ def shortage(config: RTOConfig, models: Models, machine: Machine) -> Shortage | 
     if uses_vllm(config, machine) and (least := least_share(config, models, machine)) > config.vllm_memory_share:
         share = config.vllm_memory_share * machine.device
         return Shortage("vLLM's weights and one sequence", 0.0, least * machine.device, share)
-    return None
+    return _host_shortage(config, models, machine)
+
+
+def _host_shortage(config: RTOConfig, models: Models, machine: Machine) -> Shortage | None:
+    """What is lacking in the memory of a node's host."""
+    worst = max(host_phases(config, models, machine), key=lambda p: p.total)
+    if worst.total <= machine.host:
+        return None
+    held = worst.parts.get("processes", 0.0)
+    return Shortage(worst.name, held, worst.total - held, max(0.0, machine.host - held), host=True)
 
 
 def largest_micro_tokens(config: RTOConfig, models: Models, machine: Machine) -> int:
@@ -168,11 +183,16 @@ def require_fit(config: RTOConfig, models: Models, machine: Machine) -> None:
 
 
 def check_device(config: RTOConfig, device: torch.device, ranks: int) -> None:
-    """`require_fit` of this rank's GPU, before anything is loaded on it; nothing on a CPU, or without memory_check."""
+    """`require_fit` of this rank's GPU and host, before anything is loaded; nothing on a CPU, or without memory_check.
+
+    Collective.
+    """
     if device.type != "cuda" or not config.memory_check:
         return
     free, total = torch.cuda.mem_get_info(device)
     if config.rollout_engine == "auto" and importlib.util.find_spec("vllm") is None:
         config = dataclasses.replace(config, rollout_engine="transformers")
     taken = max(RESERVE, total - free)  # by others too
-    require_fit(config, models_of(config), Machine(ranks, total, taken))
+    on_node = distributed.hosts().count(socket.gethostname())
+    host = host_free() + on_node * PROCESS  # the processes are there already
+    require_fit(config, models_of(config), Machine(ranks, total, taken, node_ranks=on_node, host=host))

@@ -4,12 +4,14 @@ With P parameters of a trained model, b bytes each (2 in bf16), R ranks and ZeRO
 
     b·P weights + 4·P/R fp32 weights + 8·P/R moments of AdamW
 
-and, in an update, 4·P/R fp32 gradients, a bucket of gradients under way, and activations. A frozen model is b·P whole,
-b·P/R partitioned. Constants of DeepSpeed are its defaults, which `deepspeed_config` leaves alone.
+and, in an update (under ZeRO-3 always), 4·P/R fp32 gradients, a bucket of gradients under way, and activations. A
+frozen model is b·P whole, b·P/R partitioned. Constants of DeepSpeed are its defaults, which `deepspeed_config` leaves
+alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rto_fast.backend.frozen import partitions
@@ -60,6 +62,15 @@ class Machine:
     """What CUDA, NCCL and the allocator's gaps take of it."""
     kind: str = "cuda"
     """cuda, or cpu: there memory that is asked for counts where it is written to alone."""
+    node_ranks: int = 8
+    """Ranks that share a host, at most."""
+    host: float = math.inf
+    """Memory of that host."""
+
+    @property
+    def on_node(self) -> int:
+        """Ranks on the node of rank 0."""
+        return min(self.ranks, self.node_ranks)
 
 
 @dataclass(frozen=True)
@@ -98,11 +109,11 @@ def models_of(config: RTOConfig) -> Models:
 def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
     """The phases in the order of the loop, each at its peak; every one holds what the run keeps between them."""
     base = {"CUDA and NCCL": machine.reserve} if machine.reserve else {}
-    weights, states = _weights(config, models, machine.ranks), _states(config, models, machine.ranks)
+    weights, states = weights_of(config, models, machine.ranks), states_of(config, models, machine.ranks)
     held = base | weights | states
     waiting, awake = (_frozen(config, models, machine, scoring=scoring) for scoring in (False, True))
-    if not uses_vllm(config, machine) and config.rollout_engine != "vllm-serve":
-        held["sampler"] = float(width(config) * models.policy.parameters)  # the transformers engine has its own
+    if sampler := sampler_of(config, models, machine):
+        held["sampler"] = sampler
     masters = {k: v for k, v in held.items() if not k.endswith("moments")}
     out = [Phase("load", masters | waiting)]
     asleep = {}
@@ -128,6 +139,12 @@ def uses_vllm(config: RTOConfig, machine: Machine) -> bool:
     return config.rollout_engine in ("vllm", "auto") and machine.kind == "cuda"
 
 
+def sampler_of(config: RTOConfig, models: Models, machine: Machine) -> float:
+    """Bytes of the transformers engine's own weights; 0 where vLLM samples."""
+    own = not uses_vllm(config, machine) and config.rollout_engine != "vllm-serve"
+    return float(width(config) * models.policy.parameters) if own else 0.0
+
+
 def least_share(config: RTOConfig, models: Models, machine: Machine) -> float:
     """Share of the device below which vLLM cannot hold its weights and the cache of one sequence."""
     s, split = models.policy, config.vllm_tensor_parallel
@@ -150,18 +167,24 @@ def width(config: RTOConfig) -> int:
     return 2 if config.dtype == "bf16" else 4
 
 
-def _weights(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
+def weights_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
+    """Weights of the trained models in the dtype of the run."""
     share = ranks if config.zero_stage == 3 else 1
     return {f"{name} weights": width(config) * s.parameters / share for name, s in models.trained}
 
 
-def _states(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
-    """fp32 weights and moments of AdamW. Stage 0 has no second copy of its weights."""
+def states_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
+    """fp32 weights, moments of AdamW, and gradients where they are always there.
+
+    Stage 0 has no second copy of its weights; stage 3 has its gradients from the start on.
+    """
     share = ranks if config.zero_stage else 1
     out = {}
     for name, s in models.trained if not config.offload else []:
         if config.zero_stage:
             out[f"{name} fp32 weights"] = 4 * s.parameters / share
+        if config.zero_stage == 3:
+            out[f"{name} gradients"] = 4 * s.parameters / share
         out[f"{name} moments"] = 8 * s.parameters / share
     return out
 
@@ -172,6 +195,9 @@ def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: boo
         return {}
     share = machine.ranks if partitioned else 1
     out: dict[str, float] = {}
+    if config.park_frozen and machine.kind == "cuda" and not partitioned:  # one at a time
+        name, s = max(models.frozen, key=lambda item: item[1].parameters)
+        return {name: float(width(config) * s.parameters)}
     for i, (name, s) in enumerate(models.frozen):
         out[f"{name}{i if name in out else ''}"] = width(config) * s.parameters / share
     return out
@@ -209,7 +235,7 @@ def _update(config: RTOConfig, s: ModelShape, machine: Machine) -> dict[str, flo
     ranks, lazy = machine.ranks, machine.kind == "cpu"
     share = ranks if config.zero_stage >= 2 else 1
     gradients = {"gradients": 4 * s.parameters / share}
-    if config.offload:  # they go to the host as they come
+    if config.offload or config.zero_stage == 3:  # they go to the host as they come, or are counted in every phase
         gradients = {}
     elif config.zero_stage < 2:
         gradients = {"gradients": b * s.parameters + (4 * s.parameters / ranks if config.zero_stage else 0)}

@@ -85,8 +85,12 @@ def own_outputs(model: Any, placement: Placement, name: str) -> list[Tensor]:
         raise ConfigError(f"{name} does not run on one sequence of text: {_reason(error)}") from error
 
 
-def check_family(model: PolicyModel | ScalarModel, alone: list[Tensor], placement: Placement, name: str) -> None:
+def check_family(
+    model: PolicyModel | ScalarModel, alone: list[Tensor], placement: Placement, name: str, *, together: bool = True
+) -> None:
     """Compares the model as the run calls it with `own_outputs`; collective, every rank comes to the same end.
+
+    together: False on a rank that checks for all of them.
 
     Without packing a model whose default attention differs from its eager one gets the latter. Raises ConfigError
     where the model differs beyond rounding.
@@ -98,7 +102,7 @@ def check_family(model: PolicyModel | ScalarModel, alone: list[Tensor], placemen
         if failure and placement.kernel == ALONE:
             _set_attention(inner, "eager")
             failure = _failure(model, alone, placement)
-    failures = [f for f in distributed.gather_objects(failure) if f]
+    failures = [f for f in (distributed.gather_objects(failure) if together else [failure]) if f]
     if failures and placement.kernel == ALONE:
         raise ConfigError(f"{name} is not supported: {failures[0]}")
     if failures:
@@ -197,11 +201,14 @@ def _at_rest(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
         if 1.2 * size > torch.cuda.mem_get_info(device)[0]:
             device = home
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        waiting = [(p, p.data) for p in model.parameters()] if device != home else []
         if device != home:
             model.to(device)
         try:
             yield device
         finally:
+            for parameter, data in waiting:  # nothing is copied back, and weights mapped from files stay so
+                parameter.data = data
             if device != home:
                 model.to(home)
 

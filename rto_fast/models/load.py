@@ -7,7 +7,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,10 +28,14 @@ from rto_fast.models.attention import ALONE, PACKED, resolve_attention
 from rto_fast.models.family import check_family, own_outputs
 from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.packing import Placement
+from rto_fast.models.skeleton import from_rank_zero
 
 ADAPTER = "adapter_config.json"
 M = TypeVar("M", PolicyModel, ScalarModel)
 SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
+Home = Literal["host", "device", "rank 0"]
+"""Where a model's weights are read to: host memory; the device of its placement, past the host; the host of rank 0
+alone, for ZeRO-3 to take apart (backend/spread.py), while the other ranks get a model without storage."""
 
 
 def load_config(path: str, argument: str) -> PretrainedConfig:
@@ -57,12 +61,16 @@ def _refuse_adapter(path: str, argument: str) -> None:
         raise ConfigError(f"{argument}: {path!r} holds {remedy}")
 
 
-def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.Module, dict[str, Any]]:
+def _load(
+    auto: type, path: str, argument: str, placement: Placement | None, home: Home, **settings: object
+) -> tuple[nn.Module, dict[str, Any]]:
     """(model without dropout, loading info) of a folder or Hub id; ConfigError where its weights cannot be read.
 
     With dropout PPO's first ratio would not be 1, and packed attention has none.
     """
     load_config(path, argument)
+    if placement and placement.device.type != "cpu" and not _on_host(home):
+        settings["device_map"] = {"": placement.device}
     try:
         model, info = auto.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **settings)
     except torch.OutOfMemoryError:
@@ -84,27 +92,52 @@ def _load(auto: type, path: str, argument: str, **settings: object) -> tuple[nn.
 
 
 def load_policy(
-    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None
-) -> PolicyModel:
+    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None,
+    home: Home = "host",
+) -> PolicyModel:  # fmt: skip
     """A causal LM folder or Hub id as a PolicyModel; ConfigError where weights are missing.
 
-    placement: where it will run; the model is checked there (collective), see family.py.
+    placement: where it will run; the model is checked there (collective), see family.py. home: see Home.
     """
-    lm, info = _load(AutoModelForCausalLM, path, argument, dtype=dtype, attn_implementation=attention)
-    if info["missing_keys"]:
-        raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}")
-    _drop_unused_sampling(lm)
-    return _checked(PolicyModel, lm, path, argument, placement)
+
+    def load() -> PolicyModel:
+        settings = {"dtype": dtype, "attn_implementation": attention}
+        lm, info = _load(AutoModelForCausalLM, path, argument, placement, home, **settings)
+        if info["missing_keys"]:
+            raise ConfigError(
+                f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}"
+            )
+        _drop_unused_sampling(lm)
+        return _checked(PolicyModel, lm, path, argument, placement, home)
+
+    return _at_home(load, home)
 
 
-def _checked(make: Callable[[Any], M], model: Any, path: str, argument: str, placement: Placement | None) -> M:
+def _at_home(load: Callable[[], M], home: Home) -> M:
+    """`load()`, by rank 0 for all where the weights are to lie there alone."""
+    return from_rank_zero(load) if _on_one(home) else load()
+
+
+def _on_one(home: Home) -> bool:
+    """Whether rank 0 alone reads the weights."""
+    return home == "rank 0" and distributed.world_size() > 1
+
+
+def _on_host(home: Home) -> bool:
+    """Whether weights are read to host memory, whatever the device."""
+    return home == "host" or _on_one(home)
+
+
+def _checked(
+    make: Callable[[Any], M], model: Any, path: str, argument: str, placement: Placement | None, home: Home
+) -> M:
     """`make(model)`, and with a placement the proof that it computes what the model alone does."""
     if placement is None:
         return make(model)
     name = f"{argument}: {path!r} ({type(model).__name__})"
     alone = own_outputs(model, placement, name)
     made = make(model)
-    check_family(made, alone, placement, name)
+    check_family(made, alone, placement, name, together=not _on_one(home))
     return made
 
 
@@ -124,9 +157,10 @@ def _drop_unused_sampling(lm: torch.nn.Module) -> None:
 
 
 def load_scalar(
-    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None
-) -> ScalarModel:
-    """A reward model with its stored head; a missing head is an error, never random weights. placement: load_policy.
+    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None,
+    home: Home = "host",
+) -> ScalarModel:  # fmt: skip
+    """A reward model with its stored head; a missing head is an error, never random weights. Rest: load_policy.
 
     Its class is sequence classification, or token classification, whose head has a bias.
     """
@@ -134,18 +168,23 @@ def load_scalar(
     _check_statistics(config, path, argument)
     of_tokens = any("TokenClassification" in name for name in config.architectures or ())
     kind = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
-    classifier, info = _load(
-        kind, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention,
-        key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."}, ignore_mismatched_sizes=True,
-    )  # fmt: skip
-    _require_score(classifier, path, argument)
-    if any(k.startswith("score.") for k in info["missing_keys"]):
-        raise _no_head(path, argument)
-    mismatched = [str(key) for key in info.get("mismatched_keys", ())]
-    if info["missing_keys"] or mismatched:
-        raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
-                          f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
-    return _checked(ScalarModel, classifier, path, argument, placement)
+
+    def load() -> ScalarModel:
+        classifier, info = _load(
+            kind, path, argument, placement, home, num_labels=1, dtype=dtype,
+            attn_implementation=attention, key_mapping={rf"^{SCORE_HEADS[1]}\.": f"{SCORE_HEADS[0]}."},
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        _require_score(classifier, path, argument)
+        if any(k.startswith("score.") for k in info["missing_keys"]):
+            raise _no_head(path, argument)
+        mismatched = [str(key) for key in info.get("mismatched_keys", ())]
+        if info["missing_keys"] or mismatched:
+            raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
+                              f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
+        return _checked(ScalarModel, classifier, path, argument, placement, home)
+
+    return _at_home(load, home)
 
 
 def check_weights(path: str, argument: str) -> set[str]:
@@ -234,24 +273,27 @@ def _no_head(path: str, argument: str) -> ConfigError:
 
 def new_scalar(
     path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None,
-    head_std: float = 0.0,
+    home: Home = "host", head_std: float = 0.0,
 ) -> ScalarModel:  # fmt: skip
     """A backbone from a causal LM with a new head: zeros, or normal with `head_std` (torch's current seed).
 
-    placement: see load_policy.
+    placement, home: see load_policy.
     """
-    classifier, info = _load(
-        AutoModelForSequenceClassification, path, argument, num_labels=1, dtype=dtype, attn_implementation=attention
-    )
-    _require_score(classifier, path, argument)
-    missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
-    if missing:
-        raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(classifier).__name__}: {_some(missing)}")
-    with torch.no_grad():
-        weight = classifier.score.weight
-        weight.copy_(torch.randn(weight.shape) * head_std if head_std else torch.zeros(weight.shape))
-    classifier.config.mean, classifier.config.std = 0.0, 1.0
-    return _checked(ScalarModel, classifier, path, argument, placement)
+
+    def load() -> ScalarModel:
+        settings = {"dtype": dtype, "attn_implementation": attention, "num_labels": 1}
+        classifier, info = _load(AutoModelForSequenceClassification, path, argument, placement, home, **settings)
+        _require_score(classifier, path, argument)
+        missing = [k for k in info["missing_keys"] if not k.startswith("score.")]
+        if missing:
+            raise ConfigError(f"{argument}: {path!r} lacks weights of a {type(classifier).__name__}: {_some(missing)}")
+        with torch.no_grad():
+            weight = classifier.score.weight
+            weight.copy_(torch.randn(weight.shape) * head_std if head_std else torch.zeros(weight.shape))
+        classifier.config.mean, classifier.config.std = 0.0, 1.0
+        return _checked(ScalarModel, classifier, path, argument, placement, home)
+
+    return _at_home(load, home)
 
 
 def _some(names: object, limit: int = 4) -> str:
@@ -278,7 +320,7 @@ def choose_attention(config: RunConfig, device: torch.device) -> tuple[str | Non
 def place(
     config: RunConfig, device: torch.device, tokens: int, longest: int, *, lockstep: bool = False
 ) -> tuple[Placement, dict[str, Any]]:
-    """Where forwards run, and the settings that every model of the run is loaded with.
+    """Where forwards run, and the settings that every trained model of the run is loaded with.
 
     tokens: of a micro-batch; longest: of a sequence; lockstep: under any ZeRO stage (see Placement).
     """
@@ -286,4 +328,5 @@ def place(
     if kernel == ALONE and distributed.rank() == 0:
         print("packing: off, one sequence a row", flush=True)
     placement = Placement(device, kernel, lockstep or config.zero_stage == 3, config.micro_budget(tokens), longest)
-    return placement, {"dtype": DTYPES[config.dtype], "attention": attention, "placement": placement}
+    home: Home = "rank 0" if config.zero_stage == 3 else "device"
+    return placement, {"dtype": DTYPES[config.dtype], "attention": attention, "placement": placement, "home": home}

@@ -85,8 +85,9 @@ class TransformersEngine:
         Raises ValueError when the checkpoint lacks weights of the model, or the model has no `past_key_values`
         (pure state-space models).
         """
+        straight = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
         model, info = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            model_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **straight
         )
         if info["missing_keys"]:
             raise ValueError(f"{model_path}: the checkpoint lacks {sorted(info['missing_keys'])[:5]}")

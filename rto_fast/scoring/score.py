@@ -19,7 +19,7 @@ from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores
 from rto_fast.errors import RewardError
 from rto_fast.models.heads import logps_at
-from rto_fast.models.packing import Placement, balance
+from rto_fast.models.packing import PackedBatch, Placement, balance
 from rto_fast.scoring.reward_source import Model, RewardSource
 from rto_fast.scoring.token_source import Mixture, TokenSource
 
@@ -43,15 +43,16 @@ class Scorers:
     """Those of the models that may wait in host memory between rollouts."""
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Inside, every model is on the device."""
-        for model in self.frozen:
-            model.fetch()
+    def on_device(self, model: object) -> Iterator[None]:
+        """Inside, the model is on the device, and of those that park it alone."""
+        parked = [m for m in self.frozen if m is model]
+        for m in parked:
+            m.fetch()
         try:
             yield
         finally:
-            for model in self.frozen:
-                model.park()
+            for m in parked:
+                m.park()
 
 
 @torch.no_grad()
@@ -72,10 +73,9 @@ def score_rollout(
     mine = owners[distributed.rank()]
     local, local_texts = rollout.select(mine), texts.select(mine)
 
-    with scorers.on_device():
-        named = _source_scores(local, local_texts, scorers.rewards)
-        pieces = _token_scores(local, scorers, config, placement, progress)
-        said = _said_of_tokens(local, local_texts, pieces, scorers.tokens)
+    named = _source_scores(local, local_texts, scorers)
+    pieces = _token_scores(local, scorers, config, placement, progress)
+    said = _said_of_tokens(local, local_texts, pieces, scorers.tokens)
     names = [f.name for f in fields(Scores) if f.name not in ("score", "tokens")]
     # Column by column, so that a rank without any sequence takes part too.
     columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
@@ -97,13 +97,14 @@ def score_rollout(
     return Scores(**tensors, score=total.to(placement.device)), sources
 
 
-def _source_scores(local: Rollout, texts: ResponseTexts, sources: Sequence[RewardSource]) -> dict[str, Tensor]:
+def _source_scores(local: Rollout, texts: ResponseTexts, scorers: Scorers) -> dict[str, Tensor]:
     """Each source's scores of this rank's share. A source that fails on one rank raises RewardError on all."""
     named: dict[str, Tensor] = {}
     failure = ""
-    for source in sources:
+    for source in scorers.rewards:
         try:
-            named[source.name] = source.score(local, texts)
+            with scorers.on_device(getattr(source, "model", None)):
+                named[source.name] = source.score(local, texts)
         except RewardError as error:
             failure = str(error)
             break
@@ -134,30 +135,58 @@ def _said_of_tokens(
 def _token_scores(
     local: Rollout, scorers: Scorers, config: RTOConfig, placement: Placement, progress: Callable[[int], None]
 ) -> list[tuple[Tensor, ...]]:
-    """For each sequence of this rank the fields of Scores in order, but for `score`; each [its response's length]."""
+    """For each sequence of this rank the fields of Scores in order, but for `score`; each [its response's length].
+
+    One model after the other reads all micro-batches, so that those that park need the device one at a time.
+    """
     temperatures = (config.temperature,) if config.temperature == 1 else (config.temperature, 1.0)
+    batches = list(placement.micro(local.sequences(), local.prompt_lens.tolist()))
+    dpo = scorers.dpo.models if isinstance(scorers.dpo, Mixture) else [scorers.dpo]
+    asked = {id(m) for m in (scorers.reference, scorers.dpo_ref, *dpo, scorers.critic) if m is not None}
+    passes, done = len(asked) + bool(config.scores_policy), 0
+
+    def read(model: Model, ask: Callable[[PackedBatch], Tensor]) -> list[Tensor]:
+        """What a model says of every micro-batch."""
+        nonlocal done
+        out = []
+        with scorers.on_device(model):
+            for index, batch in batches:
+                out.append(ask(batch))
+                tokens = sum(int(local.seq_lens[i]) for i in index)
+                progress(tokens * (done + 1) // passes - tokens * done // passes)
+        done += 1
+        return out
+
+    references = read(scorers.reference, scorers.reference)
+    dpo_refs = references if scorers.dpo_ref is scorers.reference else read(scorers.dpo_ref, scorers.dpo_ref)
+    if isinstance(scorers.dpo, Mixture):
+        each = zip(dpo_refs, *(read(model, model) for model in scorers.dpo.models), strict=True)
+        dpos = [scorers.dpo.mix(base, logps) for base, *logps in each]
+    else:
+        dpos = dpo_refs if scorers.dpo is None else read(scorers.dpo, scorers.dpo)
+    policies = [torch.full_like(reference, math.nan)[None] for reference in references]
+    if config.scores_policy:
+        policies = read(scorers.policy, lambda batch: scorers.policy(batch, logps_at(temperatures)))
+    values = [torch.zeros_like(_valued(batch), dtype=torch.float32) for _, batch in batches]
+    if critic := scorers.critic:
+        values = read(critic, lambda batch: critic(batch, _valued(batch)))
+
     out: list[tuple[Tensor, ...] | None] = [None] * len(local)
-    for index, batch in placement.micro(local.sequences(), local.prompt_lens.tolist()):
-        reference = scorers.reference(batch)
-        unknown = torch.full_like(reference, math.nan)[None]
-        policy = scorers.policy(batch, logps_at(temperatures)) if config.scores_policy else unknown
-        dpo_ref = reference if scorers.dpo_ref is scorers.reference else scorers.dpo_ref(batch)
-        if isinstance(scorers.dpo, Mixture):
-            dpo = scorers.dpo(batch, dpo_ref)
-        else:
-            dpo = dpo_ref if scorers.dpo is None else scorers.dpo(batch)
-        # One critic forward: the values of all states, and of the state after each last token.
-        states = torch.cat([batch.state_positions, batch.last_positions])
-        values = scorers.critic(batch, states) if scorers.critic else torch.zeros(states.shape, device=states.device)
-        values, after = values.split([batch.state_positions.numel(), len(batch.last_positions)])
+    for k, (index, batch) in enumerate(batches):
+        of_states, after = values[k].split([batch.state_positions.numel(), len(batch.last_positions)])
         lens = batch.cu_responses.diff().tolist()
-        columns = [t.split(lens) for t in (policy[0], policy[-1], reference, dpo, dpo_ref, values)]
+        of_tokens = (policies[k][0], policies[k][-1], references[k], dpos[k], dpo_refs[k], of_states)
+        columns = [t.split(lens) for t in of_tokens]
         for j, i in enumerate(index):
             bootstrapped = config.truncation == "bootstrap" and bool(local.truncated[i])
             last = after[j : j + 1] if bootstrapped else torch.zeros_like(after[j : j + 1])
             out[i] = (*(c[j].clone() for c in columns), last)
-        progress(sum(int(local.seq_lens[i]) for i in index))
     return out  # type: ignore[return-value]
+
+
+def _valued(batch: PackedBatch) -> Tensor:
+    """Positions of one critic forward: of all states, then of the state after each last token."""
+    return torch.cat([batch.state_positions, batch.last_positions])
 
 
 def weighted_sum(named: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:

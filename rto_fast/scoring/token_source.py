@@ -6,6 +6,8 @@ A source passes NaN and infinity on: the trainer counts them and skips the step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +15,9 @@ import torch
 from rto_kernels import token_logprobs
 from torch import Tensor
 
+from rto_fast.backend.frozen import FrozenModel
 from rto_fast.contract import ResponseTexts, Rollout
-from rto_fast.models.packing import Placement
+from rto_fast.models.packing import PackedBatch, Placement
 from rto_fast.scoring.reward_source import Model
 
 
@@ -40,9 +43,9 @@ class Mixture:
     def __init__(self, models: list[Model], weights: tuple[float, ...], pessimism: float) -> None:
         self.models, self.weights, self.pessimism = models, weights, pessimism
 
-    def __call__(self, batch: Any, base: Tensor) -> Tensor:
-        """[R] fp32 of a packed batch; base: [R], log pi_base."""
-        ratios = torch.stack([model(batch) - base for model in self.models])
+    def mix(self, base: Tensor, logps: Sequence[Tensor]) -> Tensor:
+        """[R] fp32; base: [R] log pi_base; logps: [R] of each model."""
+        ratios = torch.stack([logp - base for logp in logps])
         weights = torch.tensor(self.weights, dtype=ratios.dtype, device=ratios.device)
         mixed = (weights[:, None] * ratios).sum(dim=0)
         if self.pessimism:
@@ -65,7 +68,7 @@ class LogRatio:
         return self._logps(self.model, rollout) - base
 
     def _logps(self, model: Model, rollout: Rollout) -> Tensor:
-        return over_rollout(self.placement, rollout, lambda batch: model(batch))
+        return over_rollout(self.placement, rollout, model, model)
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,15 @@ class Endogenous:
         out: list[Tensor] = [torch.zeros(0)] * len(sequences)
         # A token more at the end, whichever: its state is the one behind the response.
         longer = [torch.cat([s, s[-1:]]) for s in sequences]
-        for index, batch in self.placement.micro(longer, prompts):
-            chosen, value = self.model(batch, self._read)
-            lens = batch.cu_responses.diff().tolist()
-            for i, z, v in zip(index, chosen.cpu().split(lens), value.cpu().split(lens), strict=False):
-                after = v[1:].clone()
-                if after.numel() and not ends[i]:
-                    after[-1] = 0.0
-                out[i] = z[:-1] - after
+        with at_work(self.model):
+            for index, batch in self.placement.micro(longer, prompts):
+                chosen, value = self.model(batch, self._read)
+                lens = batch.cu_responses.diff().tolist()
+                for i, z, v in zip(index, chosen.cpu().split(lens), value.cpu().split(lens), strict=False):
+                    after = v[1:].clone()
+                    if after.numel() and not ends[i]:
+                        after[-1] = 0.0
+                    out[i] = z[:-1] - after
         return torch.cat(out) if out else torch.zeros(0)
 
     def _read(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, softcap: Any) -> Any:
@@ -119,21 +123,35 @@ class Scalar:
 
     @torch.no_grad()
     def score(self, rollout: Rollout, texts: ResponseTexts, reference: Tensor) -> Tensor:
-        def read(batch: Any) -> Tensor:
+        def read(batch: PackedBatch) -> Tensor:
             at = batch.state_positions + 1
             if not self.differences:
                 return self.model(batch, at)
             before, after = self.model(batch, torch.cat([batch.state_positions, at])).split(at.numel())
             return after - before
 
-        return over_rollout(self.placement, rollout, read)
+        return over_rollout(self.placement, rollout, self.model, read)
 
 
-def over_rollout(placement: Placement, rollout: Rollout, read: Any) -> Tensor:
-    """[R] fp32 on the CPU: what `read` finds at the response tokens of each packed batch, in the rollout's order."""
+def over_rollout(placement: Placement, rollout: Rollout, model: Model, read: Callable[[PackedBatch], Tensor]) -> Tensor:
+    """[R] fp32 on the CPU: what `read` finds by the model at each batch's response tokens, in the rollout's order."""
     out = [torch.zeros(0)] * len(rollout)
-    for index, batch in placement.micro(rollout.sequences(), rollout.prompt_lens.tolist()):
-        found = read(batch).float().cpu()
-        for i, one in zip(index, found.split(batch.cu_responses.diff().tolist()), strict=False):
-            out[i] = one.clone()
+    with at_work(model):
+        for index, batch in placement.micro(rollout.sequences(), rollout.prompt_lens.tolist()):
+            found = read(batch).float().cpu()
+            for i, one in zip(index, found.split(batch.cu_responses.diff().tolist()), strict=False):
+                out[i] = one.clone()
     return torch.cat(out) if out else torch.zeros(0)
+
+
+@contextmanager
+def at_work(model: Model) -> Iterator[None]:
+    """Inside, a model that parks is on the device."""
+    parks = isinstance(model, FrozenModel)
+    if parks:
+        model.fetch()
+    try:
+        yield
+    finally:
+        if parks:
+            model.park()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -68,9 +69,9 @@ def train_dpo(config: DPOConfig) -> Path:
     return run_stage(config, common, objective.stage(config, common))
 
 
-def _load_reference(config: DPOConfig, common: Common) -> PolicyModel:
+def _load_reference(config: DPOConfig, common: Common, **changed: Any) -> PolicyModel:
     source, argument = (config.reference, "reference") if config.reference else (config.model, "model")
-    return load_policy(source, argument=argument, **common.loading)
+    return load_policy(source, argument=argument, **common.loading | changed)
 
 
 def _reference_tables(
@@ -101,7 +102,7 @@ def _mppo(config: DPOConfig, common: Common) -> MPPO:
 def _tdpo(config: DPOConfig, common: Common, loss: KLLoss) -> TDPO:
     train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
     device = common.placement.device
-    reference = _load_reference(config, common).eval().requires_grad_(False).to(device)
+    reference = _load_reference(config, common, home="device").eval().requires_grad_(False).to(device)
     whole = FrozenModel(reference, device, parks=False)
     model = load_policy(config.model, argument="model", **common.loading)
     return TDPO(model, train, held_out, config, loss, whole)

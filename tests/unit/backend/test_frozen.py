@@ -10,9 +10,12 @@ import torch
 from launches import Launch
 from loop_helpers import ROOT, small_run
 
+from rto_fast import build, trainer
+from rto_fast.backend import frozen as frozen_module
 from rto_fast.backend.frozen import FrozenModel, frozen, partitions
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
+from rto_fast.scoring.score import score_rollout
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +84,47 @@ def test_a_parked_model_keeps_its_ties_and_buffers(one_rank, tiny, tmp_path):
     model.fetch()
     assert module[1].weight is module[0].weight
     assert len(model.host) == 2
+
+
+def test_parked_models_come_to_the_device_one_at_a_time_and_once_a_rollout(one_rank, tiny, tmp_path, monkeypatch):
+    """Their host copies are made once, at the start, and keep place and bits; results are those of whole models."""
+    here: list[FrozenModel] = []
+    fetched: list[FrozenModel] = []
+    made: list[torch.nn.Module] = []
+    fetch, park, copy = FrozenModel.fetch, FrozenModel.park, frozen_module._host_copy
+
+    def fetches(model: FrozenModel) -> None:
+        assert not here, "two parked models on the device"
+        here.append(model)
+        fetched.append(model)
+        fetch(model)
+
+    def parks(model: FrozenModel) -> None:
+        here.remove(model)
+        park(model)
+
+    monkeypatch.setattr(frozen_module, "_host_copy", lambda module, device: made.append(module) or copy(module, device))
+    settings = {"micro_tokens": 60, "score_tokens": 60, "dpo_ref": tiny.dpo_ref, "report": False}
+    scores = []
+    for parked in (False, True):
+        if parked:
+            monkeypatch.setattr(FrozenModel, "fetch", fetches)
+            monkeypatch.setattr(FrozenModel, "park", parks)
+        run = build.build(RTOConfig(**small_run(tiny, tmp_path / str(parked), park_frozen=parked, **settings)))
+        kept = run.scorers.frozen
+        before = [[(there.data_ptr(), there.clone()) for _, there in model.host] for model in kept]
+        seen = []
+        monkeypatch.setattr(trainer, "score_rollout", lambda *a, s=seen: s.append(score_rollout(*a)) or s[-1])
+        for iteration in range(2):
+            trainer.rto_iteration(run, iteration)
+        run.logger.close()
+        scores.append(seen)
+        assert [[(t.data_ptr(), list(t.flatten())) for _, t in m.host] for m in kept] == [
+            [(place, list(t.flatten())) for place, t in model] for model in before
+        ]
+    assert len(made) == 4, "reference, DPO model, its reference and the reward model, each once"
+    assert not here
+    assert [sum(m is model for m in fetched) for model in kept] == [2] * 4, "once in each of two iterations"
+    for whole, waiting in zip(*scores, strict=True):
+        for name, tensor in dataclasses.asdict(whole[0]).items():
+            assert torch.equal(tensor, getattr(waiting[0], name)), name

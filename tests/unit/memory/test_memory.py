@@ -8,18 +8,20 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
-from launches import environment
+from launches import START, environment
 from loop_helpers import ROOT, make_tiny_models, small_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto_fast import commands
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
-from rto_fast.memory import fit
+from rto_fast.memory import fit, host
 from rto_fast.memory.command import MemoryConfig, conclusions, show
 from rto_fast.memory.fit import largest_micro_tokens, largest_share, remedies, require_fit, shortage
+from rto_fast.memory.host import host_phases
 from rto_fast.memory.phases import GIB, models_of, phases
 from rto_fast.memory.seconds import checkpoint_bytes, seconds
 from rto_fast.memory.shapes import shape_from, shape_of
@@ -140,7 +142,69 @@ def test_flags_that_save_memory_do(settings):
 def test_parked_models_leave_the_device_outside_scoring():
     plain, parked = MemoryConfig(ranks=1), MemoryConfig(ranks=1, park_frozen=True)
     assert gib(plain)["policy update"] - gib(parked)["policy update"] == pytest.approx(32.2, abs=0.2)
-    assert gib(plain)["scoring"] == gib(parked)["scoring"]
+    of_one = 8.03e9 * 2 / GIB  # in scoring they come one at a time
+    assert gib(plain)["scoring"] - gib(parked)["scoring"] == pytest.approx(32.2 - of_one, abs=0.2)
+
+
+def on_host(config: MemoryConfig) -> dict[str, float]:
+    return {p.name: p.total / GIB for p in host_phases(config, models_of(config), config.machine)}
+
+
+def test_host_memory_of_a_node():
+    """8B is 15.0 GiB: one copy is read for ranks that partition it, one is kept by each rank that parks it."""
+    processes = 8 * 3
+    spread = on_host(MemoryConfig(zero_stage=3))
+    assert spread["loading"] == pytest.approx(processes + 15.0, abs=0.1)
+    assert spread["training"] == processes
+    parked = on_host(MemoryConfig(park_frozen=True))
+    assert parked["training"] == pytest.approx(processes + 8 * (2 * 14.96 + 2.3), abs=0.5)
+    far = MemoryConfig(zero_stage=3, ranks=16, offload=True)
+    assert far.machine.on_node == 8
+    assert on_host(far)["training"] == pytest.approx(processes + (4 + 8 + 4 + 2) * (8.03 + 1.236) / 2 / 1.0737, abs=0.5)
+    assert on_host(far)["loading"] < on_host(far)["training"]
+
+
+def test_zero_3_holds_its_gradients_in_every_phase():
+    """DeepSpeed allocates them with the optimiser: 4 P / R."""
+    two, three = (gib(MemoryConfig(zero_stage=stage, partition_frozen="yes")) for stage in (2, 3))
+    weights, gradients = (8.03 + 1.236) * 2 * 7 / 8 / 1.0737, (8.03 + 1.236) * 4 / 8 / 1.0737
+    assert two["load"] - three["load"] == pytest.approx(weights - gradients, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "room", "phase", "remedy"),
+    [
+        ({"park_frozen": True}, 200, "loading|training", "it fits with --partition-frozen yes --park-frozen False"),
+        ({"zero_stage": 3}, 30, "loading", "no flag makes it fit"),
+        ({"offload": True}, 150, "training", "no flag makes it fit"),
+    ],
+)
+def test_too_little_host_memory_is_refused_with_what_lacks(settings, room, phase, remedy):
+    config = MemoryConfig(**settings, host_gib=room)
+    with pytest.raises(
+        ConfigError, match=rf"({phase}) asks for .* of a node's host memory beside 24.0 GiB held, .* {remedy}"
+    ):
+        require_fit(config, models_of(config), config.machine)
+    roomy = dataclasses.replace(config, host_gib=400.0)
+    assert shortage(roomy, models_of(roomy), roomy.machine) is None
+
+
+def test_the_host_is_asked_at_the_start(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 << 30, 80 << 30))
+    config = RTOConfig(**small_run(tiny, tmp_path, park_frozen=True, partition_frozen="no"))
+    fit.check_device(config, torch.device("cuda"), 1)
+    monkeypatch.setattr(fit, "host_free", lambda: 1000.0)
+    with pytest.raises(ConfigError, match=r"of a node's host memory beside 3\.0 GiB held"):
+        fit.check_device(config, torch.device("cuda"), 1)
+
+
+def test_free_host_memory_is_a_containers_where_it_has_a_limit(monkeypatch, tmp_path):
+    for name, text in (("max", "9000\n"), ("current", "5000\n"), ("stat", "anon 2000\nfile 3000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(host, "GROUP", tmp_path)
+    assert host.host_free() == 9000 - 5000 + 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.host_free() == pytest.approx(psutil.virtual_memory().available, rel=0.5)
 
 
 def test_a_run_that_cannot_fit_is_refused_on_a_gpu_alone(tiny, tmp_path, monkeypatch):
@@ -186,22 +250,12 @@ def test_the_command_says_whether_it_fits(capsys):
     show(MemoryConfig())
     text = capsys.readouterr().out
     assert text.rstrip().endswith("it fits")
+    assert "loading, host of 8 ranks" in text
+    assert "training, host of 8 ranks" in text
     for phase in ("load", "vLLM start", "rollout", "scoring", "policy update", "critic update", "checkpoint"):
         assert phase in text
     config = MemoryConfig(ranks=1)
     assert conclusions(config, models_of(config))[-1].startswith("it fits with --")
-
-
-START = """
-import sys
-from pathlib import Path
-from launches import Launch
-
-ranks, *args = sys.argv[1:]
-result = Launch(args, ranks=int(ranks), log=Path(args[-1]).with_name("log")).wait()
-print(result.output)
-sys.exit(result.returncode)
-"""
 
 
 @pytest.mark.slow

@@ -18,15 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rto_fast import build, trainer
+from rto_fast import build, distributed, trainer
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.data.chat_template import load_template
 from rto_fast.errors import ConfigError, DataError, RewardError, StorageError
 from rto_fast.models import save
 from rto_fast.models.attention import PACKED
-from rto_fast.models.load import check_reward_head, check_weights, load_policy, load_scalar
-from rto_fast.models.packing import PackedBatch
+from rto_fast.models.load import _load, check_reward_head, check_weights, load_policy, load_scalar, new_scalar
+from rto_fast.models.packing import PackedBatch, Placement
 from rto_fast.models.save import export, save_model
 from rto_fast.supervised.reward_model import start_of
 
@@ -478,3 +478,40 @@ def test_a_least_length_where_every_token_ends_is_refused(one_rank, tiny, tmp_pa
     with pytest.raises(ConfigError, match="min_response_length: each of the model's 87 tokens ends a response"):
         run_with(tiny, tmp_path / "run", policy=policy, min_response_length=3)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("home", "ranks", "kind", "straight"),
+    [
+        ("device", 1, "cuda", True),
+        ("device", 8, "cuda", True),
+        ("host", 1, "cuda", False),
+        ("rank 0", 8, "cuda", False),
+        ("rank 0", 1, "cuda", True),
+        ("device", 8, "cpu", False),
+    ],
+)
+@pytest.mark.parametrize("loader", [load_policy, load_scalar, new_scalar])
+def test_weights_are_read_past_the_host_where_they_stay_whole(tiny, monkeypatch, loader, home, ranks, kind, straight):
+    asked = {}
+
+    def from_pretrained(*_, **settings):
+        asked.update(settings)
+        raise OSError("seen")
+
+    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda item: item)
+    placement = Placement(torch.device(kind), "sdpa", lockstep=False, micro_tokens=100)
+    with pytest.raises(ConfigError, match="does not load: seen"):
+        loader(tiny.reward, placement=placement, home=home, **LOADING)
+    assert asked.get("device_map") == ({"": torch.device("cuda")} if straight else None)
+
+
+def test_transformers_reads_weights_straight_to_a_device(tiny):
+    """On a device that is always there, and holds nothing."""
+    model, _ = _load(
+        AutoModelForCausalLM, tiny.policy, "policy", Placement(torch.device("meta"), "sdpa", False, 100), "device"
+    )
+    assert {p.device.type for p in model.parameters()} == {"meta"}

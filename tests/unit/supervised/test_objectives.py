@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pytest
@@ -453,3 +454,17 @@ def test_contradictory_settings_are_refused(tiny, tmp_path):
         small(tiny, tmp_path, label_smoothing=0.5).validate()
     with pytest.raises(ConfigError, match="kto_desirable_weight"):
         small(tiny, tmp_path, objective="kto", kto_desirable_weight=-1.0).validate()
+
+
+def test_tdpos_reference_is_whole_on_every_rank(tiny, monkeypatch):
+    """It lends its hidden states and its head to the policy's kernel, which no partition can."""
+    from rto_fast.models.packing import Placement
+    from rto_fast.supervised import dpo
+
+    homes = []
+    monkeypatch.setattr(dpo, "load_preferences", lambda *_: (mock.Mock(), mock.Mock()))
+    monkeypatch.setattr(dpo, "load_policy", lambda path, home, **_: homes.append(home) or torch.nn.Linear(1, 1))
+    config = DPOConfig(model=tiny.policy, data="none", output_dir="none", objective="tdpo2", zero_stage=3)
+    common = mock.Mock(placement=Placement(torch.device("cpu"), "sdpa", True, 100), loading={"home": "rank 0"})
+    OBJECTIVES["tdpo2"].stage(config, common)
+    assert homes == ["device", "rank 0"]
