@@ -153,7 +153,7 @@ def test_every_check_and_candidate_is_tried(tmp_path):
     assert len(compiled) == 3
     assert all("seconds" in record for record in compiled.values())
     checks = results["run"]["checks"]
-    assert len(checks) == 7
+    assert len(checks) == 8
     assert all(record["ok"] for record in checks.values()), checks
     assert checks["launches"]["launches"]["gae"]["ours"] == {}  # off a GPU nothing is launched
     assert checks["token_kl"]["ratio"] > 0
