@@ -17,8 +17,8 @@ from ..ppo_loss import ppo_loss
 from ._swap import Swaps, bounded_logp, once, supported
 
 FALLS_THROUGH = (
-    "PPO, REINFORCE++, GRPO, RLOO trainers: a policy loss that corrects for the sampler or has a sequence's ratio, where "
-    "no action mask is given (their experience always has one)",
+    "PPO, REINFORCE++, GRPO, RLOO trainers: a policy loss that corrects for the sampler or has a sequence's ratio, "
+    "where no action mask is given (their experience always has one)",
     "SFT, DPO and reward-model trainers: their losses, which are none of PPO's; the log-probs under them are ours",
     "any trainer: fp64 tensors, nested tensors, DTensors; inputs that are not [batch, tokens]",
 )
