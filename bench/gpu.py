@@ -82,7 +82,7 @@ class Section:
 FIRST = ("confident_tokens", "linear_ppo", "linear_logprob", "ppo_loss", "gae", "token_rewards", "logits_logprob")
 LAST = ("large",)
 # They compile for other chips or look at files alone, which needs no GPU and many minutes.
-WITHOUT_GPU = ("aot", "specialisations")
+WITHOUT_GPU = ("aot", "meta_launches", "specialisations", "tile_check")
 
 
 def in_order(folder: Path) -> list[str]:

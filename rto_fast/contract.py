@@ -175,8 +175,8 @@ class Scores:
     """[B] value after the last token: the critic's where a truncated response is bootstrapped, else 0."""
     score: Tensor
     """[B] weighted sum of the reward sources."""
-    tokens: Tensor | None = None
-    """[R, K] what K sources of token rewards beside the DPO models say of each token, unscaled; None where K = 0."""
+    tokens: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, 0))
+    """[R, K] what K sources of token rewards beside the DPO models say of each token, unscaled."""
 
 
 @dataclass(frozen=True)

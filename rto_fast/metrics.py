@@ -18,11 +18,9 @@ from rto_fast.updates.ppo import UpdateStats
 
 def not_finite(scores: Scores) -> str:
     """What in the scores is NaN or infinite, for the diagnosis; empty when nothing is."""
-    names = ["score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values"]
+    names = ["score", "policy_logp", "ref_logp", "dpo_logp", "dpo_ref_logp", "values", "tokens"]
     if not scores.old_logp.isnan().all():  # else the update computes it
         names.append("old_logp")
-    if scores.tokens is not None:
-        names.append("tokens")
     counts = {n: int((~torch.isfinite(getattr(scores, n))).sum()) for n in names}
     return ", ".join(f"{k} non-finite {n} values" for n, k in counts.items() if k)
 
@@ -54,7 +52,7 @@ def of_scored(
 
 def of_tokens(config: RTOConfig, rollout: Rollout, scores: Scores) -> dict[str, float]:
     """Of each source of token rewards beside the DPO models: the sum over a response, and the share at the bound."""
-    if scores.tokens is None:
+    if not config.other_token_sources:
         return {}
     found, count = {}, max(1, scores.tokens.shape[0])
     for i, (name, (spec, weight)) in enumerate(zip(source_names(config), config.other_token_sources, strict=True)):

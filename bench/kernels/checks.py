@@ -10,6 +10,8 @@
     strict          every public call under torch.use_deterministic_algorithms(True)
     cuda graph      the token-sized kernels replayed from a graph, on new values
     token_kl        its time beside the matrix products that it cannot do without
+    tiles           the tiles in use, looked at as an entry of another Triton is: what their kernels say of themselves,
+                    and that a tile which cannot fit is refused
 
 Cross-entropy, fused rewards and the cost against tokens are benches of their own; released weights and
 `mode="reduce-overhead"` are in tests/kernels.
@@ -25,6 +27,7 @@ from collections.abc import Callable, Iterator
 
 import rto_kernels as rk
 import torch
+from rto_kernels import tile_check, tiles
 from rto_kernels._dispatch import count_launches
 from torch import Tensor
 
@@ -180,10 +183,27 @@ def token_kl(small: bool) -> dict:
     return {"ok": not ON_GPU or ratio <= KL_PRODUCTS, "ms": ms, "ratio": ratio}
 
 
+def tiles_looked_at(small: bool) -> dict:
+    if not ON_GPU:
+        return {"ok": True, "not run": "kernels are compiled for a GPU"}
+    _, hidden, vocab = shape(small)
+    device = torch.device(DEVICE, torch.cuda.current_device())
+    problem = tiles.problem_of(hidden, vocab, 2, device)
+    used = tiles.choose(problem, device)
+    # Seven stages of 128 × 256 tiles are more than any chip's shared memory.
+    vast = used._replace(plain=tiles.Tile(128, 256, 64, 8, 7))
+    kernels = [tile_check.compiled(launch, device)._asdict() for launch in tile_check.launches(used, problem)]
+    refused = {
+        name: tile_check.objection_to(choice, problem, device) for name, choice in (("used", used), ("vast", vast))
+    }
+    return {"ok": not refused["used"] and bool(refused["vast"]), "objections": refused, "kernels": kernels}
+
+
 CHECKS = {
     "first ratio": first_ratio,
     "strict": strict,
     "cuda graph": cuda_graph,
+    "tiles": tiles_looked_at,
     "new sizes": new_sizes,
     "launches": launches,
     "host time": host_time,

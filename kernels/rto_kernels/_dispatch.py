@@ -7,9 +7,11 @@ environment before the first import), which then runs the kernels themselves. `b
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,18 @@ FLOATS_TORCH = (*FLOATS, torch.float64)  # fp64 stays fp64, on the PyTorch path 
 INDICES = (torch.int32, torch.int64)
 
 _launches: Counter[str] = Counter()
+
+
+class Held(NamedTuple):
+    """A launch that was not made."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict[str, Any]
+
+
+_held: ContextVar[list[Held] | None] = ContextVar("held", default=None)
 
 
 def resolve_backend(backend: str | None, tensor: Tensor) -> str:
@@ -49,8 +63,27 @@ def count_launch(kernel: str) -> None:
 
 def launching(kernel: str, device: torch.device) -> AbstractContextManager:
     """Count a launch, and make it on the tensors' device: Triton itself takes whichever is current."""
+    if _held.get() is not None:
+        return nullcontext()
     count_launch(kernel)
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """`kernel[grid]`; inside `holding_launches` what takes its place."""
+    held = _held.get()
+    return kernel[grid] if held is None else lambda *args, **options: held.append(Held(kernel, grid, args, options))
+
+
+@contextmanager
+def holding_launches() -> Iterator[list[Held]]:
+    """Inside, what `on_grid` is asked to launch is written into the list and not launched."""
+    held: list[Held] = []
+    token = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(token)
 
 
 @contextmanager

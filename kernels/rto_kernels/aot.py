@@ -13,11 +13,8 @@ is 1 where a promise is broken:
 """
 
 import argparse
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -36,6 +33,7 @@ import rto_kernels as rk
 # All kernel files by name: each reads INTERPRET as it is imported, which must not happen while launches are
 # recorded.
 from . import _dispatch, _vocab_torch, fused_rewards, linear_blocks, linear_logprob, linear_ppo, logits_logprob, tiles  # noqa: F401
+from ._sass import InnerLoop, dump, inner_loops
 
 CHIPS = {"sm80": 80, "sm90": 90, "sm100": 100}
 # Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications).
@@ -99,33 +97,6 @@ class Launch(NamedTuple):
 SPILLS_A_TILE = 32
 # Waits of a step whose products overlap with the step before; where ptxas cannot prove that they may, two a product.
 WAITS_A_STEP = 2
-
-
-class InnerLoop(NamedTuple):
-    """What the machine code of a loop holds that has no other inside and multiplies matrices on Hopper."""
-
-    products: int
-    waits: int  # for products to end
-    local: int  # loads and stores of spilled registers
-
-
-def inner_loops(sass: str) -> tuple[InnerLoop, ...]:
-    """The loops over the inner dimension in `cuobjdump -sass`."""
-    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
-    loops = []
-    for address, text in code:
-        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    found = []
-    for first, last in innermost:
-        body = [text for address, text in code if first <= address <= last]
-        products = sum("HGMMA" in text for text in body)
-        if products:
-            waits = sum("gsb0" in text for text in body)
-            found.append(InnerLoop(products, waits, sum(bool(re.search(r"\b(?:LDL|STL)\b", t)) for t in body)))
-    return tuple(found)
 
 
 class Proof(NamedTuple):
@@ -347,15 +318,7 @@ def prove(launch: Launch) -> Proof:
         compiled = triton.compile(source, target=target, options=dict(launch.options))
     except Exception as error:
         return Proof(launch, 0, 0, 0, 0, "", False, (), f"{type(error).__name__}: {error}".split("\n")[0])
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        dumps = [
-            subprocess.run([tool, flag, cubin.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        ]
-    resources, sass = dumps
+    resources, sass = (dump(compiled.asm["cubin"], flag) for flag in ("--dump-resource-usage", "-sass"))
     ptx = compiled.asm["ptx"]
     cores = next((w for w in ("tcgen05", "wgmma", "mma.sync") if w in ptx), "")
     return Proof(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from ._dispatch import launching
+from ._dispatch import launching, on_grid
 from ._math import FLOOR, LN2, LOG2E, expm1
 from ._vocab_torch import Head, LinearGrads, LinearStats
 from .linear_forward import (
@@ -349,7 +349,7 @@ def linear_backward_triton(
             if v0 < kept:
                 part = tile.part
                 with launching("linear_dlogits_saved", device):
-                    linear_dlogits_saved_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(columns, part))](
+                    on_grid(linear_dlogits_saved_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(columns, part)))(
                         stats.saved, stats.shift, order, t, logp, lse, entropy, g, g if ge is None else ge, count,
                         dz, n0, rows, v0, columns, kept, n, stats.saved.stride(0), dz.stride(0),
                         head.temperature, head.softcap,
@@ -360,7 +360,7 @@ def linear_backward_triton(
             elif factored:
                 with launching("linear_probabilities", device):
                     splits = triton.cdiv(columns, TILES_EACH * tile.columns)
-                    linear_probabilities_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
+                    on_grid(linear_probabilities_kernel, (triton.cdiv(rows, tile.rows) * splits,))(
                         run.operand(hc, [tile.rows, tile.depth]),
                         run.operand(run.weight, [tile.columns, tile.depth]),
                         t, logp, lse, count, run.operand(dz_part, [tile.rows, tile.part]),
@@ -371,7 +371,8 @@ def linear_backward_triton(
                     )  # fmt: skip
             else:
                 with launching("linear_dlogits", device):
-                    linear_dlogits_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+                    blocks = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+                    on_grid(linear_dlogits_kernel, (blocks,))(
                         run.operand(hc, [tile.rows, tile.depth]),
                         run.operand(run.weight, [tile.columns, tile.depth]),
                         run.bias, t, logp, lse, entropy, g, g if ge is None else ge, count,
@@ -383,7 +384,7 @@ def linear_backward_triton(
                     )  # fmt: skip
             if need_bias:
                 with launching("linear_bias", device):
-                    linear_bias_kernel[(triton.cdiv(columns, 128),)](
+                    on_grid(linear_bias_kernel, (triton.cdiv(columns, 128),))(
                         dz, d_bias[v0:], count, n0, rows, columns, dz.stride(0),
                         ACCUMULATE=accumulate, BM=16, BN=128, num_warps=4, **tiles.FUSION,
                     )  # fmt: skip
@@ -402,7 +403,7 @@ def _product(run: LinearLaunch, tile: tiles.Tile, a, b, c, count, start, a_is_km
     n = b.shape[1]
     a_block = [tile.depth, tile.rows] if a_is_km else [tile.rows, tile.depth]
     with launching("linear_product", c.device):
-        linear_product_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
+        on_grid(linear_product_kernel, (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),))(
             run.operand(a, a_block), run.operand(b, [tile.depth, tile.columns]),
             run.operand(c, [tile.rows, tile.part]), count, start,
             m, n, k, a.stride(0), b.stride(0), c.stride(0),

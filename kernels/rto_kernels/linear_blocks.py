@@ -67,7 +67,8 @@ def serves(hidden: Tensor, head: Head) -> bool:
         return True
     if _has_tiles(hidden.device) or hidden.dtype == torch.float32:
         return False
-    return not tiles.measured(int(hidden.shape[1]), int(head.weight.shape[0]), hidden.element_size(), hidden.device)
+    width, vocab, size = int(hidden.shape[1]), int(head.weight.shape[0]), hidden.element_size()
+    return not tiles.measured(tiles.problem_of(width, vocab, size, hidden.device), hidden.device)
 
 
 @triton.jit(do_not_specialize=["row_start", "column_start", "rows", "columns"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
-from ._dispatch import INTERPRET, launching
+from ._dispatch import INTERPRET, launching, on_grid
 from ._math import FLOOR, LN2, LOG2E, NEG_INF, log2, tanh
 from ._vocab_torch import NO_EXTRAS, Extras, Found, Head, LinearStats, kept_columns
 
@@ -331,10 +331,8 @@ class LinearLaunch:
 def tiles_of(hidden: Tensor, vocab: int) -> tuple[bool, tiles.Tiles]:
     """(whether operands are read through tensor descriptors, tiles); from shapes, dtype and device alone."""
     # Symbolic sizes become numbers: a choice of tiles holds for one width and one vocabulary.
-    chip, size, width, vocab = tiles.chip_of(hidden.device), hidden.element_size(), int(hidden.shape[1]), int(vocab)
-    # The copy engine wants rows of whole 16 bytes; sm_80 has none.
-    descriptors = chip != "sm80" and width * size % 16 == 0
-    return descriptors, tiles.choose(width, vocab, size, chip, descriptors)
+    problem = tiles.problem_of(int(hidden.shape[1]), int(vocab), hidden.element_size(), hidden.device)
+    return problem.descriptors, tiles.choose(problem, hidden.device)
 
 
 def saved_shapes_triton(hidden: Tensor, head: Head, share: float = 1.0) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -422,7 +420,7 @@ def linear_forward_triton(
         planes = 3 + want_entropy + extras.mean_logits + 2 * extras.is_top1 + extras.log_sum_sq_probs
         parts = torch.empty((planes, splits, rows), dtype=torch.float32, device=hidden.device)
         with launching("linear_stats", hidden.device):
-            linear_stats_kernel[(triton.cdiv(rows, tile.rows) * splits,)](
+            on_grid(linear_stats_kernel, (triton.cdiv(rows, tile.rows) * splits,))(
                 run.operand(h, [tile.rows, tile.depth]), run.operand(run.weight, [tile.columns, tile.depth]),
                 run.bias, t, parts, kept, to.shift,
                 rows, vocab, run.width, columns, h.stride(0), run.weight.stride(0), to.saved.stride(0),
@@ -432,13 +430,13 @@ def linear_forward_triton(
                 **run.flags, **block_constants(tile),
             )  # fmt: skip
         with launching("linear_merge", hidden.device):
-            linear_merge_kernel[(triton.cdiv(rows, 128),)](
+            on_grid(linear_merge_kernel, (triton.cdiv(rows, 128),))(
                 parts, t, to.logp[n0:], to.entropy[n0:], to.lse[n0:], rows, vocab, ignore_index,
                 SPLITS=splits, ENTROPY=want_entropy, BLOCK=128, num_warps=4, **tiles.FUSION,
             )  # fmt: skip
         if any(extras):
             with launching("linear_extras", hidden.device):
-                linear_extras_kernel[(triton.cdiv(rows, 128),)](
+                on_grid(linear_extras_kernel, (triton.cdiv(rows, 128),))(
                     parts, t, mean[n0:], top1[n0:], squares[n0:], rows, vocab, head.temperature, ignore_index,
                     SPLITS=splits, ENTROPY=want_entropy, **wanted, BLOCK=128, num_warps=4, **tiles.FUSION,
                 )  # fmt: skip

@@ -25,8 +25,8 @@ from ._dispatch import (
 from ._layout import compute_dtype
 from ._math import FLOOR, LN2, LOG2E, NEG_INF, expm1, log2
 
-# Rows of a PyTorch-path block: about this many elements are widened at a time.
-BLOCK_ELEMENTS = 1 << 21
+# Rows of a PyTorch-path block: about this many elements are widened at a time, which a core's cache holds.
+BLOCK_ELEMENTS = 1 << 17
 
 
 @triton.jit
@@ -158,26 +158,29 @@ def _blocks(logits: Tensor):
         yield slice(start, start + step)
 
 
+def _inside(targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """(whether each target is a column, the column, 0 where it is none)."""
+    inside = (targets >= 0) & (targets < vocab)
+    return inside, torch.where(inside, targets, 0).long()
+
+
 def _forward_torch(logits, targets, temperature, ignore_index, entropy) -> tuple[Tensor, Tensor, Tensor]:
     (n, vocab), dtype = logits.shape, compute_dtype(logits)
     logp, lse = logits.new_empty(n, dtype=dtype), logits.new_empty(n, dtype=dtype)
     rows_entropy = logits.new_empty(n if entropy else 0, dtype=dtype)
+    inside, at = _inside(targets, vocab)
     for rows in _blocks(logits):
         z = logits[rows].to(dtype)
         if temperature != 1.0:
             z = z / temperature
-        t = targets[rows]
-        inside = (t >= 0) & (t < vocab)
         log_p = torch.log_softmax(z, 1)
-        at = torch.where(inside, t, 0).long()[:, None]
-        logp[rows] = torch.where(inside, log_p.gather(1, at)[:, 0], torch.nan)
+        logp[rows] = log_p.gather(1, at[rows, None])[:, 0]
         # The log-sum-exp leaves by the largest logit, where the subtraction loses least.
-        peak, at = z.max(1)
-        lse[rows] = peak - log_p.gather(1, at[:, None])[:, 0]
+        lse[rows] = z.amax(1) - log_p.amax(1)
         if entropy:
-            rows_entropy[rows] = -(log_p.exp() * log_p.clamp(min=FLOOR.value)).sum(1)
+            rows_entropy[rows] = -(log_p.exp() * log_p.clamp_(min=FLOOR.value)).sum(1)
     ignored = targets == ignore_index
-    logp.masked_fill_(ignored, 0)
+    logp.masked_fill_(~inside, torch.nan).masked_fill_(ignored, 0)
     if entropy:
         rows_entropy.masked_fill_(ignored, 0)
     return logp, rows_entropy, lse
@@ -188,27 +191,32 @@ def _backward_torch(logits, targets, temperature, ignore_index, logp, lse, entro
     ignored = targets == ignore_index
     g = torch.zeros_like(lse) if g is None else g.masked_fill(ignored, 0)
     ge = None if ge is None else ge.masked_fill(ignored, 0)
+    # p − 1 of the targets. logp is exact near 0; z − lse is as far off as the rounding of two large numbers.
+    at_target = -g * torch.expm1(logp)
+    if ge is not None:
+        at_target -= ge * logp.exp() * (logp.clamp(min=FLOOR.value) + entropy)
+    inside, at = _inside(targets, vocab)
+    here = inside.nonzero()[:, 0]
+    factor = (-g / temperature)[:, None]
     for rows in _blocks(logits):
         z = logits[rows].to(dtype)
-        log_p = (z / temperature if temperature != 1.0 else z).sub(lse[rows, None])
-        # p − 1 of the targets. logp is exact near 0; z − lse is as far off as the rounding of two large numbers.
-        at_target = -g[rows] * torch.expm1(logp[rows])
-        if ge is not None:
+        if temperature != 1.0:
+            z = z / temperature
+        into = out[rows]
+        # Where the dtypes agree z is worked on in the place of its gradient, else in its own.
+        log_p = torch.sub(z, lse[rows, None], out=into if into.dtype == dtype else None)
+        if ge is None:
+            d = log_p.exp_().mul_(factor[rows])
+        else:
             p = log_p.exp()
             coefficient = log_p.clamp_(min=FLOOR.value).add_(entropy[rows, None]).mul_(-ge[rows, None])
-            d = p.mul_(coefficient.sub_(g[rows, None]))
-            at_target -= ge[rows] * logp[rows].exp() * (logp[rows].clamp(min=FLOOR.value) + entropy[rows])
-            silent = (g[rows] == 0) & (ge[rows] == 0)
-        else:
-            d = log_p.exp_().mul_(-g[rows, None])
-            silent = g[rows] == 0
-        t = targets[rows]
-        here = ((t >= 0) & (t < vocab)).nonzero()[:, 0]
-        d[here, t[here].long()] = at_target[here]
-        if temperature != 1.0:
-            d.div_(temperature)
-        # A row nobody asks about takes exactly 0, whatever it holds (padding may be NaN).
-        out[rows] = d.masked_fill_(silent[:, None], 0)
+            d = p.mul_(coefficient.sub_(g[rows, None])).div_(temperature)
+        if d.data_ptr() != into.data_ptr():
+            into.copy_(d)
+    out[here, at[here]] = (at_target[here] / temperature).to(out.dtype)
+    # A row nobody asks about takes exactly 0, whatever it holds (padding may be NaN).
+    silent = g == 0 if ge is None else (g == 0) & (ge == 0)
+    out[silent] = 0
     return out
 
 

@@ -4,13 +4,19 @@ A choice depends on (H, V, dtype, chip), never on the number of tokens: that kee
 whatever its batch. Measured choices live in a JSON file that outlives the process ($RTO_KERNELS_TILES, else
 ~/.cache/rto_kernels/tiles.json); `python -m rto_kernels.tune` writes it, and what it lacks is answered by the
 defaults below.
+
+An entry of that file names the kernels, the Triton and the GPU that it was measured with. With the same three it is
+used as it is. With others its kernels are compiled and looked at first, once a process (tile_check.py); where they do
+not fit the GPU or spill in their loops, the next entry is looked at, and after the last the defaults are used.
 """
 
 import functools
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,8 +33,8 @@ MAX_SPLITS = 64
 MIN_PER_SPLIT = 2 if INTERPRET else 8
 # FMA contraction is Triton's default up to 3.9 and not from 3.10 on; results shall not depend on the release.
 FUSION = {"enable_fp_fusion": True}
-# Of the kernels that tiles are for. A measured choice holds for the revision and the Triton that it was measured with.
-REVISION = 2
+# The files of the kernels that tiles are for.
+KERNEL_FILES = ("linear_forward.py", "linear_backward.py", "_math.py")
 
 
 class Tile(NamedTuple):
@@ -126,63 +132,158 @@ def cache_path() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "rto_kernels" / "tiles.json"
 
 
-def _measured(path: Path) -> dict[str, list]:
+class Problem(NamedTuple):
+    """What a choice of tiles depends on."""
+
+    width: int  # H
+    vocab: int  # V
+    chip: str
+    itemsize: int  # bytes of an operand
+    descriptors: bool  # whether operands are read through tensor descriptors
+
+    @property
+    def key(self) -> str:
+        operands = "tma" if self.descriptors else "pointers"
+        return f"{self.chip} H{self.width} V{self.vocab} {8 * self.itemsize}bit {operands}"
+
+
+@functools.cache
+def kernels_version() -> str:
+    """A digest of the kernels' sources."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in KERNEL_FILES)).hexdigest()[:8]
+
+
+@functools.cache
+def gpu_of(device: torch.device | None) -> str:
+    """The device's name; "" off a GPU."""
+    return torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else ""
+
+
+def origin(device: torch.device | None) -> str:
+    """What a choice is measured with, as entries name it."""
+    return f"kernels {kernels_version()}, Triton {triton.__version__}, {gpu_of(device) or 'no GPU'}"
+
+
+def _is_tile(x: object) -> bool:
+    if not isinstance(x, list) or not 5 <= len(x) <= len(Tile._fields) or any(type(n) is not int for n in x):
+        return False
+    tile = Tile(*x)
+    powers = all(n > 0 and n & (n - 1) == 0 for n in tile[:4])
+    return powers and tile.stages > 0 and tile.parts in (1, 2) and 0 <= tile.registers <= 255
+
+
+def allowed(choice: Tiles) -> bool:
+    """Whether the kernels' shapes agree: rows of d(logits) are whole steps of the products over them."""
+    return all(t.rows % choice.product.depth == 0 for t in choice[:-1])
+
+
+def read_entries(path: Path) -> dict[str, Tiles]:
+    """What the file holds, oldest first; {} where there is none. Raises ValueError for what tiles cannot look like."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(_malformed(path, str(error))) from None
+    if not isinstance(found, dict):
+        raise ValueError(_malformed(path, f"it holds a {type(found).__name__}, not an object of entries"))
+    entries = {}
+    for key, value in found.items():
+        tiles = value if isinstance(value, list) else []
+        if len(tiles) != len(Tiles._fields) or not all(map(_is_tile, tiles)):
+            raise ValueError(_malformed(path, f"entry {key!r} is not {len(Tiles._fields)} tiles of positive integers"))
+        entries[key] = Tiles(*(Tile(*t) for t in tiles))
+        if not allowed(entries[key]):
+            raise ValueError(_malformed(path, f"entry {key!r}: the product's depth does not divide the others' rows"))
+    return entries
 
 
-def _key(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) -> str:
-    operands = "tma" if descriptors else "pointers"
-    return f"{chip} H{width} V{vocab} {8 * itemsize}bit {operands}, kernels {REVISION}, Triton {triton.__version__}"
+def _malformed(path: Path, why: str) -> str:
+    return f"{path}, the file of measured tiles, cannot be read: {why}; delete it, or name another in RTO_KERNELS_TILES"
 
 
-def measured(width: int, vocab: int, itemsize: int, device: torch.device) -> bool:
-    """Whether the tuner has written tiles for this problem on this device."""
-    known, chip = _measured(cache_path()), chip_of(device)
-    return any(_key(width, vocab, itemsize, chip, descriptors) in known for descriptors in (False, True))
+class Trial(NamedTuple):
+    choice: Tiles
+    chip: str | None
 
 
-_trial: ContextVar[Tiles | None] = ContextVar("trial", default=None)
+_trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
 
 
 @contextmanager
-def trying(choice: Tiles) -> Iterator[None]:
-    """Inside, every problem is given these tiles."""
-    token = _trial.set(choice)
+def trying(choice: Tiles, chip: str | None = None) -> Iterator[None]:
+    """Inside, every problem is given these tiles, and with `chip` taken for that chip's."""
+    token = _trial.set(Trial(choice, chip))
     try:
         yield
     finally:
         _trial.reset(token)
 
 
-def choose(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool) -> Tiles:
-    """The tiles for hidden [·, width] and weight [vocab, width] of `itemsize` bytes."""
+def problem_of(width: int, vocab: int, itemsize: int, device: torch.device) -> Problem:
+    trial = _trial.get()
+    chip = trial.chip if trial and trial.chip else chip_of(device)
+    # The copy engine wants rows of whole 16 bytes; sm_80 has none.
+    return Problem(width, vocab, chip, itemsize, chip != "sm80" and width * itemsize % 16 == 0)
+
+
+def choose(problem: Problem, device: torch.device | None = None) -> Tiles:
+    """The tiles for hidden [·, width] and weight [vocab, width] of `itemsize` bytes; on no device the defaults, or an
+    entry that was measured on none."""
     if trial := _trial.get():
-        return trial
-    if chip == "cpu":
+        return trial.choice
+    if problem.chip == "cpu":
         return _INTERPRETED
     # The path is part of what is remembered, and costs a tenth of a millisecond to work out.
-    return _chosen(width, vocab, itemsize, chip, descriptors, os.environ.get("RTO_KERNELS_TILES"))
+    return _chosen(problem, device, os.environ.get("RTO_KERNELS_TILES")) or _DEFAULTS[problem[2:]]
+
+
+def measured(problem: Problem, device: torch.device) -> bool:
+    """Whether an entry of the file of measured tiles is used for this problem on this device."""
+    return _chosen(problem, device, os.environ.get("RTO_KERNELS_TILES")) is not None
 
 
 @functools.cache
-def _chosen(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool, _: str | None) -> Tiles:
-    measured = _measured(cache_path()).get(_key(width, vocab, itemsize, chip, descriptors))
-    if measured:
-        return Tiles(*(Tile(*t) for t in measured))
-    return _DEFAULTS[chip, itemsize, descriptors]
+def _chosen(problem: Problem, device: torch.device | None, _: str | None) -> Tiles | None:
+    """The entry that is used, None where none can be."""
+    path = cache_path()
+    entries = {k: t for k, t in read_entries(path).items() if k.split(", ")[0] == problem.key}
+    same = entries.pop(f"{problem.key}, {origin(device)}", None)
+    if same or not gpu_of(device):
+        return same
+    from .tile_check import objection_to  # whose kernels ask this file for their tiles
+
+    return first_sound(entries, lambda choice: objection_to(choice, problem, device), path)
 
 
-def remember(width: int, vocab: int, itemsize: int, chip: str, descriptors: bool, tiles: Tiles) -> None:
+def first_sound(entries: dict[str, Tiles], objection: Callable[[Tiles], str], path: Path) -> Tiles | None:
+    """The newest entry without an objection. One warning says what was left out and why."""
+    refused = []
+    for key, choice in reversed(entries.items()):
+        why = objection(choice)
+        if not why:
+            break
+        refused.append(f"{key!r}: {why}")
+    else:
+        choice = None
+    if refused:
+        instead = "the default tiles are used" if choice is None else "an older entry is used"
+        warnings.warn(
+            f"{path}: {'; '.join(refused)}; {instead}. `python -m rto_kernels.tune` measures new ones",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return choice
+
+
+def remember(problem: Problem, device: torch.device | None, tiles: Tiles) -> None:
     """Write a measured choice for later processes; this one keeps what it has, and so its results."""
     path = cache_path()
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    known[_key(width, vocab, itemsize, chip, descriptors)] = [list(t) for t in tiles]
+    known = read_entries(path)
+    key = f"{problem.key}, {origin(device)}"
+    known.pop(key, None)  # the newest stands last
+    known[key] = tiles
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and moved, so that a reader never meets half a file.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:

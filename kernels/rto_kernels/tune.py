@@ -24,7 +24,7 @@ from ._vocab_torch import Head
 from .linear_backward import linear_backward_triton
 from .linear_forward import linear_forward_triton, tiles_of
 from .linear_logprob import kept_dtype
-from .tiles import Tile, Tiles
+from .tiles import Tile, Tiles, allowed
 
 STEPS = {
     "rows": (16, 64, 128, 256),
@@ -48,11 +48,6 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
         for there in (here - 1, here + 1):
             if 0 <= there < len(steps):
                 yield tile._replace(**{field: steps[there]})
-
-
-def allowed(choice: Tiles) -> bool:
-    """Whether the kernels' shapes agree: rows of d(logits) are whole steps of the products over them."""
-    return all(t.rows % choice.product.depth == 0 for t in choice[:-1])
 
 
 def jobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Job]:
@@ -166,15 +161,14 @@ def main() -> None:
     hidden = torch.randn(args.tokens, args.hidden, **source).to(dtype)
     weight = (torch.randn(args.vocab, args.hidden, **source) * 2 / args.hidden**0.5).to(dtype)
     targets = torch.randint(args.vocab, (args.tokens,), **source)
-    descriptors, before = tiles_of(hidden, args.vocab)
+    before = tiles_of(hidden, args.vocab)[1]
     best = tune(hidden, weight, targets, minutes=args.minutes)
     for role, tile in best._asdict().items():
         print(f"{role}: {tile}{'' if tile == getattr(before, role) else f', was {getattr(before, role)}'}")
     if best == before:
         print("nothing is faster than what is used already")
     elif not args.dry_run:
-        size, chip = hidden.element_size(), tiles.chip_of(device)
-        tiles.remember(args.hidden, args.vocab, size, chip, descriptors, best)
+        tiles.remember(tiles.problem_of(args.hidden, args.vocab, hidden.element_size(), device), device, best)
         print(f"written to {tiles.cache_path()}")
 
 

@@ -29,15 +29,17 @@ def warm(
     entropy_coef: float = 0.0,
     aggregation: str = "sequence",
     sampler: bool = False,
+    pairs: bool = False,
     values: bool = True,
     backend: str | None = None,
 ) -> float:
-    """Compile what a run of PPO or RTO launches, and return the seconds that it took.
+    """Compile what a run of PPO, RTO, P3O or REBEL launches, and return the seconds that it took.
 
     hidden_size, vocab, dtype, bias, softcap   of the lm_head
     tokens         of the largest micro-batch: several chunks add up in variants of their own
     entropy_coef, aggregation                  of the policy loss
     sampler        whether tokens are weighted by the sampler's log-probs, in place of the fused loss
+    pairs          whether the policy learns from log-probs of pairs (P3O, REBEL), in place of PPO's loss
     values         whether there is a critic
 
     Needs room for a weight [vocab, hidden_size] and what the update of `tokens` tokens holds besides; all of it is
@@ -51,7 +53,10 @@ def warm(
     options = {"entropy_coef": entropy_coef, "aggregation": aggregation}
     for count in sorted({1, tokens}):
         hidden = torch.zeros(count, hidden_size, dtype=dtype, device=device, requires_grad=True)
-        _policy(hidden, weight, head, sampler, options)
+        if pairs:
+            _log_probs(hidden, weight, head)
+        else:
+            _policy(hidden, weight, head, sampler, options)
         weight.grad = None
         _tokens(count, device, aggregation, values, backend)
     if device.type == "cuda":
@@ -63,6 +68,14 @@ def _layout(count: int, device: torch.device) -> tuple[Tensor, Tensor, dict]:
     """A row of zeros [count], a one, and the arguments of one packed sequence."""
     row, one = torch.zeros(count, device=device), torch.ones((), device=device)
     return row, one, {"cu_seqlens": torch.tensor([0, count], device=device)}
+
+
+def _log_probs(hidden: Tensor, weight: Tensor, head: dict) -> None:
+    """Scoring, and log-probs with their gradient."""
+    targets = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    with torch.no_grad():
+        token_logprobs(hidden, weight, targets, **head)
+    token_logprobs(hidden, weight, targets, **head).sum().backward()
 
 
 def _policy(hidden: Tensor, weight: Tensor, head: dict, sampler: bool, options: dict) -> None:

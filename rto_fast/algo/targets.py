@@ -58,7 +58,7 @@ def targets_of(
     )  # fmt: skip
     ends_sentence = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
     dense = reward.dpo_reward
-    if scores.tokens is not None:
+    if scores.tokens.numel():
         dense = dense + paid_by(scores.tokens, scales, coefficients.dpo_clip)
     placed = credit(dense, cu, ends_sentence)
     rewards = reward.rewards + (placed - reward.dpo_reward)  # the same bits where nothing moves

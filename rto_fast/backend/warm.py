@@ -11,15 +11,17 @@ import rto_kernels
 import torch
 
 from rto_fast.config import RTOConfig
+from rto_fast.errors import ConfigError
 from rto_fast.models.load import DTYPES
 
 
 def warm(config: RTOConfig, policy: Any, device: torch.device) -> str:
-    """Compiles what scoring and PPO's updates launch on a GPU, and says how long it took; "" where nothing is compiled.
+    """Compiles what scoring and the updates launch on a GPU, and says how long it took; "" where nothing is compiled.
 
     policy: a PolicyModel, of whose lm_head the sizes alone are read. Called before a sampler claims the GPU's memory.
+    Raises ConfigError where the file of measured tiles cannot be read.
     """
-    if device.type != "cuda" or config.policy_update != "ppo":
+    if device.type != "cuda":
         return ""
     head = policy.lm.get_output_embeddings()
     try:
@@ -27,8 +29,11 @@ def warm(config: RTOConfig, policy: Any, device: torch.device) -> str:
             head.in_features, head.out_features, dtype=DTYPES[config.dtype], device=device,
             tokens=config.micro_tokens, bias=head.bias is not None, softcap=head.softcap,
             entropy_coef=config.entropy_coef, aggregation=config.loss_aggregation,
-            sampler=config.behaviour == "sampler", values=config.uses_critic,
+            sampler=config.behaviour == "sampler", pairs=config.policy_update in ("p3o", "rebel"),
+            values=config.uses_critic,
         )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     except torch.OutOfMemoryError:  # it needs an lm_head and its gradient more than the run holds by now
         torch.cuda.empty_cache()
         return "kernels are compiled when they are first met: there is no room for a second lm_head"

@@ -4,8 +4,9 @@
     python tests/kernels/mutants.py --match factor   those whose name contains the word
 
 A fault is a line of a kernel changed into a wrong one, such as a slip of the hand would leave: a scale left out, a tail
-dropped, a split too few, another row's number. The tests named beside it run under Triton's interpreter against the
-copy and must fail. A mutant that survives, or whose line is gone from the source, ends this with exit status 1.
+dropped, a split too few, another row's number. The tests named beside it run against the copy, most of them under
+Triton's interpreter, and must fail. A mutant that survives, or whose line is gone from the source, ends this with exit
+status 1.
 """
 
 import argparse
@@ -27,6 +28,7 @@ class Mutant(NamedTuple):
     line: str
     fault: str
     tests: str  # files of tests/kernels, without test_ and .py, apart by blanks
+    interpret: bool = True  # whether the tests run under Triton's interpreter
 
 
 LINEAR = "confident_tokens linear_logprob"
@@ -80,6 +82,17 @@ MUTANTS = [
     Mutant("PPO: the clipped value's slope", "ppo_loss", "slope = tl.where(cut, 0.0, error)", "slope = tl.where(cut, error_clipped, error)", "ppo_loss"),
     Mutant("PPO: the last sequences' parts not merged", "ppo_loss", "for first in range(0, programs, MERGE_ROWS):", "for first in range(0, programs - MERGE_ROWS, MERGE_ROWS):", "ppo_loss"),
     Mutant("three models: the reference's logits for the DPO model's", "fused_rewards", "row_logprob(dpo_ptr + token * stride_dpo, target", "row_logprob(ref_ptr + token * stride_ref, target", "fused_rewards"),
+    # What launchers ask for, on tensors without memory.
+    Mutant("launch: rows of logits counted in 32 bits", "logits_logprob", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", "meta_launches", False),
+    Mutant("launch: padded rows begin at a 32-bit place", "_layout", "start = row.to(tl.int64) * width", "start = row * width", "meta_launches", False),
+    Mutant("launch: kept probabilities by 32 bits", "linear_backward", "row = tl.load(order_ptr + start + r, mask=active, other=0)", "row = tl.load(order_ptr + start + r, mask=active, other=0).to(tl.int32)", "meta_launches", False),
+    Mutant("launch: column tiles along the second axis", "linear_backward", "on_grid(linear_dlogits_saved_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(columns, part)))", "on_grid(linear_dlogits_saved_kernel, (triton.cdiv(rows, tile.rows), columns))", "meta_launches", False),
+    Mutant("launch: the number of rows is compiled for", "linear_forward", '@triton.jit(do_not_specialize=["rows"])', "@triton.jit", "meta_launches", False),
+    Mutant("memory: dz of the whole vocabulary", "linear_backward", "DLOGITS_BYTES = 1 << 28", "DLOGITS_BYTES = 1 << 40", "meta_launches", False),
+    Mutant("memory: every chunk's probabilities kept", "linear_ppo", "            del stats\n", "            logp.kept = [*getattr(logp, \"kept\", []), stats]\n", "meta_launches", False),
+    # Which measured tiles are used.
+    Mutant("tiles: what is left out is used", "tiles", "        if not why:\n            break", "        if why:\n            break", "tile_check"),
+    Mutant("tiles: another Triton's entry as it is", "tiles", "if same or not gpu_of(device):", "if same or not gpu_of(device) or entries and (same := [*entries.values()][-1]):", "tile_check"),
 ]
 # fmt: on
 
@@ -103,7 +116,7 @@ def survives(mutant: Mutant) -> str:
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests],
             cwd=copy, capture_output=True, text=True,
-            env={**os.environ, "TRITON_INTERPRET": "1", "RTO_KERNELS_MUTANT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy / "kernels")},
+            env={**os.environ, "TRITON_INTERPRET": str(int(mutant.interpret)), "RTO_KERNELS_MUTANT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy / "kernels")},
         )  # fmt: skip
     if run.returncode == 0:
         return f"survives {mutant.tests}"

@@ -3,12 +3,12 @@
 import importlib
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import DEVICE, INTERPRET, sample
 from rto_kernels import token_logprobs
-from rto_kernels._dispatch import count_launches
 from rto_kernels.integrations import openrlhf as on_openrlhf
 from rto_kernels.integrations import trl as on_trl
 from rto_kernels.integrations import verl as on_verl
@@ -31,7 +31,7 @@ def trl():
     on_trl.unpatch()
 
 
-# What OpenRLHF imports from packages whose wheels are for GPUs; nothing of it is called here.
+# What OpenRLHF imports from packages that are not installed here, most for GPUs; nothing of it is called.
 STAND_INS = {
     "flash_attn": {
         "flash_attn": [],
@@ -39,6 +39,12 @@ STAND_INS = {
         "flash_attn.utils.distributed": ["all_gather"],
         "flash_attn.bert_padding": ["index_first_axis", "pad_input", "rearrange", "unpad_input"],
     },
+    "peft": {
+        "peft": ["LoraConfig", "TaskType", "get_peft_model"],
+        "peft.tuners": [],
+        "peft.tuners.lora": ["LoraLayer"],
+    },
+    "pylatexenc": {"pylatexenc": ["latex2text"]},
     "vllm": {"vllm": ["SamplingParams"], "vllm.inputs": ["TokensPrompt"], "vllm.utils": ["random_uuid"]},
 }
 
@@ -66,9 +72,47 @@ def openrlhf(monkeypatch):
     on_openrlhf.unpatch()
 
 
+# Packages of verl whose modules are loaded without their `__init__`, where that wants what is not installed; and what
+# the modules under test import by name, of which nothing but ActorConfig is looked at.
+BARE = {
+    "verl": [],
+    "verl.trainer": [],
+    "verl.trainer.ppo": [],
+    "verl.trainer.config": ["AlgoConfig"],
+    "verl.utils": ["as_torch_index", "group_mean_std"],
+    "verl.utils.device": ["get_device_name", "get_torch_device"],
+    "verl.utils.import_utils": [],
+    "verl.workers": [],
+    "verl.workers.config": [],
+    "tensordict": ["TensorDict"],
+    "omegaconf": ["DictConfig"],
+}
+
+
+def bare_verl(monkeypatch):
+    """verl's two modules on their own; skips where there are no sources of verl."""
+    there = importlib.util.find_spec("verl")
+    if there is None:
+        pytest.skip("verl is not installed")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "verl"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, attributes in BARE.items():
+        if name.partition(".")[0] == "verl" or importlib.util.find_spec(name) is None:
+            module = types.ModuleType(name)
+            module.__path__ = [str(Path(there.origin).parent.joinpath(*name.split(".")[1:]))]
+            vars(module).update({attribute: type(attribute, (), {}) for attribute in attributes})
+            monkeypatch.setitem(sys.modules, name, module)
+    vars(sys.modules["verl.utils.import_utils"])["deprecated"] = lambda *_: lambda function: function
+    vars(sys.modules["verl.workers.config"])["ActorConfig"] = VerlConfig
+
+
 @pytest.fixture
-def verl():
-    core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed", exc_type=ImportError)
+def verl(monkeypatch):
+    try:
+        core = importlib.import_module("verl.trainer.ppo.core_algos")
+    except ImportError:
+        bare_verl(monkeypatch)
+        core = importlib.import_module("verl.trainer.ppo.core_algos")
     yield types.SimpleNamespace(core=core, functional=importlib.import_module("verl.utils.torch_functional"))
     on_verl.unpatch()
 
@@ -367,18 +411,59 @@ def test_openrlhf_losses(openrlhf, token_level, dual_clip, batch):
     torch.testing.assert_close(graded(run, logp, values), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_openrlhf_other_losses_fall_through(openrlhf):
+CORRECTIONS = [
+    {"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.2)},  # TIS
+    {"is_correction_level": "token", "is_correction_threshold": (0.6, 1.8)},  # ICEPOP
+    {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.3)},
+    {"is_correction_level": "token", "is_correction_gating": "binary_kl", "is_correction_threshold": (0.0, 0.05)},
+    {"is_correction_level": "seq", "is_correction_gating": "tv", "is_correction_threshold": (0.0, 0.2)},
+    {"policy_loss_type": "gspo"},
+    {"policy_loss_type": "gspo", "is_correction_level": "token"},
+]
+
+
+def called(monkeypatch, module) -> list:
+    """Into this list goes an entry for each call that an integration makes of our loss."""
+    calls, ours = [], module.ppo_loss
+    monkeypatch.setattr(module, "ppo_loss", lambda *a, **k: calls.append(k) or ours(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize("options", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("dual_clip", [None, 1.2])
+@pytest.mark.parametrize("token_level", [True, False])
+def test_openrlhf_corrections_and_gspo(openrlhf, monkeypatch, options, dual_clip, token_level):
     mask, (logp, old_logp, advantages, rollout_logp, *_) = rollout()
-    losses = [
-        openrlhf.loss.PolicyLoss(policy_loss_type="gspo"),
-        openrlhf.loss.PolicyLoss(is_correction_level="token", is_correction_mode="clip"),
-    ]
-    expected = [loss(logp, old_logp, advantages, mask, rollout_logp)[0] for loss in losses]
+    # Log-probs: the divergences are of probabilities.
+    logp, old_logp, rollout_logp = (-x.abs() - 0.1 for x in (logp, old_logp, rollout_logp))
+    policy = openrlhf.loss.PolicyLoss(0.1, 0.2, dual_clip=dual_clip, token_level_loss=token_level, **options)
+
+    def run(logp):
+        loss, *log = policy(logp, old_logp, advantages, mask, rollout_logp, dp_size=2, batch_num_tokens=50,
+                            global_batch_size=8)  # fmt: skip
+        return loss, *(torch.zeros(()) if x is None else x.detach() for x in log)
+
+    expected = graded(run, logp)
+    calls = called(monkeypatch, on_openrlhf)
     on_openrlhf.patch()
-    with count_launches() as launches:
-        got = [loss(logp, old_logp, advantages, mask, rollout_logp)[0] for loss in losses]
-    assert not launches
-    assert [float(x) for x in got] == [float(x) for x in expected]
+    torch.testing.assert_close(graded(run, logp), expected, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1
+    if "is_correction_level" in options and "policy_loss_type" not in options:
+        assert 0 < expected[0][4] < 1, "the bounds cut nothing, or everything"
+
+
+def test_openrlhf_other_losses_fall_through(openrlhf, monkeypatch):
+    _, (logp, old_logp, advantages, rollout_logp, *_) = rollout()
+    loss = openrlhf.loss.PolicyLoss(is_correction_level="token")
+    calls = called(monkeypatch, on_openrlhf)
+    on_openrlhf.patch()
+    on_openrlhf.unpatch()
+    expected = loss(logp, old_logp, advantages, None, rollout_logp)
+    on_openrlhf.patch()
+    assert loss(logp, old_logp, advantages, None, rollout_logp) == expected
+    double = [x.double() for x in (logp, old_logp, advantages)]
+    assert loss(*double, torch.ones(4, 9), rollout_logp.double())[0].dtype == torch.float64
+    assert not calls
 
 
 def test_verl_log_probs(verl):
@@ -401,10 +486,29 @@ def test_verl_gae(verl):
     assert verl.core.get_adv_estimator_fn("gae") is verl.core.compute_gae_advantage_return is original
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("entropy_from_logits", (10, 9)),
+        ("entropy_from_logits", (2, 5, 9)),
+        ("entropy_from_logits", (0, 9)),
+        ("entropy_from_logits_with_chunking", (10, 9)),
+    ],
+)
+def test_verl_entropy(verl, name, shape):
+    logits = random(*shape, scale=3.0)
+    expected = graded(getattr(verl.functional, name), logits)
+    original = getattr(verl.functional, name)
+    on_verl.patch()
+    assert getattr(verl.functional, name) is not original
+    torch.testing.assert_close(graded(getattr(verl.functional, name), logits), expected, rtol=1e-5, atol=1e-5)
+
+
 class VerlConfig(dict):
-    """As much of verl's ActorConfig as its vanilla loss reads."""
+    """As much of verl's ActorConfig as its policy losses read."""
 
     clip_ratio, clip_ratio_low, clip_ratio_high = 0.2, 0.1, None
+    policy_loss = types.SimpleNamespace(clip_cov_ratio=0.3, clip_cov_lb=0.1, clip_cov_ub=None)
 
     def __init__(self, **batch):
         super().__init__(clip_ratio_c=1.4)
@@ -432,3 +536,28 @@ def test_verl_losses(verl, mode, batch, weighted):
     expected = graded(run, logp, values)
     on_verl.patch()
     torch.testing.assert_close(graded(run, logp, values), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gspo", "cispo", "clip_cov"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_verl_policy_losses(verl, monkeypatch, name, mode, weighted):
+    mask, (logp, old_logp, advantages, *_) = rollout()
+    mask[3] = 0  # a sequence without response tokens
+    weights = random(4, 9, seed=20).exp() if weighted else None
+    monkeypatch.setattr(verl.core, "ActorConfig", VerlConfig)
+
+    def run(logp):
+        torch.manual_seed(7)  # clip-cov draws tokens
+        policy = verl.core.get_policy_loss_fn(name)
+        loss, metrics = policy(old_logp, logp, advantages, mask, mode, VerlConfig(**BATCHES[1]), weights)
+        loss -= 0.1 * logp.sum()  # as verl's worker takes the entropy's share away, in place
+        return loss, torch.tensor([metrics[key] for key in sorted(metrics)])
+
+    expected = graded(run, logp)
+    names = sorted(verl.core.get_policy_loss_fn(name)(old_logp, logp, advantages, mask, mode, VerlConfig())[1])
+    calls = called(monkeypatch, on_verl)
+    on_verl.patch()
+    torch.testing.assert_close(graded(run, logp), expected, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1
+    assert names == sorted(verl.core.get_policy_loss_fn(name)(old_logp, logp, advantages, mask, mode, VerlConfig())[1])

@@ -53,8 +53,9 @@ def test_blocks_serve_chips_without_tiles(monkeypatch, tmp_path):
     assert linear_blocks.serves(hidden, head)
     assert not linear_blocks.serves(hidden, head._replace(by_row=True))
     assert not linear_blocks.serves(hidden.float(), head._replace(weight=weight.float()))
-    chip = tiles.chip_of(hidden.device)
-    tiles.remember(24, 333, 2, chip, False, tiles.choose(24, 333, 2, chip, False))
+    found = tiles.problem_of(24, 333, 2, hidden.device)
+    tiles.remember(found, hidden.device, tiles.choose(found))
+    tiles._chosen.cache_clear()  # as in a later process
     assert not linear_blocks.serves(hidden, head)
 
 

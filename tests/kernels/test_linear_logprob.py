@@ -1,14 +1,12 @@
 """token_logprobs against fp64 truth: values and every gradient, both backends."""
 
-import json
-
 import pytest
 import rto_kernels as rk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import BACKENDS, DEVICE, DTYPES, bits, check_error
-from rto_kernels import _dispatch, _vocab_torch, linear_backward, linear_forward, reference, tiles
+from rto_kernels import _dispatch, _vocab_torch, linear_backward, linear_forward, reference
 from rto_kernels import linear_logprob as module
 from rto_kernels._dispatch import INTERPRET, count_launches
 
@@ -448,23 +446,6 @@ def test_fp32_products_keep_fp32():
     # The interpreter multiplies in full fp32 and cannot reveal TF32: the choice itself is what can be
     # asserted.
     assert linear_forward.precision_of(torch.float32) == "tf32x3"
-
-
-def test_measured_tiles_outlive_the_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("RTO_KERNELS_TILES", str(tmp_path / "cache" / "tiles.json"))
-    before = tiles.choose(4096, 128256, 2, "sm90", True)
-    other = tiles.choose(4096, 128256, 2, "sm80", False)
-    tiles.remember(4096, 128256, 2, "sm90", True, other)
-    assert tiles.choose(4096, 128256, 2, "sm90", True) == before  # this process keeps what it has
-    tiles._chosen.cache_clear()
-    assert tiles.choose(4096, 128256, 2, "sm90", True) == other
-    assert tiles.choose(4096, 128257, 2, "sm90", True) == before
-    (tmp_path / "cache" / "tiles.json").write_text("{half a fi")
-    tiles._chosen.cache_clear()
-    assert tiles.choose(4096, 128256, 2, "sm90", True) == before
-    tiles.remember(4096, 128256, 2, "sm90", True, other)
-    assert len(json.loads((tmp_path / "cache" / "tiles.json").read_text())) == 1
-    tiles._chosen.cache_clear()
 
 
 def test_tiles_do_not_depend_on_the_tokens():

@@ -4,12 +4,13 @@ import pytest
 import torch
 from rto_kernels import tiles, tune
 from rto_kernels._dispatch import INTERPRET
-from rto_kernels.tiles import Tile, Tiles
+from rto_kernels.tiles import Problem, Tile, Tiles
 
 needs_triton = pytest.mark.skipif(
     not INTERPRET and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a CUDA GPU"
 )
 DEVICE = "cpu" if INTERPRET else "cuda"
+CPU = Problem(64, 90, "cpu", 4, True)
 START = Tiles(*[Tile(16, 32, 32, 4, 1)] * 3, Tile(16, 32, 16, 4, 1))
 
 
@@ -39,7 +40,7 @@ def test_it_climbs_to_the_fastest():
 
     def clock(job, device):
         job()
-        choice = tiles.choose(64, 90, 4, "cpu", False)
+        choice = tiles.choose(CPU)
         return sum(10.0 - 2 * (t.columns == 64) - (t.depth == 16) for t in choice)
 
     said = []
@@ -47,7 +48,9 @@ def test_it_climbs_to_the_fastest():
         best = tune.tune(*problem(), measure=clock, say=said.append)
     assert [(t.columns, t.depth) for t in best] == [(64, 16)] * 4
     assert not any("left out" in line for line in said), said
-    assert tiles.choose(64, 90, 4, "sm90", True) == tiles._DEFAULTS["sm90", 4, True]  # the trials are over
+    assert (
+        tiles.choose(CPU._replace(chip="sm90", descriptors=True)) == tiles._DEFAULTS["sm90", 4, True]
+    )  # the trials are over
 
 
 @needs_triton
@@ -56,7 +59,7 @@ def test_wrong_and_failing_tiles_are_left_out(monkeypatch):
     honest, said = tune.linear_forward_triton, []
 
     def forward(*args):
-        tile = tiles.choose(64, 90, 4, "cpu", False).plain
+        tile = tiles.choose(CPU).plain
         if tile.stages == 2:
             raise RuntimeError("out of shared memory")
         out = honest(*args)
@@ -64,9 +67,7 @@ def test_wrong_and_failing_tiles_are_left_out(monkeypatch):
 
     monkeypatch.setattr(tune, "linear_forward_triton", forward)
     with tiles.trying(START):
-        best = tune.tune(
-            *problem(), measure=lambda *_: float(tiles.choose(64, 90, 4, "cpu", False) == START), say=said.append
-        )
+        best = tune.tune(*problem(), measure=lambda *_: float(tiles.choose(CPU) == START), say=said.append)
     assert best.plain.columns != 64
     assert best.plain.stages != 2
     assert best != START
@@ -94,5 +95,4 @@ def test_the_command_writes_what_it_found(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", command)
     tune.main()
     assert "depth=16" in capsys.readouterr().out
-    key = tiles._key(64, 90, 4, "cpu", True)
-    assert Tiles(*(Tile(*t) for t in tiles._measured(tmp_path / "tiles.json")[key])) == found
+    assert tiles.read_entries(tmp_path / "tiles.json") == {f"{CPU.key}, {tiles.origin(None)}": found}

@@ -13,6 +13,7 @@ from rto_fast.algo import losses
 from rto_fast.algo.advantages import gae
 from rto_fast.backend.warm import warm
 from rto_fast.config import RTOConfig
+from rto_fast.errors import ConfigError
 from rto_fast.models.heads import LMHead, logps_at
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
@@ -26,7 +27,16 @@ def terms(tokens: int) -> losses.PolicyTerms:
     return losses.PolicyTerms(row, row, (one, one), cu, one.float())
 
 
-def a_run(tokens: int, *, sampler: bool, values: bool, softcap: float | None, entropy_coef: float, aggregation: str):
+def a_run(
+    tokens: int,
+    *,
+    sampler: bool,
+    pairs: bool,
+    values: bool,
+    softcap: float | None,
+    entropy_coef: float,
+    aggregation: str,
+):
     """What scoring, targets and updates launch on `tokens` response tokens."""
     hidden, weight = (torch.zeros(n, WIDTH, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, VOCAB))
     targets, row, given = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens), terms(tokens)
@@ -49,6 +59,9 @@ def a_run(tokens: int, *, sampler: bool, values: bool, softcap: float | None, en
         out = rto_kernels.gae(row, row, gamma=1.0, lam=1.0, cu_seqlens=given.cu_seqlens)
         rto_kernels.whiten_moments(out.moments)
     kw = {"terms": given, "clip": 0.2, "entropy_coef": entropy_coef, "aggregation": aggregation}
+    if pairs:
+        rto_kernels.token_logprobs(hidden, weight, targets, temperature=0.7, **head).square().sum().backward()
+        return
     if sampler:
         read = partial(rto_kernels.token_logprobs, temperature=0.7, return_entropy=True)
         logp, entropy = read(hidden, weight, targets, **head)
@@ -63,15 +76,16 @@ def difference(a: set, b: set) -> set[str]:
 
 
 @pytest.mark.parametrize("chip", ["sm80", "sm90"])
-@pytest.mark.parametrize("sampler", [False, True])
+@pytest.mark.parametrize("update", ["ppo", "sampler", "pairs"])
 @pytest.mark.parametrize(
     ("values", "softcap", "entropy_coef", "aggregation"),
     [(True, None, 0.0, "sequence"), (False, 30.0, 0.01, "token")],
 )
-def test_warm_compiles_what_a_run_launches(chip, sampler, values, softcap, entropy_coef, aggregation):
+def test_warm_compiles_what_a_run_launches(chip, update, values, softcap, entropy_coef, aggregation):
+    values = values and update != "pairs"  # which know no critic
     settings = {
-        "sampler": sampler, "values": values, "softcap": softcap, "entropy_coef": entropy_coef,
-        "aggregation": aggregation,
+        "sampler": update == "sampler", "pairs": update == "pairs", "values": values, "softcap": softcap,
+        "entropy_coef": entropy_coef, "aggregation": aggregation,
     }  # fmt: skip
     most = 9000
     with aot.recording(chip) as warmed:
@@ -99,11 +113,27 @@ def test_a_run_on_a_gpu_warms_its_own_head(monkeypatch):
     [(sizes, kw)] = asked(monkeypatch, "cuda", entropy_coef=0.01, micro_tokens=4321)
     assert sizes == (WIDTH, VOCAB)
     assert (kw["tokens"], kw["bias"], kw["softcap"], kw["entropy_coef"]) == (4321, False, 30.0, 0.01)
-    assert (kw["sampler"], kw["values"]) == (False, True)
+    assert (kw["sampler"], kw["pairs"], kw["values"]) == (False, False, True)
     [(_, kw)] = asked(monkeypatch, "cuda", behaviour_logp="sampler")
     assert kw["sampler"]
 
 
-def test_nothing_is_warmed_without_a_gpu_or_ppo(monkeypatch):
+@pytest.mark.parametrize("update", ["p3o", "rebel"])
+def test_pairs_are_warmed_without_a_critic(monkeypatch, update):
+    [(_, kw)] = asked(monkeypatch, "cuda", policy_update=update)
+    assert (kw["sampler"], kw["pairs"], kw["values"]) == (False, True, False)
+
+
+def test_nothing_is_warmed_without_a_gpu(monkeypatch):
     assert not asked(monkeypatch, "cpu")
-    assert not asked(monkeypatch, "cuda", policy_update="rebel")
+
+
+def test_a_file_of_tiles_that_cannot_be_read_is_one_error(monkeypatch):
+    def warmed(*args, **kw):
+        raise ValueError("tiles.json cannot be read")
+
+    monkeypatch.setattr(rto_kernels, "warm", warmed)
+    head = LMHead.share(torch.nn.Linear(WIDTH, VOCAB, bias=False), None)
+    policy = SimpleNamespace(lm=SimpleNamespace(get_output_embeddings=lambda: head))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        warm(RTOConfig(), policy, torch.device("cuda"))
