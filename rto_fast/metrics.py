@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rto_kernels import PPOStats
@@ -115,7 +117,13 @@ def of_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
         "policy/kl_k3": _mean([float(s.stats.kl_k3) for s in steps]),
         "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
         "policy/lr": steps[-1].lr,
-    }
+    } | of_router(steps)
+
+
+def of_router(steps: Sequence[UpdateStats[Any]]) -> dict[str, float]:
+    """The router's auxiliary loss, before its coefficient; nothing where it is off."""
+    aux = [s.router_aux for s in steps if s.router_aux is not None]
+    return {"policy/router_aux": _mean(aux)} if aux else {}
 
 
 def of_sampled_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
@@ -138,7 +146,7 @@ def of_pairs(steps: list[UpdateStats[PairStats]]) -> dict[str, float]:
         "policy/reward_gap": _mean([float(s.stats.reward_gap) for s in steps]),
         "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
         "policy/lr": steps[-1].lr,
-    }
+    } | of_router(steps)
 
 
 def of_critic(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rto_fast import distributed
-from rto_fast.backend.train_engine import deepspeed_config
+from rto_fast.backend.train_engine import deepspeed_config, gather_experts_together
 from rto_fast.config import RTOConfig, RunConfig
 
 
@@ -65,6 +65,7 @@ def frozen(model: nn.Module, config: RunConfig, *, parks: bool = False, partitio
         settings = {k: v for k, v in deepspeed_config(config).items() if k != "gradient_clipping"}
         settings["zero_optimization"] = {"stage": 3}
         distributed.barrier()  # see TrainEngine
+        gather_experts_together(model)
         engine = deepspeed.initialize(model=model, config=settings)[0]
         engine.eval()
         return FrozenModel(engine, device, parks=False)

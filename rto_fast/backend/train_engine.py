@@ -73,6 +73,19 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
 
 
+EXPERTS = ["DbrxExperts"]
+"""Modules that call one with weights as often as their tokens go to experts.
+
+ZeRO-3 gathers a module's weights at each call; where the ranks' tokens reach different experts, they would wait for
+each other. Other families of transformers hold all experts of a layer in parameters of the module that loops over
+them."""
+
+
+def gather_experts_together(model: nn.Module) -> None:
+    """Has ZeRO-3 gather all weights of such modules at once; before `deepspeed.initialize`."""
+    deepspeed.utils.set_z3_leaf_modules(model, EXPERTS, raise_if_not_found=False)
+
+
 class TrainEngine:
     """A model, its AdamW and its ZeRO partitions."""
 
@@ -88,6 +101,7 @@ class TrainEngine:
             fused=fuses(config, distributed.device().type),
         )  # fmt: skip
         distributed.barrier()  # DeepSpeed's own groups wait 10 minutes; one rank's download may take longer
+        gather_experts_together(model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
         self.model = model
 
@@ -98,6 +112,10 @@ class TrainEngine:
         """A forward in evaluation mode (no activation checkpoints, no dropout)."""
         self.deepspeed.eval()
         return self.deepspeed(*args, **kwargs)
+
+    def router_loss(self) -> Tensor | None:
+        """The auxiliary loss of the last forward in training; None where it is off (see models/router.py)."""
+        return self.model.router.take() if getattr(self.model, "router", None) else None
 
     def lr(self, step: int) -> float:
         c = self.config
