@@ -17,7 +17,7 @@ class FrozenModel:
     """A model for scoring only. With `parks` it waits in host memory until `fetch`, and again after `park`."""
 
     def __init__(self, module: Callable[..., Any], device: torch.device, *, parks: bool) -> None:
-        self.module, self.device, self.parks = module, device, parks
+        self.module, self.device = module, device
         self.host = _host_copy(module, device) if parks and isinstance(module, nn.Module) else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

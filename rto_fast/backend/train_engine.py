@@ -89,13 +89,12 @@ def gather_experts_together(model: nn.Module) -> None:
 class TrainEngine:
     """A model, its AdamW and its ZeRO partitions."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, *, peak_lr: float, total_steps: int) -> None:
+    def __init__(self, model: Any, config: RunConfig, *, peak_lr: float, total_steps: int) -> None:
         self.config = config
         self.peak_lr = peak_lr
         self.total_steps = total_steps
         if config.gradient_checkpointing:
-            inner = getattr(model, "lm", None) or model.classifier
-            inner.gradient_checkpointing_enable({"use_reentrant": False})
+            model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas,
             fused=fuses(config, distributed.device().type),

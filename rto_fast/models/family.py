@@ -91,7 +91,7 @@ def check_family(model: PolicyModel | ScalarModel, alone: list[Tensor], placemen
     Without packing a model whose default attention differs from its eager one gets the latter. Raises ConfigError
     where the model differs beyond rounding.
     """
-    inner = _inner(model)
+    inner = model.inner
     failure = check_config(inner.config, placement)
     if not failure:
         failure = _failure(model, alone, placement)
@@ -154,14 +154,9 @@ def _failure(model: PolicyModel | ScalarModel, alone: list[Tensor], placement: P
     return f"in training its {found} from those in evaluation" if found.relative > limit else ""
 
 
-def _inner(model: PolicyModel | ScalarModel) -> Any:
-    """transformers' own model, which ours wraps."""
-    return model.lm if isinstance(model, PolicyModel) else model.classifier
-
-
 def limit_of(model: PolicyModel | ScalarModel) -> float:
     """Relative difference that rounding may cause."""
-    layers = getattr(_inner(model).config.get_text_config(decoder=True), "num_hidden_layers", None) or SHALLOW
+    layers = getattr(model.inner.config.get_text_config(decoder=True), "num_hidden_layers", None) or SHALLOW
     return LIMIT[next(model.parameters()).dtype] * max(1.0, layers / SHALLOW) ** 0.5
 
 
@@ -169,7 +164,7 @@ def difference(
     model: PolicyModel | ScalarModel, alone: list[Tensor], placement: Placement, *, training: bool = False
 ) -> Difference:
     """The model as the run calls it, in training or in evaluation, against `own_outputs`."""
-    inner = _inner(model)
+    inner = model.inner
     with _at_rest(inner, placement.device) as device, _mode(inner, training):
         elsewhere = device != placement.device and placement.kernel != ALONE
         kernel = "sdpa" if elsewhere else placement.kernel

@@ -94,6 +94,11 @@ class PolicyModel(nn.Module):
         lm.set_output_embeddings(LMHead.share(head, softcap))
         self.lm = lm
 
+    @property
+    def inner(self) -> Any:
+        """transformers' own model."""
+        return self.lm
+
     def forward(self, batch: PackedBatch, read: Read | None = None) -> Any:
         """What `read` finds at the R response tokens; by default their log-probs (nats), [R] fp32."""
         hidden = self._read_states(batch)
@@ -140,6 +145,11 @@ class ScalarModel(nn.Module):
         self.classifier = classifier
         self.mean = float(getattr(classifier.config, "mean", 0.0))
         self.std = float(getattr(classifier.config, "std", 1.0))
+
+    @property
+    def inner(self) -> Any:
+        """transformers' own model."""
+        return self.classifier
 
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """The numbers at `positions` [P] int64 of the packed row -> [P] fp32."""

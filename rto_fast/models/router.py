@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -68,11 +68,10 @@ def check_router(config: PretrainedConfig, coefficient: float, argument: str) ->
             raise ConfigError(f"{argument}: {_refusal(kind.__name__)}")
 
 
-def watch_router(model: nn.Module, coefficient: float) -> None:
+def watch_router(model: Any, coefficient: float) -> None:
     """Lets a PolicyModel or a ScalarModel compute the auxiliary loss in training; not where the coefficient is 0."""
     if coefficient:
-        inner = getattr(model, "lm", None) or model.classifier
-        model.router = RouterLoss(inner)
+        model.router = RouterLoss(model.inner)
 
 
 def _first(names: Sequence[str], *configs: object) -> int:
