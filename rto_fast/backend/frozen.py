@@ -67,6 +67,7 @@ def frozen(model: nn.Module, config: RunConfig, *, parks: bool = False, partitio
         distributed.barrier()  # see TrainEngine
         gather_experts_together(model)
         engine = deepspeed.initialize(model=model, config=settings)[0]
+        distributed.wait_as_long_everywhere()
         engine.eval()
         return FrozenModel(engine, device, parks=False)
     return FrozenModel(model if parks else model.to(device), device, parks=parks)

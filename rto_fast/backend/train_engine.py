@@ -51,7 +51,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for one engine; the loop decides accumulation boundaries itself."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "overlap_comm": False,
+        # With ZeRO-3 on GPUs the next weights come while this layer computes.
+        "overlap_comm": config.zero_stage == 3 and distributed.device().type == "cuda",
         "contiguous_gradients": True,
         # The small defaults of ZeRO-3 keep tiny parameters whole: right for memory, and exact either way.
         "stage3_gather_16bit_weights_on_model_save": False,
@@ -102,6 +103,7 @@ class TrainEngine:
         distributed.barrier()  # DeepSpeed's own groups wait 10 minutes; one rank's download may take longer
         gather_experts_together(model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+        distributed.wait_as_long_everywhere()
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

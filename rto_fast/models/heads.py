@@ -172,7 +172,7 @@ def hidden_states(base: nn.Module, batch: PackedBatch, router: RouterLoss | Lite
 
     router: where the auxiliary loss of these tokens goes; none = it is not computed.
     """
-    asked: dict[str, object] = {"use_cache": False} | ({"output_router_logits": True} if router else {})
+    asked: dict[str, object] = {"use_cache": False, **({"output_router_logits": True} if router else {})}
     if batch.layout.kernel == ALONE:
         outs = [base(input_ids=tokens[None], **asked) for tokens in batch.tokens.split(batch.layout.lens)]
     else:

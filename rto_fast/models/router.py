@@ -63,7 +63,7 @@ class RouterLoss:
 def check_router(config: PretrainedConfig, coefficient: float, argument: str) -> None:
     """ConfigError where an auxiliary loss is asked of a model that has none; from its config alone."""
     if coefficient and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         if _function(kind) is None:
             raise ConfigError(f"{argument}: {_refusal(kind.__name__)}")
 

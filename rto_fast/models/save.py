@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def rehearse_export(models: Iterable[nn.Module], tokenizer: PreTrainedTokenizerB
     with tempfile.TemporaryDirectory() as folder:
         try:
             for model in models:
-                inner = getattr(model, "inner", model)
+                inner: Any = getattr(model, "inner", model)
                 inner.config.save_pretrained(folder)
                 if getattr(inner, "generation_config", None) is not None:
                     inner.generation_config.save_pretrained(folder)
