@@ -39,7 +39,7 @@ def experts_seen(model: nn.Module) -> dict[str, set[int]]:
             parts = out if isinstance(out, tuple) else (out,)
             tensors = [x for x in parts if torch.is_tensor(x) and x.is_floating_point() and x.ndim > 1]
             scores = max(tensors, key=lambda x: x.shape[-1])  # of all experts, not of the chosen ones
-            if module.training:
+            if model.training:
                 seen.setdefault(name, set(scores.flatten(0, -2).topk(2).indices.flatten().tolist()))
 
         return look
