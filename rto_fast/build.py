@@ -47,6 +47,7 @@ from rto_fast.models.load import (
     place,
 )
 from rto_fast.models.packing import Placement
+from rto_fast.models.router import check_router, watch_router
 from rto_fast.models.save import rehearse_export
 from rto_fast.redact import without_credentials
 from rto_fast.rollout.engine import Sampling
@@ -219,10 +220,10 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     partitioned = partitions(config, distributed.world_size(), inputs.device.type)
     placement, loading = place(config, inputs.device, config.score_tokens, longest, lockstep=partitioned)
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
-    policy = TrainEngine(
-        load_policy(config.policy, argument="policy", **loading), config,
-        peak_lr=config.policy_lr, total_steps=max(1, (iterations - config.critic_warmup) * updates),
-    )  # fmt: skip
+    policy_model = load_policy(config.policy, argument="policy", **loading)
+    watch_router(policy_model, config.router_aux_coef)
+    steps = max(1, (iterations - config.critic_warmup) * updates)
+    policy = TrainEngine(policy_model, config, peak_lr=config.policy_lr, total_steps=steps)
     critic, origin = None, "none, the advantages need none"
     if config.uses_critic:
         critic_model, origin = _critic(config, inputs, loading)
@@ -292,6 +293,7 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
     policy = load_config(config.policy, "policy")
     check_weights(config.policy, "policy")
     check_vocabulary(tokenizer, policy, "policy")
+    check_router(policy, config.router_aux_coef, "policy")
     check_template(config.policy, template, "policy")
     length = config.max_prompt_length + config.max_response_length
     check_max_length(length, policy, "max_prompt_length + max_response_length")

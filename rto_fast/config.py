@@ -111,6 +111,10 @@ class RunConfig:
     """DeepSpeed ZeRO stage; 0 only with dtype fp32."""
     offload: bool = False
     """Keep optimiser states in host memory."""
+    router_aux_coef: float = 0.0
+    """Mixtures of experts: weight of the router's auxiliary loss, which spreads tokens over the experts, in SFT, reward
+    model, DPO and the policy's updates (not the critic's). Of each micro-batch, weighted by its tokens. Models' own
+    configs name .001 to .01; 0 = off."""
     micro_tokens: int = free(16384)
     """Tokens a training micro-batch holds at most on one rank (a longer sequence goes alone)."""
 
@@ -175,6 +179,7 @@ class RunConfig:
             "save_minutes",
             "max_rows",
             "max_bad_steps",
+            "router_aux_coef",
             "weight_decay",
             "max_grad_norm",
             "data_workers",

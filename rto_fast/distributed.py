@@ -38,8 +38,8 @@ def init() -> torch.device:
         threading.Thread(target=_ends_with, args=(above,), daemon=True).start()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // ranks_here()))
     if not dist.is_initialized():
         accelerator.set_device(local_rank)
         # On a CPU DeepSpeed would compile a shared-memory collective first: a minute, and a compiler. gloo does.
@@ -83,6 +83,20 @@ def loopback() -> str:
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ranks_here() -> int:
+    """Ranks of this launch on this machine: torchrun's variable, or that of DeepSpeed's launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def wait_as_long_everywhere() -> None:
+    """Gives the groups that DeepSpeed has made meanwhile the same time as ours; by themselves they have ten minutes.
+
+    A rank may wait longer for another that reads or writes a large checkpoint on a slow file system.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
 
 
 def _meets_on_loopback() -> bool:

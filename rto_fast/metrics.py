@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,7 +141,13 @@ def of_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
         "policy/kl_k3": _mean([float(s.stats.kl_k3) for s in steps]),
         "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
         "policy/lr": steps[-1].lr,
-    }
+    } | of_router(steps)
+
+
+def of_router(steps: Sequence[UpdateStats[Any]]) -> dict[str, float]:
+    """The router's auxiliary loss, before its coefficient; nothing where it is off."""
+    aux = [s.router_aux for s in steps if s.router_aux is not None]
+    return {"policy/router_aux": _mean(aux)} if aux else {}
 
 
 def of_sampled_policy(steps: list[UpdateStats[PPOStats]]) -> dict[str, float]:
@@ -163,7 +170,7 @@ def of_pairs(steps: list[UpdateStats[PairStats]]) -> dict[str, float]:
         "policy/reward_gap": _mean([float(s.stats.reward_gap) for s in steps]),
         "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
         "policy/lr": steps[-1].lr,
-    }
+    } | of_router(steps)
 
 
 def of_ptx(steps: list[UpdateStats[Any]]) -> dict[str, float]:

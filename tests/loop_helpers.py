@@ -138,7 +138,7 @@ def watched_gradients(engine) -> Iterator[dict]:
     """Fills a dict with the full fp32 gradients (checkpoint name -> tensor) that each optimiser step starts from."""
     from deepspeed.utils import safe_get_full_grad
 
-    model = getattr(engine.model, "lm", None) or engine.model.classifier
+    model = engine.model.inner
     step, seen = engine.deepspeed.step, {}
 
     def watched() -> None:

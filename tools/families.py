@@ -184,8 +184,8 @@ def page(rows: list[tuple[str, str, str]]) -> str:
         "Whatever this table says, every run compares its own models when it loads them, in its dtype on its device. "
         "Tiny models have windows of 5 tokens: a family that attends in chunks packs where no sequence is longer than "
         "a chunk. Layers with a state (linear attention, state spaces, short convolutions) run alone: the PyTorch code "
-        "that transformers has for them does not know where the sequences of a row end. The router's auxiliary loss of "
-        "mixtures of experts is not added to any objective.", "",
+        "that transformers has for them does not know where the sequences of a row end. Dropout and what else a family "
+        "draws at random in training is taken out.", "",
         ", ".join(f"{kind} {count}" for kind, count in counts.items()) + ".", "",
         "| family | | |", "|---|---|---|",
         *(f"| {family} | {kind} | {text} |" for family, kind, text in rows), "",

@@ -129,7 +129,7 @@ def _gather(logits: Tensor, batch: Padded) -> Tensor:
 @contextmanager
 def padded_forwards(models: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Inside, policies and scalar models take a Padded and answer with logits and values, by plain attention."""
-    inner = [getattr(m, "lm", None) or m.classifier for m in models]
+    inner = [m.inner for m in models]
     before = [m.config._attn_implementation for m in inner]
     for m in inner:
         m.set_attn_implementation("sdpa")

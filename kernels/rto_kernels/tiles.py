@@ -109,11 +109,6 @@ _DEFAULTS = {
 _INTERPRETED = _tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(16, 32, 16, 4, 1))
 
 
-def selectable(chip: str, itemsize: int) -> list[tuple[bool, Tiles]]:
-    """Every (descriptors, tiles) that a launch on `chip` can be given."""
-    return [(tma, t) for (c, size, tma), t in _DEFAULTS.items() if c == chip and size == itemsize]
-
-
 @functools.cache
 def chip_of(device: torch.device) -> str:
     """sm80, sm90 or sm100, whose tiles run on the device; "cpu" off a GPU.

@@ -148,10 +148,24 @@ class Checkpoints:
         return checkpoint_steps(self.root)
 
     def read(self) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest whole checkpoint, or None where there is none at all.
+        """(step, state) of the newest whole checkpoint, or None where there is none at all; collective.
 
-        Raises ConfigError where it is another run's or another user's, and where none of several is whole.
+        Rank 0 reads and decides for all. Raises ConfigError where it is another run's or another user's, and where none
+        of several is whole.
         """
+        failure = ""
+        if distributed.rank() == 0:
+            try:
+                self._find()
+            except ConfigError as error:
+                failure = str(error)
+        failure, self._found, self.torn = distributed.broadcast_object((failure, self._found, self.torn))
+        if failure:
+            raise ConfigError(failure)
+        return (self._found["step"], self._found["state"]) if self._found else None
+
+    def _find(self) -> None:
+        """Reads the checkpoints, the newest first, up to one that is whole."""
         for step in reversed(self.steps()):
             folder = self._folder(step)
             try:
@@ -162,10 +176,9 @@ class Checkpoints:
             self._check(record, folder / STATE)
             self._check_logs()
             self._found = record
-            return step, record["state"]
+            return
         if self.torn:
             raise ConfigError(f"resume: {self.torn[0]}; no older one is whole, so start in another --output-dir")
-        return None
 
     def _check_logs(self) -> None:
         """ConfigError where the run's own rows, which go on, cannot be read."""

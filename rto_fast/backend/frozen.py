@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rto_fast import distributed
 from rto_fast.backend.spread import spread
-from rto_fast.backend.train_engine import deepspeed_config
+from rto_fast.backend.train_engine import deepspeed_config, gather_experts_together
 from rto_fast.config import RTOConfig, RunConfig
 
 
@@ -18,7 +18,7 @@ class FrozenModel:
     """A model for scoring only. With `parks` it waits in host memory until `fetch`, and again after `park`."""
 
     def __init__(self, module: Callable[..., Any], device: torch.device, *, parks: bool) -> None:
-        self.module, self.device, self.parks = module, device, parks
+        self.module, self.device = module, device
         self.host = _host_copy(module, device) if parks and isinstance(module, nn.Module) else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,8 +66,10 @@ def frozen(model: nn.Module, config: RunConfig, *, parks: bool = False, partitio
         settings = {k: v for k, v in deepspeed_config(config).items() if k != "gradient_clipping"}
         settings["zero_optimization"] = {"stage": 3}
         distributed.barrier()  # see TrainEngine
+        gather_experts_together(model)
         spread(model, settings)
         engine = deepspeed.initialize(model=model, config=settings)[0]
+        distributed.wait_as_long_everywhere()
         engine.eval()
         return FrozenModel(engine, device, parks=False)
     return FrozenModel(model if parks else model.to(device), device, parks=parks)

@@ -52,7 +52,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for one engine; the loop decides accumulation boundaries itself."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "overlap_comm": False,
+        # With ZeRO-3 on GPUs the next weights come while this layer computes.
+        "overlap_comm": config.zero_stage == 3 and distributed.device().type == "cuda",
         "contiguous_gradients": True,
         # The small defaults of ZeRO-3 keep tiny parameters whole: right for memory, and exact either way.
         "stage3_gather_16bit_weights_on_model_save": False,
@@ -74,25 +75,39 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
 
 
+EXPERTS = ["DbrxExperts"]
+"""Modules that call one with weights as often as their tokens go to experts.
+
+ZeRO-3 gathers a module's weights at each call; where the ranks' tokens reach different experts, they would wait for
+each other. Other families of transformers hold all experts of a layer in parameters of the module that loops over
+them."""
+
+
+def gather_experts_together(model: nn.Module) -> None:
+    """Has ZeRO-3 gather all weights of such modules at once; before `deepspeed.initialize`."""
+    deepspeed.utils.set_z3_leaf_modules(model, EXPERTS, raise_if_not_found=False)
+
+
 class TrainEngine:
     """A model, its AdamW and its ZeRO partitions."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, *, peak_lr: float, total_steps: int) -> None:
+    def __init__(self, model: Any, config: RunConfig, *, peak_lr: float, total_steps: int) -> None:
         self.config = config
         self.peak_lr = peak_lr
         self.total_steps = total_steps
         if config.gradient_checkpointing:
-            inner = getattr(model, "lm", None) or model.classifier
-            inner.gradient_checkpointing_enable({"use_reentrant": False})
+            model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas,
             fused=fuses(config, distributed.device().type),
         )  # fmt: skip
         distributed.barrier()  # DeepSpeed's own groups wait 10 minutes; one rank's download may take longer
+        gather_experts_together(model)
         settings = deepspeed_config(config)
         if config.zero_stage == 3:
             spread(model, settings)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        distributed.wait_as_long_everywhere()
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +117,10 @@ class TrainEngine:
         """A forward in evaluation mode (no activation checkpoints, no dropout)."""
         self.deepspeed.eval()
         return self.deepspeed(*args, **kwargs)
+
+    def router_loss(self) -> Tensor | None:
+        """The auxiliary loss of the last forward in training; None where it is off (see models/router.py)."""
+        return self.model.router.take() if getattr(self.model, "router", None) else None
 
     def lr(self, step: int) -> float:
         c = self.config

@@ -101,8 +101,6 @@ class Difficulty:
     """Words of a kind that earn +1 after a given context, and as many that earn -1."""
     active: float
     """Share of (context, kind) combinations that have such words at all."""
-    max_response: int
-    """Tokens, EOS included, that hold every response of the corpus: a limit for sampling."""
 
     @property
     def max_sentences(self) -> int:
@@ -111,9 +109,9 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(middles=(1, 2), lag=1, groups=2, earning=2, active=1.0, max_response=32),
-    "medium": Difficulty(middles=(2, 3), lag=1, groups=2, earning=1, active=1.0, max_response=40),
-    "hard": Difficulty(middles=(3, 4), lag=2, groups=2, earning=1, active=0.5, max_response=48),
+    "easy": Difficulty(middles=(1, 2), lag=1, groups=2, earning=2, active=1.0),
+    "medium": Difficulty(middles=(2, 3), lag=1, groups=2, earning=1, active=1.0),
+    "hard": Difficulty(middles=(3, 4), lag=2, groups=2, earning=1, active=0.5),
 }
 
 

@@ -95,7 +95,7 @@ def check_family(
     Without packing a model whose default attention differs from its eager one gets the latter. Raises ConfigError
     where the model differs beyond rounding.
     """
-    inner = _inner(model)
+    inner = model.inner
     failure = check_config(inner.config, placement)
     if not failure:
         failure = _failure(model, alone, placement)
@@ -141,36 +141,35 @@ def sequences(config: PretrainedConfig, longest: int) -> list[Tensor]:
 
 def _failure(model: PolicyModel | ScalarModel, alone: list[Tensor], placement: Placement) -> str:
     """How the model differs, or why it does not run; "" where it does neither."""
+    limit = limit_of(model)
+    where = "with one sequence a row" if placement.kernel == ALONE else "in a packed row"
     try:
         found = difference(model, alone, placement)
+        if found.relative > limit:
+            theirs = "transformers' own forward of each sequence alone"
+            return f"{where} its {found} from {theirs}; {limit:.1g} is rounding"
+        found = difference(model, alone, placement, training=True)
     except torch.OutOfMemoryError:
         raise
     except ConfigError as error:
         return str(error)
     except Exception as error:  # the families' own, of any type
         return f"it does not run ({_reason(error)})"
-    limit = limit_of(model)
-    if found.relative <= limit:
-        return ""
-    where = "with one sequence a row" if placement.kernel == ALONE else "in a packed row"
-    return f"{where} its {found} from transformers' own forward of each sequence alone; {limit:.1g} is rounding"
-
-
-def _inner(model: PolicyModel | ScalarModel) -> Any:
-    """transformers' own model, which ours wraps."""
-    return model.lm if isinstance(model, PolicyModel) else model.classifier
+    return f"in training its {found} from those in evaluation" if found.relative > limit else ""
 
 
 def limit_of(model: PolicyModel | ScalarModel) -> float:
     """Relative difference that rounding may cause."""
-    layers = getattr(_inner(model).config.get_text_config(decoder=True), "num_hidden_layers", None) or SHALLOW
+    layers = getattr(model.inner.config.get_text_config(decoder=True), "num_hidden_layers", None) or SHALLOW
     return LIMIT[next(model.parameters()).dtype] * max(1.0, layers / SHALLOW) ** 0.5
 
 
-def difference(model: PolicyModel | ScalarModel, alone: list[Tensor], placement: Placement) -> Difference:
-    """The model as the run calls it against `own_outputs`."""
-    inner = _inner(model)
-    with _at_rest(inner, placement.device) as device:
+def difference(
+    model: PolicyModel | ScalarModel, alone: list[Tensor], placement: Placement, *, training: bool = False
+) -> Difference:
+    """The model as the run calls it, in training or in evaluation, against `own_outputs`."""
+    inner = model.inner
+    with _at_rest(inner, placement.device) as device, _mode(inner, training):
         elsewhere = device != placement.device and placement.kernel != ALONE
         kernel = "sdpa" if elsewhere else placement.kernel
         rows = sequences(inner.config, placement.longest)
@@ -211,6 +210,17 @@ def _at_rest(model: nn.Module, device: torch.device) -> Iterator[torch.device]:
                 parameter.data = data
             if device != home:
                 model.to(home)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or in evaluation, then in the mode that it had."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rto_fast.errors import ConfigError
 from rto_fast.models.attention import ALONE
 from rto_fast.models.packing import PackedBatch
+from rto_fast.models.router import RouterLoss
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier")
@@ -78,6 +79,9 @@ def logp_and_kl(ref_hidden: Tensor, ref_head: LMHead) -> Read:
 class PolicyModel(nn.Module):
     """A causal language model that answers with what a kernel reads at the positions before given tokens."""
 
+    router: RouterLoss | None = None
+    """Where its experts are to be balanced, see `watch_router`."""
+
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         head = lm.get_output_embeddings()
@@ -89,6 +93,11 @@ class PolicyModel(nn.Module):
         self.scale /= math.prod(getattr(text, name, None) or 1.0 for name in _DIVISORS)
         lm.set_output_embeddings(LMHead.share(head, softcap))
         self.lm = lm
+
+    @property
+    def inner(self) -> Any:
+        """transformers' own model."""
+        return self.lm
 
     def forward(self, batch: PackedBatch, read: Read | None = None) -> Any:
         """What `read` finds at the R response tokens; by default their log-probs (nats), [R] fp32."""
@@ -105,7 +114,7 @@ class PolicyModel(nn.Module):
 
     def _read_states(self, batch: PackedBatch) -> Tensor:
         """[R, H] before the response tokens, by the factor of the family's logits: (s h) W = s (h W)."""
-        hidden = hidden_states(backbone(self.lm), batch)[batch.state_positions]
+        hidden = hidden_states(backbone(self.lm), batch, self.training and self.router)[batch.state_positions]
         return hidden if self.scale == 1 else hidden * self.scale
 
 
@@ -125,6 +134,9 @@ class ScalarModel(nn.Module):
     critic and reward speak the same units.
     """
 
+    router: RouterLoss | None = None
+    """Where its experts are to be balanced, see `watch_router`."""
+
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         weight = classifier.score.weight
@@ -135,9 +147,14 @@ class ScalarModel(nn.Module):
         self.mean = float(getattr(classifier.config, "mean", 0.0))
         self.std = float(getattr(classifier.config, "std", 1.0))
 
+    @property
+    def inner(self) -> Any:
+        """transformers' own model."""
+        return self.classifier
+
     def forward(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """The numbers at `positions` [P] int64 of the packed row -> [P] fp32."""
-        hidden = hidden_states(backbone(self.classifier), batch)[positions]
+        hidden = hidden_states(backbone(self.classifier), batch, self.training and self.router)[positions]
         return (self.classifier.score(hidden) - self.mean) / self.std
 
 
@@ -151,10 +168,17 @@ def backbone(model: Any) -> nn.Module:
     return base
 
 
-def hidden_states(base: nn.Module, batch: PackedBatch) -> Tensor:
-    """Final hidden states of all N tokens, [N, H]: of one packed row, or of each sequence alone."""
+def hidden_states(base: nn.Module, batch: PackedBatch, router: RouterLoss | Literal[False] | None = None) -> Tensor:
+    """Final hidden states of all N tokens, [N, H]: of one packed row, or of each sequence alone.
+
+    router: where the auxiliary loss of these tokens goes; none = it is not computed.
+    """
+    asked: dict[str, object] = {"use_cache": False, **({"output_router_logits": True} if router else {})}
     if batch.layout.kernel == ALONE:
-        alone = [base(input_ids=tokens[None], use_cache=False) for tokens in batch.tokens.split(batch.layout.lens)]
-        return torch.cat([out.last_hidden_state[0] for out in alone])
-    out = base(input_ids=batch.tokens[None], use_cache=False, **batch.layout.model_kwargs())
-    return out.last_hidden_state[0]
+        outs = [base(input_ids=tokens[None], **asked) for tokens in batch.tokens.split(batch.layout.lens)]
+    else:
+        outs = [base(input_ids=batch.tokens[None], **asked, **batch.layout.model_kwargs())]
+    if router:
+        router.record([out.router_logits for out in outs])
+    states = [out.last_hidden_state[0] for out in outs]
+    return states[0] if len(states) == 1 else torch.cat(states)

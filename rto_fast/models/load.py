@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -64,7 +65,7 @@ def _refuse_adapter(path: str, argument: str) -> None:
 def _load(
     auto: type, path: str, argument: str, placement: Placement | None, home: Home, **settings: object
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """(model without dropout, loading info) of a folder or Hub id; ConfigError where its weights cannot be read.
+    """(model that draws nothing at random, loading info) of a folder or Hub id; ConfigError where it does not load.
 
     With dropout PPO's first ratio would not be 1, and packed attention has none.
     """
@@ -83,12 +84,31 @@ def _load(
             TypeError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300].strip()
         raise ConfigError(f"{argument}: {path!r} does not load: {reason}") from error
+    _make_repeatable(model)
+    return model, info
+
+
+ROUTER_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+"""Names by which mixtures' modules know the noise that their routers read in training."""
+DRAWING_ROUTERS = ("PhimoeTopKRouter",)
+"""Routers that draw their experts at random in training."""
+
+
+def _make_repeatable(model: nn.Module) -> None:
+    """Takes out what a forward draws at random in training: dropout, skipped layers, noise and draws of routers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # applied by a function, not a module
-            module.attention_dropout = 0.0
-    return model, info
+        for name, value in vars(module).items():  # rates of what a function drops, not a module
+            if isinstance(value, float) and ("drop" in name or name in ROUTER_NOISE):
+                setattr(module, name, 0.0)
+        if type(module).__name__ in DRAWING_ROUTERS:
+            module.eval()
+            module.train = partial(_as_it_is, module)  # type: ignore[method-assign]
+
+
+def _as_it_is(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 def load_policy(

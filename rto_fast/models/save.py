@@ -19,17 +19,12 @@ from rto_fast.logs.files import folder_aside
 from rto_fast.models.heads import PolicyModel, ScalarModel
 
 
-def _inner(model: nn.Module) -> Any:
-    """transformers' own model, which ours wraps."""
-    return getattr(model, "lm", None) or getattr(model, "classifier", model)
-
-
 def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, full tensor) one at a time; collective under ZeRO-3, which gathers one parameter a step.
 
     A tensor is valid until the next one is asked for. Tied parameters come once.
     """
-    for name, parameter in _inner(model).named_parameters():
+    for name, parameter in getattr(model, "inner", model).named_parameters():
         if hasattr(parameter, "ds_id"):
             import deepspeed
 
@@ -45,7 +40,7 @@ def export(model: PolicyModel | ScalarModel, folder: str | Path, *, write: bool)
 
     The weights are those of the model's dtype. Reward models carry `mean` and `std` in their config.
     """
-    inner = model.lm if isinstance(model, PolicyModel) else model.classifier
+    inner = model.inner
     state = {}
     for name, tensor in full_parameters(model):
         if write:
@@ -75,7 +70,7 @@ def rehearse_export(models: Iterable[nn.Module], tokenizer: PreTrainedTokenizerB
     with tempfile.TemporaryDirectory() as folder:
         try:
             for model in models:
-                inner = _inner(model)
+                inner: Any = getattr(model, "inner", model)
                 inner.config.save_pretrained(folder)
                 if getattr(inner, "generation_config", None) is not None:
                     inner.generation_config.save_pretrained(folder)

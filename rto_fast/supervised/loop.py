@@ -110,7 +110,7 @@ def train_step(
     rows = [stage.train[i] for i in index]
     lens = [row.tokens for row in rows]
     micro = my_share(lens, placement.micro_tokens)
-    count = stage.count(rows)
+    count, tokens = stage.count(rows), sum(lens)
     stage.begin(engine.evaluate, index, False, placement)
     sums: Sums = {}
 
@@ -118,10 +118,15 @@ def train_step(
         part, weight = item
         batch = RowBatch([rows[i] for i in part], [index[i] for i in part], False, placement)
         value, metrics = stage.loss(engine, batch)
+        router = engine.router_loss()
+        if router is not None:
+            router = router * (batch.packed.tokens.numel() * weight / tokens)
+            add(sums, {"router_aux": router})
         if weight:
             add(sums, {"loss": value.detach() / count, **{k: v / len(rows) for k, v in metrics.items()}})
             logger.progress(sum(lens[i] for i in part))
-        return value * (weight / count)
+        value = value * (weight / count)
+        return value if router is None else value + config.router_aux_coef * router
 
     result = engine.update(micro, loss, step=step)
     logger.progress(sum(lens) - sum(lens[i] for part, weight in micro if weight for i in part))  # the other ranks'

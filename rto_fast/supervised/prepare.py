@@ -16,6 +16,7 @@ from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tok
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.load import check_weights, load_config, place
 from rto_fast.models.packing import Placement
+from rto_fast.models.router import check_router, watch_router
 from rto_fast.models.save import rehearse_export
 from rto_fast.supervised.loop import fit, steps_of
 from rto_fast.supervised.stage import Stage
@@ -45,6 +46,7 @@ def prepare(config: SupervisedConfig) -> Common:
     check_vocabulary(tokenizer, model, "model")
     check_template(config.model, template, "model")
     check_max_length(config.max_length, model, "max_length")
+    check_router(model, config.router_aux_coef, "model")
     placement, loading = place(config, device, config.micro_tokens, config.max_length)
     return Common(tokenizer, template, placement, loading, checkpoints, found)
 
@@ -52,6 +54,7 @@ def prepare(config: SupervisedConfig) -> Common:
 def run_stage(config: SupervisedConfig, common: Common, stage: Stage) -> Path:
     """Opens the log, which writes the first files, and trains."""
     common.checkpoints.check_inputs(config)
+    watch_router(stage.model, config.router_aux_coef)
     rehearse_export([stage.model], common.tokenizer, common.template)
     tight = check_space(config, [stage.model])
     logger = RunLogger(

@@ -24,6 +24,7 @@ class PairBatch(TrainBatch, ABC):
     def __init__(self, run: Trained, rollout: Rollout, scores: Scores, targets: Targets, index: list[int]) -> None:
         """index: 2k and 2k + 1 of the batch are the two responses to one prompt."""
         self.run, self.rollout, self.scores, self.targets = run, rollout, scores, targets
+        self.index = index
         self.micro = self.shared_out([index[i : i + 2] for i in range(0, len(index), 2)])
         self.denominator = torch.tensor(len(index) / 2, device=run.placement.device)
         lens = rollout.response_lens.to(run.placement.device)

@@ -56,6 +56,8 @@ class UpdateStats(Generic[S]):
     loss: float
     stats: S
     lr: float
+    router_aux: float | None = None
+    """The router's auxiliary loss, None where it is off."""
     ptx_loss: float | None = None
     """Mean negative log-prob of the supervised tokens beside the batch; None where there were none."""
 
@@ -142,25 +144,32 @@ class TrainBatch:
         """One optimiser step; `loss` gives a micro-batch's share of the loss and of the statistics."""
         device = self.run.placement.device
         sums = torch.zeros(1 + len(kind._fields), dtype=torch.float64, device=device)
-        ratio_max = torch.zeros((), device=device)
+        ratio_max, router_aux = torch.zeros((), device=device), torch.zeros((), dtype=torch.float64, device=device)
+        tokens = int(self.rollout.seq_lens[self.index].sum())
 
         def micro_loss(item: tuple[list[int], float]) -> Tensor:
-            nonlocal sums, ratio_max
+            nonlocal sums, ratio_max, router_aux
             index, weight = item
             part = self.rollout.select(index)
             batch = PackedBatch.make(part.sequences(), part.prompt_lens.tolist(), device, self.run.placement.kernel)
             stats: S
             value, stats = loss(batch, Share(index, self.rollout.response_index(index).to(device)))
+            router = engine.router_loss()
             if weight:
                 sums = sums + torch.stack([value.detach(), *stats]).double()
                 ratio_max = torch.maximum(ratio_max, stats.ratio_max.float())
-            return value * weight
+            if router is None:
+                return value * weight
+            router = router * (batch.tokens.numel() * weight / tokens)
+            router_aux = router_aux + router.detach()
+            return value * weight + self.run.config.router_aux_coef * router
 
         shares: list[Callable[[], Tensor]] = [partial(micro_loss, item) for item in self.micro]
         result = engine.update([*shares, *(ptx.shares() if ptx else [])], lambda share: share(), step=step)
-        total = distributed.sum_over_ranks(sums)
+        total = distributed.sum_over_ranks(torch.cat([sums, router_aux[None]]))
         if not math.isfinite(float(total[0])):
             result = StepResult(result.grad_norm, applied=False)
         most = max(distributed.gather_objects(float(ratio_max)))
-        summed = kind(*total[1:].float())._replace(ratio_max=torch.tensor(most))
-        return UpdateStats(result, float(total[0]), summed, engine.lr(step), ptx.mean() if ptx else None)
+        summed = kind(*total[1:-1].float())._replace(ratio_max=torch.tensor(most))
+        aux = float(total[-1]) if getattr(engine.model, "router", None) else None
+        return UpdateStats(result, float(total[0]), summed, engine.lr(step), aux, ptx.mean() if ptx else None)

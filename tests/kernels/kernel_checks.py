@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from hypothesis import strategies as st
+from rto_kernels import tiles
 from rto_kernels._dispatch import INTERPRET
 
 TRITON = INTERPRET or torch.cuda.is_available()
@@ -15,6 +16,11 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1 or a CUDA GPU")),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def selectable(chip: str, itemsize: int) -> list[tuple[bool, tiles.Tiles]]:
+    """Every (descriptors, tiles) that a launch on `chip` can be given."""
+    return [(tma, t) for (c, size, tma), t in tiles._DEFAULTS.items() if c == chip and size == itemsize]
 
 
 @dataclass

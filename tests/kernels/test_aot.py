@@ -4,8 +4,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from kernel_checks import selectable
 from launches import forks
-from rto_kernels import aot, linear_forward, tiles
+from rto_kernels import aot, linear_forward
 from rto_kernels._dispatch import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels cannot be compiled")
@@ -66,7 +67,7 @@ def test_every_selectable_tile_is_launched():
             if launch.is_product
         }
         for size in (2, 4):
-            for descriptors, choice in tiles.selectable(chip, size):
+            for descriptors, choice in selectable(chip, size):
                 wanted = {(*tile[:3], descriptors) for tile in choice}
                 assert wanted <= seen
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_checks import selectable
 from rto_kernels import tiles
 
 KIB = 1024
@@ -21,7 +22,7 @@ def test_consumer_chips_are_not_given_data_centre_tiles(monkeypatch, capability,
 @pytest.mark.parametrize("chip", SHARED)
 def test_the_operands_in_flight_fit_shared_memory(chip):
     for size in (2, 4):
-        for _, choice in tiles.selectable(chip, size):
+        for _, choice in selectable(chip, size):
             for tile in choice:
                 staged = tile.stages * (tile.rows + tile.columns) * tile.depth * size
                 assert staged <= SHARED[chip], (chip, size, tile)

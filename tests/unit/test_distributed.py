@@ -70,3 +70,31 @@ def test_one_rank_without_a_launcher_keeps_its_store_to_itself(one_rank):
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, dist.HashStore)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [({"LOCAL_WORLD_SIZE": "4"}, 3), ({"LOCAL_SIZE": "4"}, 3), ({"LOCAL_SIZE": "64"}, 1), ({}, 12),
+     ({"LOCAL_SIZE": "4", "OMP_NUM_THREADS": "7"}, 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_ranks_of_a_machine_share_its_processors(one_rank, monkeypatch, given, threads, kind):
+    """With torchrun and with DeepSpeed's launcher, on GPUs too; 0: the user's number stands."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(distributed, "cores", lambda: 12)
+    monkeypatch.setattr(distributed.torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(type(distributed.get_accelerator()), "device_name", lambda self, index=None: kind)
+    distributed.init()
+    assert asked == ([threads] if threads else [])
+
+
+def test_groups_that_are_made_later_wait_as_long(one_rank):
+    group = dist.new_group([0])
+    backend = group._get_backend(one_rank)
+    assert backend.options._timeout < distributed.TIMEOUT
+    distributed.wait_as_long_everywhere()
+    assert backend.options._timeout == distributed.TIMEOUT

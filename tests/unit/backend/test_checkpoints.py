@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from loop_helpers import small_run
 
-from rto_fast import trainer
+from rto_fast import distributed, trainer
+from rto_fast.backend import checkpoints
 from rto_fast.backend.checkpoints import Checkpoints, checkpoint_steps, find_checkpoint
 from rto_fast.backend.inputs import fingerprint
 from rto_fast.config import RTOConfig
@@ -179,3 +180,27 @@ def test_home_in_every_path(monkeypatch, tmp_path):
     assert (config.policy, config.output_dir) == (f"{tmp_path}/p", f"{tmp_path}/out")
     assert config.reward_model == (f"{tmp_path}/r", "org/r")
     assert config.reward_fn == (f"{tmp_path}/f.py:f",)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_rank_0_decides_which_checkpoint_all_resume(tiny, run, monkeypatch, refused):
+    """The others neither read 130 GB to the same end, nor come to another where a file system lags."""
+    first = Checkpoints(settings(tiny, run, **({"policy_lr": 1e-5} if refused else {})))
+    sent = []
+    monkeypatch.setattr(distributed, "broadcast_object", lambda item: sent.append(item) or item)
+    if refused:
+        with pytest.raises(ConfigError, match="policy_lr") as error:
+            first.read()
+    else:
+        assert first.read()[0] == 3
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    other = Checkpoints(settings(tiny, run))
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda item: sent[0])
+    monkeypatch.setattr(checkpoints, "read_record", lambda *_: pytest.fail("rank 1 reads checkpoints"))
+    if refused:
+        with pytest.raises(ConfigError) as same:
+            other.read()
+        assert str(same.value) == str(error.value)
+    else:
+        assert other.read()[0] == 3

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from loop_helpers import small_run, watched_gradients
 
 from rto_fast import distributed
 from rto_fast.backend.frozen import frozen
-from rto_fast.backend.train_engine import TrainEngine
+from rto_fast.backend.train_engine import TrainEngine, deepspeed_config
 from rto_fast.config import RTOConfig
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy
@@ -65,3 +66,23 @@ def test_ranks_meet_before_deepspeeds_own_collectives(tiny, tmp_path, monkeypatc
     with pytest.raises(InterruptedError):
         make()
     assert seen == ["barrier", "initialize"]
+
+
+@pytest.mark.parametrize("kind", ["trained", "frozen"])
+def test_deepspeeds_groups_wait_as_long_as_ours(tiny, tmp_path, kind):
+    """A checkpoint of many GB on a slow file system outlasts torch's ten minutes."""
+    config = RTOConfig(**small_run(tiny, tmp_path, zero_stage=3))
+    policy = load_policy(tiny.policy, dtype=torch.float32, **LOADING)
+    dist.new_group([0])
+    _ = TrainEngine(policy, config, peak_lr=1e-3, total_steps=1) if kind == "trained" else frozen(policy, config)
+    groups = list(dist.distributed_c10d._world.pg_map)
+    waits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    assert len(groups) > 1
+    assert waits == {distributed.TIMEOUT}
+
+
+@pytest.mark.parametrize(("kind", "stage", "overlaps"), [("cpu", 3, False), ("cuda", 3, True), ("cuda", 2, False)])
+def test_weights_come_while_gpus_compute(tiny, tmp_path, monkeypatch, kind, stage, overlaps):
+    monkeypatch.setattr(distributed, "device", lambda: torch.device(kind))
+    config = RTOConfig(**small_run(tiny, tmp_path, zero_stage=stage))
+    assert deepspeed_config(config)["zero_optimization"]["overlap_comm"] == overlaps

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rto_fast.demo.config import DemoConfig
 from rto_fast.demo.tiny_task import CONTENT, DIFFICULTIES, GRAMMAR, KIND, make_task
 
 SEED = 100
@@ -107,7 +108,7 @@ def test_reward_is_sparse_signed_and_blind_to_length(task):
     assert set(flat) == {-1.0, 0.0, 1.0}
     assert abs(statistics.mean(sums)) < 0.3 * spread
     assert abs(statistics.correlation(lens, sums)) < 0.15
-    assert max(lens) + 1 <= task.difficulty.max_response
+    assert max(lens) + 1 <= DemoConfig.max_response_length, "the demo would cut the corpus's responses"
 
 
 def test_share_of_earning_positions_falls_with_difficulty():

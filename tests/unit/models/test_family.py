@@ -16,7 +16,8 @@ from rto_fast import trainer
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.errors import ConfigError
 from rto_fast.models.attention import ALONE, PACKED
-from rto_fast.models.family import check_config, sequences
+from rto_fast.models.family import check_config, check_family, difference, own_outputs, sequences
+from rto_fast.models.heads import PolicyModel
 from rto_fast.models.load import load_policy, new_scalar
 from rto_fast.models.packing import PackedBatch, Placement, micro_batches
 from rto_fast.supervised.dpo import train_dpo
@@ -281,3 +282,40 @@ def test_the_page_of_families_says_what_a_run_does():
     assert kinds == {
         "llama": "packed", "lfm2": "alone", "deepseek_v3": "packed", "bert": "refused", "musicgen": "not tried",
     }  # fmt: skip
+
+
+DRAWN = {
+    "opt": {"dropout": 0.5, "activation_dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "biogpt": {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "layerdrop": 0.5},
+    "mixtral": {"router_jitter_noise": 0.5, "attention_dropout": 0.5},
+    "phimoe": {"router_jitter_noise": 0.01, "input_jitter_noise": 0.5},
+}  # fmt: skip
+"""Families that drop or draw at random in training, by modules, by functions, layers or routers."""
+
+
+@pytest.mark.parametrize("family", DRAWN)
+def test_nothing_is_drawn_at_random_in_training(one_rank, tmp_path, family):
+    """PPO's first ratio would not be 1."""
+    families = runpy.run_path(str(ROOT / "tools" / "families.py"))
+    families["MORE"][family] = families["MORE"].get(family, {}) | DRAWN[family]
+    families["save_tiny"](family, str(tmp_path))
+    model = load_policy(str(tmp_path), dtype=torch.float32, attention=None, argument="model")
+    batch = PackedBatch.make([torch.arange(3, 30), torch.arange(9, 15)], [1, 2], torch.device("cpu"), ALONE)
+    with torch.no_grad():
+        assert torch.equal(model.train()(batch), model.eval()(batch))
+
+
+def test_a_model_that_draws_at_random_in_training_is_refused(one_rank, tiny):
+    """Whatever its module calls it."""
+    lm = AutoModelForCausalLM.from_pretrained(tiny.policy, attn_implementation=PACKED)
+    placement = Placement(torch.device("cpu"), "sdpa", False, 100)
+    own = own_outputs(lm, placement, "model")
+    norm = lm.model.norm
+    norm.register_forward_hook(lambda module, args, out: torch.nn.functional.dropout(out, 0.1, module.training))
+    model = PolicyModel(lm)
+    assert difference(model, own, placement).relative < 1e-4
+    with pytest.raises(
+        ConfigError, match=r"^model cannot be packed: in training its log-probs differ by .* evaluation"
+    ):
+        check_family(model, own, placement, "model")
