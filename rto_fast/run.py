@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
 from rto_fast.algo.targets import KLController
-from rto_fast.backend.checkpoints import Checkpoints
+from rto_fast.backend.checkpoints import Checkpoints, checkpoint_bytes
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
@@ -163,6 +163,11 @@ class Run:
     @property
     def engines(self) -> dict[str, TrainEngine]:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        models = [engine.model for engine in self.engines.values()]
+        return checkpoint_bytes(self.config, models, averaged=self.config.ema_decay > 0)
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Continues from checkpoint `step`."""

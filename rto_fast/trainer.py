@@ -83,7 +83,7 @@ def train(config: RTOConfig, observe: Observer | None = None) -> Run:
     """
     run = build.build(config)
     with Saving(config) as saving, closing(run.logger), closing(run.sync):
-        run.logger.message(saving.plan())
+        run.logger.message(saving.plan(run.checkpoint_bytes))
         for iteration in range(run.state.iteration, run.iterations):
             metrics = rto_iteration(run, iteration, observe)
             run.state.iteration = iteration + 1

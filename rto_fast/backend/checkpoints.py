@@ -232,12 +232,9 @@ def check_space(config: RunConfig, models: Sequence[nn.Module], exports: int = 1
     exports: how often the models are exported; averaged: whether the first one's running average goes with them.
     Returns a warning, or "": checkpoints that are only written when the run takes long, and would not fit.
     """
-    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) for model in models]
-    average = sizes[0] if averaged else 0
-    weight = 2 if config.dtype == "bf16" else 4
-    exported = exports * weight * (sum(sizes) + average)
-    adam = 8 if config.zero_stage == 0 else 12  # two moments; ZeRO keeps fp32 weights beside the model's
-    one = (weight + adam) * sum(sizes) + 4 * average
+    sizes = [_numbers(model) for model in models]
+    exported = exports * (2 if config.dtype == "bf16" else 4) * (sum(sizes) + (sizes[0] if averaged else 0))
+    one = checkpoint_bytes(config, models, averaged)
     root = Path(config.output_dir) / CHECKPOINTS
     there = next(p for p in (root, *root.absolute().parents) if p.exists())
     free = distributed.broadcast_object(shutil.disk_usage(there).free + _bytes_in(root))
@@ -256,6 +253,18 @@ def check_space(config: RunConfig, models: Sequence[nn.Module], exports: int = 1
         f"output_dir: no room for {config.keep_last} + 1 checkpoints of {one / 2**30:.1f} GiB beside the models, "
         f"{left}: a run that takes over {config.save_minutes:g} minutes may stop there; {remedy}, or --save-minutes 0"
     )
+
+
+def checkpoint_bytes(config: RunConfig, models: Sequence[nn.Module], averaged: bool = False) -> int:
+    """Size of a checkpoint of these models in training; averaged: with the first one's running average."""
+    sizes = [_numbers(model) for model in models]
+    weight = 2 if config.dtype == "bf16" else 4
+    adam = 8 if config.zero_stage == 0 else 12  # two moments; ZeRO keeps fp32 weights beside the model's
+    return (weight + adam) * sum(sizes) + (4 * sizes[0] if averaged else 0)
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _bytes_in(folder: Path) -> int:

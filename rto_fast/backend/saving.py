@@ -12,6 +12,8 @@ from rto_fast import distributed
 from rto_fast.config import RunConfig
 from rto_fast.errors import Preempted
 
+DISK = 2e9
+"""Bytes a second that are taken for granted where the time of a checkpoint is foretold."""
 LONGEST_SHARE = 0.1
 """Share of a run's time that checkpoints by time alone may take."""
 
@@ -47,14 +49,15 @@ class Saving:
         self.signal = number
         signal.signal(number, self._before.get(number, signal.SIG_DFL))
 
-    def plan(self) -> str:
-        """When checkpoints are written, for the log."""
+    def plan(self, size: int) -> str:
+        """When checkpoints are written and how long that may take, for the log; size: bytes of one."""
         config = self.config
         unit = "steps" if config.save_every != 1 else "step"
         regular = f"every {config.save_every} {unit}" if config.save_every else f"every {config.save_minutes:g} minutes"
         if not config.save_every and not config.save_minutes:
             regular = "off"
-        return f"checkpoints: {regular}, and at the next step when SIGTERM or SIGUSR1 comes"
+        each = f"{size / 2**30:.1f} GiB each, {max(1, round(size / DISK))} s at {DISK / 1e9:g} GB/s"
+        return f"checkpoints: {regular}, and at the next step when SIGTERM or SIGUSR1 comes; {each}"
 
     def after(self, step: int, save: Callable[[], None]) -> None:
         """Ends step `step` (counted from 1); collective. Raises Preempted behind the checkpoint that a signal asks for.

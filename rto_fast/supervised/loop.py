@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
-from rto_fast.backend.checkpoints import Checkpoints
+from rto_fast.backend.checkpoints import Checkpoints, checkpoint_bytes
 from rto_fast.backend.saving import Saving
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import SupervisedConfig
@@ -67,7 +67,7 @@ def fit(
             checkpoints.save(step + 1, {"model": engine}, state, {})
 
     with Saving(config) as saving, logger:
-        logger.message(saving.plan())
+        logger.message(saving.plan(checkpoint_bytes(config, [engine.model])))
         for step in range(start, total):
             with logger.phase("train"):
                 metrics, applied = train_step(config, stage, engine, placement, logger, step)

@@ -15,6 +15,7 @@ from rto_fast.backend import checkpoints, saving
 from rto_fast.backend.saving import Saving
 from rto_fast.config import RTOConfig, SFTConfig
 from rto_fast.errors import ConfigError, Preempted
+from rto_fast.trainer import train
 
 
 def saved_steps(config: SFTConfig, clock: SimpleNamespace, monkeypatch, *, step_s: float, save_s: float) -> list[int]:
@@ -111,3 +112,13 @@ def test_no_room_for_checkpoints_by_time_is_a_warning(tmp_path, monkeypatch):
     assert not checkpoints.check_space(
         SFTConfig(model="m", data="d", output_dir=str(tmp_path), save_minutes=0), [model]
     )
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_size_that_is_said_at_the_start_is_that_of_a_checkpoint(one_rank, tiny, tmp_path, stage):
+    """Of policy, critic and running average, within the files' headers and the few numbers beside."""
+    run = train(RTOConfig(**small_run(tiny, tmp_path, zero_stage=stage, ema_decay=0.9, iterations=1, save_every=1)))
+    written = sum(p.stat().st_size for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+    assert run.checkpoint_bytes <= written < 1.2 * run.checkpoint_bytes + 200_000
+    assert "checkpoints: every 1 step" in Saving(run.config).plan(260 * 2**30)
+    assert Saving(run.config).plan(260 * 2**30).endswith("; 260.0 GiB each, 140 s at 2 GB/s")
