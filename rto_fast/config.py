@@ -682,7 +682,7 @@ class RTOConfig(RunConfig):
         )
         require(
             not self.dpo_scale or bool(models),
-            "dpo_model: beta1 > 0 needs a DPO model; pass --dpo-model, another --token-reward, or --beta1 0 for PPO",
+            "dpo_model: beta1 > 0 needs a DPO model; pass --dpo-model, or --beta1 0 for PPO, or another --token-reward",
         )
         weights = len(self.dpo_weight)
         require(weights in (0, models), f"dpo_weight: {weights} weights for {models} DPO models")

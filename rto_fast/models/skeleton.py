@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from rto_fast import distributed
 from rto_fast.errors import ConfigError
@@ -70,4 +71,11 @@ def _revived(skeleton: bytes) -> Any:
                 made[place] = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=trained)
             return made[place]
 
-    return Reader(io.BytesIO(skeleton)).load()
+    model = Reader(io.BytesIO(skeleton)).load()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # transformers notes what a class can record when a model of it is made.
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                type(module)(module.config)
+            break
+    return model

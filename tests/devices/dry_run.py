@@ -334,11 +334,18 @@ def attempt_fault(fault: Fault, tiny: TinyModels, folder: Path) -> str:
 
 def main() -> None:
     import deepspeed
+    from transformers import PreTrainedModel
 
     from rto_fast import distributed
 
     distributed.init()
     claimed.install()
+    from_pretrained = PreTrainedModel.from_pretrained.__func__
+
+    def read_on_the_host(cls: Any, *args: Any, device_map: Any = None, **given: Any) -> Any:
+        """safetensors knows real devices alone; the engines bring the models to theirs."""
+        return from_pretrained(cls, *args, **given)
+
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -348,6 +355,7 @@ def main() -> None:
         with (
             mock.patch.object(distributed, "device", claimed.device),
             mock.patch.object(deepspeed, "initialize", initialize),
+            mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(read_on_the_host)),
             claimed.on_device(),
         ):
             for name in sys.argv[2:] or CASES:
