@@ -1,4 +1,4 @@
-"""Columns of the prompts' rows, for rewards that look at more than the prompt: the answer of a problem, say."""
+"""Columns of the prompts' rows, for rewards that compare with an answer."""
 
 from __future__ import annotations
 
