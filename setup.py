@@ -64,9 +64,11 @@ setup(
         "vllm": ["vllm>=0.26,<0.34"],  # rto_fast/rollout/vllm_engines/support.py says what was tried
         "flash": ["flash-attn>=2.8"],  # needs pip's --no-build-isolation: its build looks at the torch that is there
         "wandb": ["wandb>=0.18"],
+        "math": ["math-verify>=0.9"],  # the reward of `rto-fast rlvr`
         "dev": [
             "codespell>=2.4",
             "hypothesis>=6.100",
+            "math-verify>=0.9",
             "mkdocs>=1.6,<2",
             "mypy>=2.4,<2.5",  # another version counts other errors
             "pytest>=8",

@@ -19,7 +19,9 @@ from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.backend.warm import warm
 from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
+from rto_fast.contract import ResponseTexts
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
+from rto_fast.data.columns import DataColumns
 from rto_fast.data.load import PromptData, load_prompts, load_ptx
 from rto_fast.data.tokenizer import (
     check_max_length,
@@ -57,8 +59,8 @@ from rto_fast.rollout.weights.sync import WeightSync
 from rto_fast.run import Run, State
 from rto_fast.scoring.reward_function import FunctionReward
 from rto_fast.scoring.reward_model import ModelReward, OwnText
-from rto_fast.scoring.reward_server import RemoteReward
-from rto_fast.scoring.reward_source import Model, RewardSource, try_sources
+from rto_fast.scoring.reward_server import RemoteReward, label_column
+from rto_fast.scoring.reward_source import TRIAL, TRIED, Model, RewardSource, try_sources
 from rto_fast.scoring.score import Scorers
 from rto_fast.scoring.token_function import try_written
 from rto_fast.scoring.token_load import Written, check_token_models, check_tokens, load_token_sources, load_written
@@ -94,6 +96,8 @@ class Inputs:
     sampling: Sampling
     delimiters: Tensor
     prompts: PromptData
+    columns: DataColumns
+    """What rewards see of the prompts' rows."""
     ptx: Rows | None
     """The supervised rows of the PTX loss, where there is one."""
     special_used: frozenset[str]
@@ -140,8 +144,9 @@ def build(config: RTOConfig) -> Run:
     for warning in [*inputs.checkpoints.torn, *filter(None, [loaded.tight])]:
         logger.warn(warning)
     run = Run(
-        config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts, ptx=inputs.ptx,
-        iterations=inputs.iterations, placement=loaded.placement, policy=loaded.policy, critic=loaded.critic,
+        config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts,
+        columns=inputs.columns, ptx=inputs.ptx, iterations=inputs.iterations, placement=loaded.placement,
+        policy=loaded.policy, critic=loaded.critic,
         scorers=loaded.scorers, sync=sync, sampling=inputs.sampling, delimiters=inputs.delimiters,
         average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
         checkpoints=inputs.checkpoints, logger=logger,
@@ -173,10 +178,11 @@ def check(config: RTOConfig) -> Inputs:
     _check_reach(config)
     checkpoints = open_output(config)
     found = checkpoints.read()
-    rewards = load_reward_sources(config)
+    columns = DataColumns.of_prompts(config)
+    rewards = load_reward_sources(config, columns)
     tokenizer = load_tokenizer(config.policy, "policy")
     template = load_template(config.chat_template, tokenizer, config.template_date)
-    written = load_written(config, tokenizer)
+    written = load_written(config, tokenizer, columns)
     _check_models(config, tokenizer, template)
     check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
@@ -185,15 +191,16 @@ def check(config: RTOConfig) -> Inputs:
     delimiters = _delimiters(config, tokenizer)
     prompts = load_prompts(config, tokenizer, template)
     ptx = load_ptx(config, tokenizer, template) if config.ptx_coef else None
-    try_sources(rewards, prompts.texts)
-    try_written(list(written.values()), prompts.texts)
+    trial = made_up(prompts, columns, tokenizer)
+    try_sources(rewards, trial)
+    try_written(list(written.values()), trial)
     checkpoints.check_inputs(config)
     wanted = max(1, round(config.epochs * len(prompts.prompt_ids)))
     iterations = config.iterations or -(-wanted // config.drawn_prompts)
     special = special_tokens_used(tokenizer, template, stop_ids, prompts.prompt_ids)
     readers = [_reader(config, path, tokenizer, special, prompts) for path in config.reward_model]
     return Inputs(
-        device, checkpoints, found, rewards, written, tokenizer, template, sampling, delimiters, prompts,
+        device, checkpoints, found, rewards, written, tokenizer, template, sampling, delimiters, prompts, columns,
         Rows(ptx.prompt_ids, ptx.response_ids) if ptx else None, special, readers, iterations,
     )  # fmt: skip
 
@@ -360,15 +367,26 @@ def _reader(
     return Reader(text, positions, said)
 
 
-def load_reward_sources(config: RTOConfig) -> list[RewardSource]:
+def made_up(prompts: PromptData, columns: DataColumns, tokenizer: PreTrainedTokenizerBase) -> ResponseTexts:
+    """Made-up responses to the first prompts, to try reward sources on."""
+    ids, count = tokenizer.encode(TRIAL, add_special_tokens=False), len(prompts.texts[:TRIED])
+    return ResponseTexts(
+        prompts.texts[:TRIED], [TRIAL] * count, prompts.messages[:TRIED], [ids] * count,
+        columns.of(prompts.rows[:TRIED]),
+    )  # fmt: skip
+
+
+def load_reward_sources(config: RTOConfig, columns: DataColumns) -> list[RewardSource]:
     """The sources of `reward_fn` and `reward_url`, in that order; calls and requests nothing.
 
-    Raises ConfigError for a function that cannot be imported or called with (prompts, responses), a malformed
-    URL, and a source given twice.
+    Raises ConfigError for a function that cannot be imported or wants what there is not, a malformed URL, and a
+    source given twice.
     """
-    sources: list[RewardSource] = [FunctionReward.load(spec) for spec in config.reward_fn]
+    sources: list[RewardSource] = [FunctionReward.load(spec, columns) for spec in config.reward_fn]
     for url in config.reward_url:
-        sources.append(RemoteReward(url, timeout_s=config.reward_timeout_s, attempts=config.reward_retries + 1))
+        labels = label_column(columns)
+        timeout, attempts = config.reward_timeout_s, config.reward_retries + 1
+        sources.append(RemoteReward(url, timeout_s=timeout, attempts=attempts, labels=labels))
     names = [s.name for s in sources]
     for name in names:
         if names.count(name) > 1:

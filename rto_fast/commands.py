@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rto_fast import cli
-from rto_fast.config import DistillConfig, DPOConfig, RMConfig, RTOConfig, SFTConfig
-from rto_fast.demo.config import DemoConfig
+from rto_fast.config import DistillConfig, DPOConfig, RLVRConfig, RMConfig, RTOConfig, SFTConfig
+from rto_fast.demo.config import ArithmeticConfig, DemoConfig
 from rto_fast.errors import REFUSED
 
 PREFERENCES: dict[str, Any] = {
@@ -48,7 +48,9 @@ DISTILL = DistillConfig(
     data="weqweasdas/ultra_train",
     output_dir="runs/distill",
 )
+RLVR = RLVRConfig(policy="Qwen/Qwen2.5-1.5B-Instruct", output_dir="runs/rlvr")
 DEMO = DemoConfig()
+ARITHMETIC = ArithmeticConfig()
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ COMMANDS: dict[str, Stage | Tool] = {
     "rto": Stage("Reinforced Token Optimization", RTO, "rto_fast.trainer:train"),
     "ppo": Stage("the same loop without the token reward", PPO, "rto_fast.trainer:train"),
     "distill": Stage("on-policy distillation: a teacher pays each token", DISTILL, "rto_fast.trainer:train"),
+    "rlvr": Stage("mathematics with a verifiable reward", RLVR, "rto_fast.trainer:train"),
     "generate": Stage(
         "responses to a benchmark's prompts", "rto_fast.generate:GenerateConfig", "rto_fast.generate:generate"
     ),
@@ -96,6 +99,7 @@ COMMANDS: dict[str, Stage | Tool] = {
         "rto_fast.memory.command:show",
     ),
     "demo": Stage("all stages on an embedded task, in minutes", DEMO, "rto_fast.demo.pipeline:run"),
+    "arithmetic": Stage("verifiable rewards on embedded sums, in minutes", ARITHMETIC, "rto_fast.demo.arithmetic:run"),
 }
 
 

@@ -363,9 +363,10 @@ class RTOConfig(RunConfig):
     reward_model: tuple[str, ...] = ()
     """Sequence-classification reward models (folders or Hub ids)."""
     reward_fn: tuple[str, ...] = ()
-    """Python reward functions, module:function, called with (prompts, responses) -> list of floats."""
+    """Python reward functions, module:function, called with those of prompts, responses, token_ids, messages and the
+    data's columns that they name -> list of a number, or (number, {metric: number}), a response."""
     reward_url: tuple[str, ...] = ()
-    """Remote reward models (HTTP POST, OpenRLHF's protocol)."""
+    """Remote reward models (HTTP POST, OpenRLHF's protocol; its labels are the data's column labels or label)."""
     reward_weight: tuple[float, ...] = ()
     """Weights of the sources in the order models, functions, URLs; empty = 1 each."""
     reward_timeout_s: float = free(60.0)
@@ -791,6 +792,48 @@ class DistillConfig(RTOConfig):
         require(":" not in self.teacher, f"teacher: {self.teacher!r} must not have a colon")
         require(self.scale > 0, f"scale: must be positive, got {self.scale}")
         require(self.beta2 > 0, f"beta2: scales the whole objective, must be positive, got {self.beta2}")
+        super().validate()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLVRConfig(RTOConfig):
+    """Reinforcement learning with verifiable rewards: a function scores each response by the data's own answer.
+
+    Policy gradients without a critic and without a token reward by default; RTO where a DPO model is named.
+    """
+
+    reward_fn: tuple[str, ...] = ("rto_fast.scoring.math_answers:correct",)
+    """Python reward functions, module:function; they get what their signatures name, columns of the data among it."""
+    prompt_key: str = "question"
+    """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
+    beta1: float = 0.0
+    """Scale of the token rewards; 0 = 0.05 where --dpo-model or --token-reward names one, else none."""
+    beta2: float = 0.001
+    """Scale of the KL penalty log(pi / pi_ref); 0 = off."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "rloo"
+    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
+    reward still to come as it is."""
+    rollout_batch: int = 128
+    """Prompts a rollout, over all ranks."""
+    responses_per_prompt: int = 8
+    """Responses sampled from each prompt."""
+    train_batch: int = 256
+    """Responses a policy update, over all ranks."""
+    policy_lr: float = 1e-6
+    """Peak learning rate of the policy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = RTOConfig()
+        if not self.beta1 and (self.dpo_model or self.token_reward != plain.token_reward):
+            object.__setattr__(self, "beta1", plain.beta1)
+
+    def validate(self) -> None:
+        require(
+            bool(self.data),
+            f"data: no problems given; pass --data (rows with the columns {self.prompt_key!r} and 'answer'), or try "
+            "rto-fast arithmetic, which makes its own",
+        )
         super().validate()
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,9 +215,18 @@ class ResponseTexts:
     """Response decoded without special tokens."""
     messages: list[list[dict]]
     """The prompt's messages, for sources with a chat template of their own."""
+    token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    """The response's tokens; empty where nobody reads them."""
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """Columns of the prompts' rows that a reward wants."""
 
     def select(self, index: Sequence[int]) -> ResponseTexts:
         """The entries at `index`, in that order."""
+
+        def some(entries: list[Any]) -> list[Any]:
+            return [entries[i] for i in index] if entries else []
+
         return ResponseTexts(
-            [self.prompts[i] for i in index], [self.responses[i] for i in index], [self.messages[i] for i in index]
-        )
+            some(self.prompts), some(self.responses), some(self.messages), some(self.token_ids),
+            {name: some(column) for name, column in self.columns.items()},
+        )  # fmt: skip

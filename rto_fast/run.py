@@ -21,6 +21,7 @@ from rto_fast.backend.weight_average import WeightAverage
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout, Scores, Targets
 from rto_fast.data.chat_template import ChatTemplate
+from rto_fast.data.columns import DataColumns
 from rto_fast.data.load import PromptData
 from rto_fast.data.order import permutation
 from rto_fast.logs.files import SAMPLES, folder_aside
@@ -58,6 +59,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     prompts: PromptData
+    columns: DataColumns
+    """What rewards see of the prompts' rows."""
     ptx: Sequence[Row] | None
     """Supervised rows whose loss joins the policy's; None where `ptx_coef` is 0."""
     iterations: int
@@ -102,11 +105,13 @@ class Run:
 
     def texts(self, rollout: Rollout) -> ResponseTexts:
         """What reward sources see of a rollout."""
-        rows = rollout.rows.tolist()
+        rows, token_ids = rollout.rows.tolist(), [r.tolist() for r in rollout.responses()]
         return ResponseTexts(
             prompts=[self.prompts.texts[r] for r in rows],
-            responses=self.tokenizer.batch_decode([r.tolist() for r in rollout.responses()], skip_special_tokens=True),
+            responses=self.tokenizer.batch_decode(token_ids, skip_special_tokens=True),
             messages=[self.prompts.messages[r] for r in rows],
+            token_ids=token_ids,
+            columns=self.columns.of([self.prompts.rows[r] for r in rows]),
         )
 
     def train_batches(self, iteration: int, epoch: int, responses: int) -> list[list[int]]:

@@ -119,10 +119,11 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
     return out
 
 
-def length(prompts: list[str], responses: list[str]) -> list[float]:
-    """A reward function that, as users' may, fails on an empty batch."""
+def length(prompts: list[str], responses: list[str], prompt: list[str]) -> list[tuple[float, dict[str, float]]]:
+    """A reward function that, as users' may, fails on an empty batch; `prompt` is a column of the data."""
     assert responses
-    return [len(r) / 50 for r in responses]
+    assert all(text.endswith(column) for text, column in zip(prompts, prompt, strict=True))
+    return [(len(r) / 50, {"prompt": len(p) / 7}) for r, p in zip(responses, prompt, strict=True)]
 
 
 def whole_iteration(paths: dict[str, str], responses: int, folder: Path) -> tuple:

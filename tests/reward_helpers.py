@@ -7,6 +7,17 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
+
+from rto_fast.data.columns import DataColumns
+from rto_fast.data.sources import Table
+
+
+def columns_of(*rows: dict) -> DataColumns:
+    """The columns of made-up rows; of none by default."""
+    names = list(rows[0]) if rows else []
+    return DataColumns(lambda: Table("data", "made up", datasets.Dataset.from_list(list(rows)), names, False, False))
+
 
 class Server:
     """A reward model on 127.0.0.1 whose score is the response's length; `script` says what comes before that."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from rto_fast import config
 from rto_fast.config import FREE
-from rto_fast.demo.config import DemoConfig
+from rto_fast.demo.config import ArithmeticConfig, DemoConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 HEAD = """# All flags
@@ -36,7 +36,9 @@ SECTIONS = (
     ("`rto-fast dpo`", config.DPOConfig),
     ("`rto-fast rto`, `rto-fast ppo`", config.RTOConfig),
     ("`rto-fast distill`, beside those", config.DistillConfig),
+    ("`rto-fast rlvr`, where it differs", config.RLVRConfig),
     ("`rto-fast demo`", DemoConfig),
+    ("`rto-fast arithmetic`", ArithmeticConfig),
 )
 
 

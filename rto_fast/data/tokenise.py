@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import jinja2
@@ -30,6 +30,7 @@ from rto_fast.data.sources import TOO_DEEP, Table, open_source
 from rto_fast.data.tokenizer import tokenizer_hash
 from rto_fast.errors import DataError
 
+Loaded = TypeVar("Loaded")
 SPLITS = {"eval_data": "eval_split", "ptx_data": "ptx_split"}
 """Settings that name the split of a data set other than `data`."""
 PARALLEL_ROWS = 10_000
@@ -132,17 +133,22 @@ _FEATURES = datasets.Features(
 
 
 def load_rows(config: RunConfig, argument: str, name: str, encode: Encode, columns: Columns) -> TokenRows:
-    """Tokenises a data set, or takes its rows from the cache.
+    """Tokenises a data set, or takes its rows from the cache; by `in_turns`."""
+    return in_turns(lambda: _load_here(config, argument, name, encode, columns))
+
+
+def in_turns(load: Callable[[], Loaded]) -> Loaded:
+    """What `load` gives, on every rank.
 
     With several ranks the first of each machine goes ahead and the others read what it wrote; an error of one
     is raised by all.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return _load_here(config, argument, name, encode, columns)
-    rows, error = None, None
+        return load()
+    loaded, error = None, None
     if int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0:
         try:
-            rows = _load_here(config, argument, name, encode, columns)
+            loaded = load()
         except Exception as e:  # the other ranks wait: they must hear of any failure
             error = e
     errors: list[str | None] = [None] * dist.get_world_size()
@@ -151,7 +157,7 @@ def load_rows(config: RunConfig, argument: str, name: str, encode: Encode, colum
         raise error
     if any(errors):
         raise DataError(next(e for e in errors if e))
-    return rows or _load_here(config, argument, name, encode, columns)
+    return load() if loaded is None else loaded
 
 
 def _load_here(config: RunConfig, argument: str, name: str, encode: Encode, columns: Columns) -> TokenRows:

@@ -1,4 +1,4 @@
-"""The demo's settings."""
+"""The settings of the embedded tasks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,54 @@ class DemoConfig:
 
     def validate(self) -> None:
         """Raises ConfigError on sizes that are not positive; the stages check the rest."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("seed", "dpo_clip", "beta2") and isinstance(value, int | float) and not value > 0:
-                raise ConfigError(f"{field.name}: must be positive, got {value}")
+        _check_positive(self, but=("seed", "dpo_clip", "beta2"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticConfig:
+    """Embedded sums: a model that is often wrong, trained by whether it is right."""
+
+    output_dir: str = "runs/arithmetic"
+    """Folder of data, models and logs; run again, it goes on where it stopped."""
+    seed: int = 0
+    """Seed of the problems, the initial weights and the sampling."""
+    held_out: int = 60
+    """Of the 180 problems, those that are judged on alone."""
+    corpus_rows: int = 9600
+    """Answers that SFT learns from."""
+    wrong_share: float = 0.5
+    """Share of them that is wrong."""
+    sft_lr: float = 4e-3
+    """Peak learning rate of SFT."""
+    sft_epochs: float = 2.0
+    """Passes of SFT over its rows."""
+    advantage: Literal["reinforce_pp", "grpo", "rloo"] = "rloo"
+    """Estimator, without a critic."""
+    iterations: int = 30
+    """Rollouts."""
+    rollout_batch: int = 32
+    """Problems a rollout."""
+    responses_per_prompt: int = 4
+    """Responses to each."""
+    train_batch: int = 64
+    """Responses an update."""
+    policy_lr: float = 5e-4
+    """Peak learning rate of the policy."""
+
+    def __post_init__(self) -> None:
+        expand_home(self)
+
+    def validate(self) -> None:
+        """Raises ConfigError on sizes that are not positive, and on shares beyond 1; the stages check the rest."""
+        _check_positive(self, but=("seed", "wrong_share"))
+        if not 0 <= self.wrong_share <= 1:
+            raise ConfigError(f"wrong_share: must lie in [0, 1], got {self.wrong_share}")
+        if self.held_out >= 180:
+            raise ConfigError(f"held_out: {self.held_out} of the 180 problems leave none to train on")
+
+
+def _check_positive(config: DemoConfig | ArithmeticConfig, but: tuple[str, ...]) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in but and isinstance(value, int | float) and not value > 0:
+            raise ConfigError(f"{field.name}: must be positive, got {value}")

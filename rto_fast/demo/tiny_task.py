@@ -228,32 +228,37 @@ class TinyTask:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def save_model(self, folder: str | Path, seed: int, heads: int = 4) -> None:
-        """Writes a random Llama (2 layers, 64 wide), the tokenizer and a generation_config to `folder`.
+        """As `save_llama`."""
+        save_llama(self.tokenizer, folder, seed, heads)
 
-        The global random state of torch is left as it was.
-        """
-        ids = {
-            "bos_token_id": self.tokenizer.bos_token_id,
-            "eos_token_id": self.tokenizer.eos_token_id,
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        config = LlamaConfig(
-            vocab_size=len(self.tokenizer),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-            **ids,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(config)
-        model.generation_config = GenerationConfig(do_sample=True, **ids)
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+
+def save_llama(tokenizer: PreTrainedTokenizerFast, folder: str | Path, seed: int, heads: int = 4) -> None:
+    """Writes a random Llama (2 layers, 64 wide), the tokenizer and a generation_config to `folder`.
+
+    The global random state of torch is left as it was.
+    """
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        **ids,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, **ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _fill(sentence: str, rng: random.Random) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rto_fast.contract import ResponseTexts, Rollout
+from rto_fast.data.columns import DataColumns
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.redact import ENCODED, without_credentials
 
@@ -28,6 +29,9 @@ ENCODINGS = ("", "identity", "gzip", "deflate")
 """Of answers that are read. None is asked for; of these, what one network read holds unpacks to 64 MiB at most."""
 SHOWN = 200
 """Characters of an answer in an error message."""
+
+LABELS = ("labels", "label")
+"""Columns of the data that are sent to a server, the first that is there."""
 
 Check = Callable[[int, Any], Any]
 """Of the index of a response and its reward: the reward as it is used. ValueError where it is none."""
@@ -57,8 +61,10 @@ class RewardServer:
         max_wait_s: float = 30.0,
         chunk: int = 32,
         in_flight: int = 8,
+        labels: str = "",
     ) -> None:
-        """`timeout_s`: of each attempt as a whole; `chunk`: responses a request; `in_flight`: requests at a time.
+        """`timeout_s`: of each attempt as a whole; `chunk`: responses a request; `in_flight`: requests at a time;
+        `labels`: column of the data that is sent as such.
 
         Raises ConfigError when `url` is no http(s) address, or the environment's proxy for it cannot be used.
         """
@@ -75,6 +81,7 @@ class RewardServer:
         self.timeout_s = timeout_s
         self.chunk = chunk
         self.in_flight = in_flight
+        self.labels = labels
         self.attempts = attempts
         self.wait = tenacity.wait_exponential(multiplier=wait_s, max=max_wait_s)
         self.proxy = proxy_of(parsed, urllib.request.getproxies())
@@ -99,6 +106,19 @@ class RewardServer:
             return asyncio.run(self._ask_all(columns, check))
         with ThreadPoolExecutor(1) as elsewhere:  # a notebook has a loop of its own in this thread
             return elsewhere.submit(asyncio.run, self._ask_all(columns, check)).result()
+
+    def labelled(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """{"labels": [...]} where the data have some; RewardError where one cannot be written as JSON."""
+        if not self.labels:
+            return {}
+        for label in columns[self.labels]:
+            try:
+                json.dumps(label, ensure_ascii=False, allow_nan=False).encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RewardError(
+                    f"remote reward {self.name}: column {self.labels!r} holds {label!r:.80}, which is no JSON: {error}"
+                ) from None
+        return {"labels": columns[self.labels]}
 
     async def _ask_all(self, columns: Mapping[str, Sequence[Any]], check: Check) -> list[Any]:
         count = len(next(iter(columns.values())))
@@ -192,7 +212,8 @@ class RewardServer:
 
 
 class RemoteReward(RewardServer):
-    """A reward model on HTTP: POST {"query": [prompt + response], "prompts": [...]} -> {"rewards": [number, ...]}."""
+    """A reward model on HTTP: POST {"query": [prompt + response], "prompts": [...], "labels": [...]} ->
+    {"rewards": [number, ...]}; labels where the data have them."""
 
     def score(self, rollout: Rollout, texts: ResponseTexts) -> Tensor:
         return self.score_texts(texts)
@@ -200,8 +221,16 @@ class RemoteReward(RewardServer):
     def score_texts(self, texts: ResponseTexts) -> Tensor:
         """[B] fp32; RewardError as `ask`."""
         query = [p + r for p, r in zip(texts.prompts, texts.responses, strict=True)]
-        rewards = self.ask({"query": query, "prompts": texts.prompts}, lambda _, reward: number(reward))
+        columns = {"query": query, "prompts": texts.prompts} | self.labelled(texts.columns)
+        rewards = self.ask(columns, lambda _, reward: number(reward))
         return torch.tensor(rewards, dtype=torch.float32)
+
+
+def label_column(columns: DataColumns) -> str:
+    """The column that OpenRLHF's protocol sends as labels, or "" where the data have none; notes that it is wanted."""
+    found = next((name for name in LABELS if name in columns.names), "")
+    columns.want([found] if found else [])
+    return found
 
 
 def number(reward: Any) -> float:

@@ -40,17 +40,26 @@ class TextSource(RewardSource, Protocol):
         ...
 
 
+@runtime_checkable
+class MetricSource(RewardSource, Protocol):
+    """One that may say more of a response than its score."""
+
+    def judge(self, texts: ResponseTexts) -> tuple[Tensor, list[dict[str, float]]]:
+        """(scores as `score`, metrics of each response)."""
+        ...
+
+
 TRIAL = "A response."
 """What a source is tried on before a run."""
+TRIED = 2
+"""Prompts that it answers there."""
 
 
-def try_sources(sources: Sequence[RewardSource], prompts: Sequence[str]) -> None:
-    """Has rank 0 ask each function and server for scores of made-up responses to the first prompts; collective.
+def try_sources(sources: Sequence[RewardSource], texts: ResponseTexts) -> None:
+    """Has rank 0 ask each function and server for scores of made-up responses; collective.
 
     Raises ConfigError, before any model is loaded, where one fails or answers otherwise than with numbers.
     """
-    some = list(prompts[:2])
-    texts = ResponseTexts(some, [TRIAL] * len(some), [[] for _ in some])
     failure = ""
     for source in sources if distributed.rank() == 0 else ():
         if isinstance(source, TextSource) and not failure:

@@ -20,7 +20,7 @@ from rto_fast.contract import ResponseTexts, Rollout, Scores
 from rto_fast.errors import RewardError
 from rto_fast.models.heads import logps_at
 from rto_fast.models.packing import PackedBatch, Placement, balance
-from rto_fast.scoring.reward_source import Model, RewardSource
+from rto_fast.scoring.reward_source import MetricSource, Model, RewardSource
 from rto_fast.scoring.token_source import Mixture, TokenSource
 
 
@@ -64,7 +64,8 @@ def score_rollout(
     placement: Placement,
     progress: Callable[[int], None],
 ) -> tuple[Scores, dict[str, Tensor]]:
-    """Scores of the global rollout, the same on every rank, and each reward source's own scores [B].
+    """Scores of the global rollout, the same on every rank; each reward source's own scores [B], and its metrics as
+    SOURCE/METRIC, each [responses that have it] fp64.
 
     Each rank computes a share that is balanced by tokens; `progress` is told of tokens done, at last of the other
     ranks'. fp32, on the device.
@@ -73,7 +74,7 @@ def score_rollout(
     mine = owners[distributed.rank()]
     local, local_texts = rollout.select(mine), texts.select(mine)
 
-    named = _source_scores(local, local_texts, scorers)
+    named, more = _source_scores(local, local_texts, scorers)
     pieces = _token_scores(local, scorers, config, placement, progress)
     said = _said_of_tokens(local, local_texts, pieces, scorers.tokens)
     names = [f.name for f in fields(Scores) if f.name not in ("score", "tokens")]
@@ -94,23 +95,43 @@ def score_rollout(
     total = weighted_sum(sources, scorers.reward_weights) if sources else torch.zeros(len(rollout))
     if config.truncated_reward is not None:
         total = torch.where(rollout.truncated, torch.tensor(config.truncated_reward), total)
-    return Scores(**tensors, score=total.to(placement.device)), sources
+    return Scores(**tensors, score=total.to(placement.device)), sources | _metrics(more, owners)
 
 
-def _source_scores(local: Rollout, texts: ResponseTexts, scorers: Scorers) -> dict[str, Tensor]:
-    """Each source's scores of this rank's share. A source that fails on one rank raises RewardError on all."""
+def _source_scores(
+    local: Rollout, texts: ResponseTexts, scorers: Scorers
+) -> tuple[dict[str, Tensor], dict[str, list[dict[str, float]]]]:
+    """Each source's scores and metrics of this rank's share. One that fails on one rank raises RewardError on all."""
     named: dict[str, Tensor] = {}
+    more: dict[str, list[dict[str, float]]] = {}
     failure = ""
     for source in scorers.rewards:
         try:
             with scorers.on_device(getattr(source, "model", None)):
-                named[source.name] = source.score(local, texts)
+                if isinstance(source, MetricSource):
+                    named[source.name], more[source.name] = source.judge(texts)
+                else:
+                    named[source.name] = source.score(local, texts)
         except RewardError as error:
             failure = str(error)
             break
     if failed := [f for f in distributed.gather_objects(failure) if f]:
         raise RewardError(failed[0])
-    return named
+    return named, more
+
+
+def _metrics(local: dict[str, list[dict[str, float]]], owners: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """SOURCE/METRIC -> [responses that have it] fp64, in the rollout's order whatever the ranks.
+
+    local: of each source, the metrics of this rank's responses.
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    for rank, named in enumerate(distributed.gather_objects(local) if local else ()):
+        for source, each in named.items():
+            for i, metrics in zip(owners[rank], each, strict=True):
+                for name, value in metrics.items():
+                    found.setdefault(f"{source}/{name}", []).append((i, value))
+    return {name: torch.tensor([v for _, v in sorted(found[name])], dtype=torch.float64) for name in sorted(found)}
 
 
 def _said_of_tokens(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
 from rto_fast.contract import ResponseTexts, Rollout
+from rto_fast.data.columns import DataColumns
 from rto_fast.data.tokenizer import token_texts
 from rto_fast.errors import ConfigError, RewardError
-from rto_fast.scoring.reward_function import load_function
+from rto_fast.scoring.reward_function import given, load_function, wanted_by
 from rto_fast.scoring.reward_server import RewardServer, number
 from rto_fast.scoring.reward_source import TRIAL
 
@@ -36,6 +36,8 @@ class TokenTexts:
     """Text of each token; special tokens have their names."""
     offsets: list[list[tuple[int, int]]]
     """Where in the response's text each token's characters stand, [start, end); special tokens have none."""
+    columns: dict[str, list[Any]]
+    """Columns of the prompts' rows."""
 
     @staticmethod
     def of(texts: ResponseTexts, token_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> TokenTexts:
@@ -44,11 +46,12 @@ class TokenTexts:
         return TokenTexts(
             prompts=texts.prompts, responses=texts.responses, messages=texts.messages, token_ids=token_ids,
             token_texts=[token_texts(tokenizer, ids) for ids in token_ids],
-            offsets=[offsets_of(tokenizer, ids, text) for ids, text in pairs],
+            offsets=[offsets_of(tokenizer, ids, text) for ids, text in pairs], columns=texts.columns,
         )  # fmt: skip
 
 
-OFFERED = tuple(f.name for f in fields(TokenTexts))
+OFFERED = tuple(f.name for f in fields(TokenTexts) if f.name != "columns")
+"""What a function gets by these names; a column of the data that shares one is hidden."""
 
 
 def offsets_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
@@ -91,8 +94,8 @@ def numbers(i: int, answer: Any, count: int) -> list[float]:
 class TokenFunction:
     """A Python function that gives B lists of numbers, one for each token of each response.
 
-    It is called with those of `TokenTexts`' fields that its signature names. Rank 0 calls it once before the run, each
-    rank once an iteration for its own responses.
+    It is called with those of `TokenTexts`' fields and the data's columns that its signature names. Rank 0 calls it
+    once before the run, each rank once an iteration for its own responses.
     """
 
     setting = "token_reward"
@@ -101,10 +104,10 @@ class TokenFunction:
         self.name, self.fn, self.wanted, self.tokenizer = name, fn, wanted, tokenizer
 
     @classmethod
-    def load(cls, spec: str, tokenizer: PreTrainedTokenizerBase) -> TokenFunction:
+    def load(cls, spec: str, tokenizer: PreTrainedTokenizerBase, columns: DataColumns) -> TokenFunction:
         """From `module:function` or `path/to/file.py:function`. ConfigError where it asks for what nobody has."""
         fn = load_function(spec, cls.setting)
-        return cls(spec, fn, wanted_by(fn, OFFERED, f"{cls.setting}: fn:{spec}"), tokenizer)
+        return cls(spec, fn, wanted_by(fn, OFFERED, columns, f"{cls.setting}: fn:{spec}"), tokenizer)
 
     def score(self, rollout: Rollout, texts: ResponseTexts, reference: Tensor) -> Tensor:
         return self.score_texts(TokenTexts.of(texts, [r.tolist() for r in rollout.responses()], self.tokenizer))
@@ -114,7 +117,7 @@ class TokenFunction:
         if not texts.responses:  # a rank without a share; users' functions need not know of it
             return torch.zeros(0)
         try:
-            answer = self.fn(**{name: list(getattr(texts, name)) for name in self.wanted})
+            answer = self.fn(**given(texts, OFFERED, self.wanted))
         except (Exception, SystemExit) as error:  # an exit would end the run as if it were done
             raise RewardError(f"token reward {self.name} raised {type(error).__name__}: {error}") from error
         count = len(texts.responses)
@@ -127,27 +130,9 @@ class TokenFunction:
         return torch.tensor([x for one in lists for x in one], dtype=torch.float32)
 
 
-def wanted_by(fn: Callable[..., Any], offered: Sequence[str], where: str) -> tuple[str, ...]:
-    """The names among `offered` that a function takes; ConfigError where it needs another, or takes none."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):  # a builtin without a signature
-        return tuple(offered)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return tuple(offered)
-    for p in parameters:
-        needed = p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        if needed and (p.name not in offered or p.kind is p.POSITIONAL_ONLY):
-            raise ConfigError(f"{where} wants {p.name!r}, and there are {', '.join(offered)}, each given by its name")
-    found = tuple(p.name for p in parameters if p.name in offered and p.kind is not p.POSITIONAL_ONLY)
-    if not found:
-        raise ConfigError(f"{where} takes none of {', '.join(offered)}")
-    return found
-
-
 class TokenServer(RewardServer):
-    """A server of token rewards: POST {"prompts", "responses", "token_ids", "token_texts", "offsets"}, lists of one
-    entry a response -> {"rewards": [[number, ...], ...]}, one number a token."""
+    """A server of token rewards: POST {"prompts", "responses", "token_ids", "token_texts", "offsets"} and the data's
+    "labels", lists of one entry a response -> {"rewards": [[number, ...], ...]}, one number a token."""
 
     setting = "token_reward"
 
@@ -164,7 +149,7 @@ class TokenServer(RewardServer):
         """[R] fp32; RewardError as `ask`."""
         if not texts.responses:
             return torch.zeros(0)
-        columns = {name: getattr(texts, name) for name in OFFERED if name != "messages"}
+        columns = {name: getattr(texts, name) for name in OFFERED if name != "messages"} | self.labelled(texts.columns)
 
         def check(i: int, answer: Any) -> list[float]:
             if not isinstance(answer, list):
@@ -175,17 +160,16 @@ class TokenServer(RewardServer):
         return torch.tensor([x for one in lists for x in one], dtype=torch.float32)
 
 
-def try_written(sources: Sequence[Any], prompts: Sequence[str]) -> None:
+def try_written(sources: Sequence[TokenFunction | TokenServer], texts: ResponseTexts) -> None:
     """Has rank 0 ask each for the rewards of made-up responses; collective.
 
     Raises ConfigError, before any model is loaded, where one fails or answers otherwise than with a number a token.
     """
-    some, failure = list(prompts[:2]), ""
+    failure = ""
     for source in sources if distributed.rank() == 0 else ():
-        ids = source.tokenizer.encode(TRIAL, add_special_tokens=False)
-        texts = ResponseTexts(some, [source.tokenizer.decode(ids)] * len(some), [[] for _ in some])
+        decoded = source.tokenizer.batch_decode(texts.token_ids)
         try:
-            source.score_texts(TokenTexts.of(texts, [ids] * len(some), source.tokenizer))
+            source.score_texts(TokenTexts.of(replace(texts, responses=decoded), texts.token_ids, source.tokenizer))
         except RewardError as error:
             failure = failure or f"token_reward: tried on the response {TRIAL!r}: {error}"
     if failure := distributed.broadcast_object(failure):

@@ -8,10 +8,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RTOConfig
+from rto_fast.data.columns import DataColumns
 from rto_fast.data.tokenizer import check_max_length, load_tokenizer, tokenizer_difference
 from rto_fast.errors import ConfigError, require
 from rto_fast.models.load import check_reward_head, check_weights, load_config, reward_outputs
 from rto_fast.models.packing import Placement
+from rto_fast.scoring.reward_server import label_column
 from rto_fast.scoring.reward_source import Model
 from rto_fast.scoring.token_function import TokenFunction, TokenServer
 from rto_fast.scoring.token_source import Endogenous, LogRatio, Scalar, TokenSource
@@ -24,15 +26,15 @@ Load = Callable[[str, str], Model]
 """Of a path and the setting that names it: the frozen model."""
 
 
-def load_written(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Written:
+def load_written(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, columns: DataColumns) -> Written:
     """Imports functions and reads URLs; calls and requests nothing. ConfigError where one cannot be."""
     found: Written = {}
     for spec, _ in config.other_token_sources:
         if spec.kind == "fn":
-            found[spec] = TokenFunction.load(spec.parts[0], tokenizer)
+            found[spec] = TokenFunction.load(spec.parts[0], tokenizer, columns)
         elif spec.kind == "url":
-            timeout, attempts = config.reward_timeout_s, config.reward_retries + 1
-            found[spec] = TokenServer(spec.parts[0], tokenizer, timeout_s=timeout, attempts=attempts)
+            settings = {"timeout_s": config.reward_timeout_s, "attempts": config.reward_retries + 1}
+            found[spec] = TokenServer(spec.parts[0], tokenizer, labels=label_column(columns), **settings)
     return found
 
 

@@ -29,6 +29,8 @@ def test_it_lists_its_commands(capsys):
         "memory",
         "demo",
         "distill",
+        "rlvr",
+        "arithmetic",
     }
 
 
@@ -53,7 +55,7 @@ def test_a_wrong_flag_of_a_command_is_refused(name, capsys):
 @pytest.mark.parametrize(
     ("recipe", "name"),
     [("rto_llama3", "rto"), ("ppo_llama3", "ppo"), ("dpo_llama3", "dpo"), ("rm_llama3", "rm"), ("sft_llama3", "sft"),
-     ("distill", "distill"), ("rto_tiny", "demo")],
+     ("distill", "distill"), ("rlvr_math", "rlvr"), ("rto_tiny", "demo")],
 )  # fmt: skip
 def test_a_recipe_is_its_command(recipe, name, monkeypatch):
     called = []
@@ -75,9 +77,37 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: not installed: no_such_package; pip install 'rto-fast[train]'\n"
 
 
-@pytest.mark.parametrize("defaults", [commands.RTO, commands.DPO, commands.RM, commands.SFT, commands.DEMO])
+@pytest.mark.parametrize(
+    "defaults", [commands.RTO, commands.DPO, commands.RM, commands.SFT, commands.DEMO, commands.RLVR]
+)
 @pytest.mark.parametrize("args", [[], ["--local_rank=0"], ["--seed", "3"]], ids=["none", "launcher", "one"])
 def test_a_command_without_flags_has_the_defaults(defaults, args):
     """As `make demo` starts it, the launcher's own flag in front."""
     parsed = cli.parse(defaults, args)
     assert parsed == (dataclasses.replace(defaults, seed=3) if "3" in args else defaults)
+
+
+def test_rlvr_without_data_is_refused_in_one_line(capsys):
+    """Before anything is downloaded."""
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["rlvr"])
+    assert stopped.value.code == REFUSED
+    assert "error: data: no problems given; pass --data (rows with the columns 'question' and 'answer'), or try" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "beta1"),
+    [
+        ([], 0.0),
+        (["--dpo-model", "dpo"], 0.05),
+        (["--dpo-model", "dpo", "--beta1", "0.1"], 0.1),
+        (["--token-reward", "endogenous"], 0.05),
+    ],
+)
+def test_rlvr_pays_token_rewards_where_a_model_for_them_is_named(flags, beta1):
+    parsed = cli.parse(commands.RLVR, ["--data", "rows.jsonl", *flags])
+    parsed.validate()
+    assert parsed.beta1 == beta1
+    assert not parsed.uses_critic

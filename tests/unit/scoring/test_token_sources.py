@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from loop_helpers import save_moved, small_run
+from reward_helpers import columns_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -288,7 +289,7 @@ def test_a_server_that_answers_otherwise_ends_the_run_before_it_starts(one_rank,
 def test_a_function_that_answers_otherwise(tiny, tmp_path, body, message):
     (tmp_path / "wrong.py").write_text(f"def wrong(token_ids):\n    {body}\n")
     tokenizer = AutoTokenizer.from_pretrained(tiny.policy)
-    source = TokenFunction.load(f"{tmp_path / 'wrong.py'}:wrong", tokenizer)
+    source = TokenFunction.load(f"{tmp_path / 'wrong.py'}:wrong", tokenizer, columns_of())
     drawn = rollout()
     texts = [tokenizer.decode(r, skip_special_tokens=True) for r in drawn.responses()]
     with pytest.raises(RewardError, match=message):
@@ -360,7 +361,7 @@ def test_a_function_that_wants_what_is_not_there(one_rank, tiny, tmp_path):
     (tmp_path / "wants.py").write_text("def f(token_ids, answer):\n    return []\n\ndef g(x=1):\n    return []\n")
     for name, message in (("f", "wants 'answer', and there are prompts, responses"), ("g", "takes none of prompts")):
         with pytest.raises(ConfigError, match=message):
-            TokenFunction.load(f"{tmp_path / 'wants.py'}:{name}", None)
+            TokenFunction.load(f"{tmp_path / 'wants.py'}:{name}", None, columns_of())
 
 
 def test_models_with_other_tokens_or_heads_are_refused(one_rank, tiny, other, tmp_path):
@@ -395,3 +396,47 @@ def test_a_path_as_text_is_one_model(tiny):
 def test_a_token_classifier_is_read_with_its_bias(tagger, tiny):
     model = load_scalar(tagger, dtype=torch.float32, attention=None, argument="reward_model")
     assert model.classifier.score.bias.item() == 0.625
+
+
+def test_functions_see_the_rows_that_their_prompts_come_from(one_rank, tiny, tmp_path):
+    """Where rows before them were skipped, too; and what they say beside the score is logged."""
+    rows = [json.loads(line) for line in Path(tiny.prompts).read_text().splitlines()]
+    rows = [r | {"word": r["prompt"].split()[-1], "labels": i} for i, r in enumerate(rows)]
+    rows[0]["prompt"] = rows[5]["prompt"] = "the " * 30  # longer than the limit
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "see.py").write_text(
+        "def whole(prompts, responses, messages, token_ids, word):\n"
+        "    assert all(m[-1]['content'].split()[-1] == w for m, w in zip(messages, word))\n"
+        "    assert all(p.endswith(w) for p, w in zip(prompts, word))\n"
+        "    return [(len(i), {'tokens': len(i)} | ({'even': 1} if len(i) % 2 == 0 else {})) for i in token_ids]\n"
+        "def each(messages, token_ids, word):\n"
+        "    assert all(m[-1]['content'].split()[-1] == w for m, w in zip(messages, word))\n"
+        "    return [[float(len(w))] * len(i) for w, i in zip(word, token_ids)]\n"
+    )
+    name = f"{tmp_path / 'see.py'}:whole"
+    with token_server(lambda body: {"rewards": body["token_ids"]}) as server:
+        train(RTOConfig(**small_run(
+            tiny, tmp_path / "run", data=str(tmp_path / "rows.jsonl"), overlong="skip", reward_model=(),
+            reward_fn=(name,), token_reward=("dpo", f"fn:{tmp_path / 'see.py'}:each", f"url:{server.url}"),
+        )))  # fmt: skip
+    sent = {(p, label) for body in server.bodies for p, label in zip(body["prompts"], body["labels"], strict=True)}
+    assert len(sent) > 8
+    assert all(prompt.endswith(rows[label]["prompt"]) for prompt, label in sent)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row[f"reward/{name}/tokens"] == row[f"reward/{name}"] == row["response/length"]
+        assert row.get(f"reward/{name}/even", 1) == 1
+        assert row["token/fn"] > 0
+
+
+@pytest.mark.parametrize("flag", ["reward_fn", "token_reward"])
+def test_a_column_that_is_not_there_ends_the_run_before_a_model_is_loaded(one_rank, tiny, tmp_path, flag, monkeypatch):
+    (tmp_path / "wants.py").write_text("def f(token_ids, answer):\n    return []\n")
+    name = f"{tmp_path / 'wants.py'}:f"
+    monkeypatch.setattr(build, "load", None)
+    message = f"{flag}: .*wants.py:f wants 'answer', and there are .* the data's columns prompt, each"
+    with pytest.raises(ConfigError, match=message):
+        build.build(
+            RTOConfig(**small_run(tiny, tmp_path / "run", **{flag: (f"fn:{name}" if flag[0] == "t" else name,)}))
+        )
+    assert not (tmp_path / "run" / "run.json").exists()
