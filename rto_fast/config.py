@@ -57,7 +57,7 @@ def free(default: T) -> T:
 
 PATHS = (
     "output_dir", "model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model", "reward_fn", "output",
-    "generator",
+    "generator", "run",
 )  # fmt: skip
 """Fields that may hold a path; data and templates are opened with theirs."""
 
