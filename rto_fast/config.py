@@ -418,10 +418,12 @@ class RTOConfig(RunConfig):
     kl_horizon: int = 10000
     """Adaptive KL: responses over which beta2 can change by about its own size."""
 
-    credit: Literal["token", "sentence", "response", "shaped"] = "token"
-    """Where the clipped token rewards are paid: RTO, Semi-RTO, DDPO, RS-PPO."""
+    credit: Literal["token", "sentence", "segment", "response", "shaped"] = "token"
+    """Where the clipped token rewards are paid: RTO, Semi-RTO, evenly over a segment, DDPO, RS-PPO."""
     delimiters: tuple[str, ...] = (".", "!", "?")
     """credit sentence: what ends a sentence; the rest behind the last one is paid at the last token."""
+    segment_entropy: float = 1.75
+    """credit segment: nats; a token that the policy draws at a higher entropy begins a segment. 0 = each token does."""
 
     # Rollout
     iterations: int = 0
@@ -575,7 +577,8 @@ class RTOConfig(RunConfig):
     @property
     def scores_policy(self) -> bool:
         """Whether scoring runs the policy over the rollout."""
-        return self.behaviour_logp == "trainer" or self.rollout_lag > 0 or not self.samples_policy
+        asked = self.credit == "segment"  # for its entropies
+        return asked or self.behaviour_logp == "trainer" or self.rollout_lag > 0 or not self.samples_policy
 
     @property
     def samples_policy(self) -> bool:
@@ -758,6 +761,7 @@ class RTOConfig(RunConfig):
             (bool(self.beta1) and not self.token_sources, "token_reward: no source; for none pass --beta1 0"),
             (self.credit == "sentence" and not all(self.delimiters), "delimiters: an empty string ends no sentence"),
             (self.credit == "sentence" and not self.delimiters, "delimiters: credit 'sentence' needs at least one"),
+            (self.segment_entropy < 0, f"segment_entropy: must not be negative, got {self.segment_entropy}"),
             (grouped and self.responses_per_prompt < 2, f"responses_per_prompt: {self.advantage} needs at least 2"),
             (pairs and self.responses_per_prompt != 2, f"responses_per_prompt: {self.policy_update} needs exactly 2"),
             (pairs and self.train_batch % 2, f"train_batch: must be even, {self.policy_update} takes pairs"),
