@@ -93,6 +93,11 @@ COMMANDS: dict[str, Stage | Tool] = {
     ),
     "export": Tool("a checkpoint as Hugging Face folders", "rto_fast.export:main"),
     "report": Tool("report.html of a run, built again", "rto_fast.report.__main__:main"),
+    "audit": Stage(
+        "what token rewards lean on: kinds of tokens, places, agreement with the score",
+        "rto_fast.audit:AuditConfig",
+        "rto_fast.audit:show",
+    ),
     "memory": Stage(
         "GiB and seconds of a run, phase by phase, from its models' configs",
         "rto_fast.memory.command:MemoryConfig",

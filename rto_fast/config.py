@@ -57,7 +57,7 @@ def free(default: T) -> T:
 
 PATHS = (
     "output_dir", "model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model", "reward_fn", "output",
-    "generator",
+    "generator", "run", "guide_model", "guide_base",
 )  # fmt: skip
 """Fields that may hold a path; data and templates are opened with theirs."""
 
@@ -286,7 +286,7 @@ class DPOConfig(PreferenceConfig):
     lr: float = 5e-7
     batch: int = 256
     """Rows an optimiser step, over all ranks (KTO: single answers)."""
-    objective: Literal["dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "kto", "ipo", "mppo"] = "dpo"
+    objective: Literal["dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "tgdpo", "tis_dpo", "kto", "ipo", "mppo"] = "dpo"
     """Loss; formulas in preference.py. mppo takes all rows of one prompt and chosen as one with N negatives."""
     beta: float = 0.1
     """Strength of the pull to the reference (all but simpo and mppo)."""
@@ -302,6 +302,16 @@ class DPOConfig(PreferenceConfig):
     """simpo: margin by which chosen should win; 0 = off."""
     tdpo_alpha: float = 0.5
     """tdpo2: weight of the difference of sequential KLs; 0 = DPO."""
+    guide_model: str = ""
+    """tgdpo, tis_dpo: model on the same tokens whose log-ratio weighs each token, such as an earlier DPO model."""
+    guide_base: str = ""
+    """tis_dpo: the log-ratio's denominator, such as a DPO model on swapped pairs; empty = the reference."""
+    tgdpo_alpha: float = 0.5
+    """tgdpo: how much the guide's log-ratio, scaled by beta, moves a token's weight; 0 = DPO."""
+    tis_low: float = -0.5
+    """tis_dpo: least log-ratio of the guide, nats."""
+    tis_high: float = 1.5
+    """tis_dpo: largest log-ratio of the guide, nats."""
     kto_desirable_weight: float = 1.0
     """kto: weight of desirable answers (w_D)."""
     kto_undesirable_weight: float = 1.0
@@ -332,10 +342,22 @@ class DPOConfig(PreferenceConfig):
             "r_dpo_alpha",
             "simpo_gamma",
             "tdpo_alpha",
+            "tgdpo_alpha",
             "kto_desirable_weight",
             "kto_undesirable_weight",
         ):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        self._check_guide()
+
+    def _check_guide(self) -> None:
+        guided = self.objective in ("tgdpo", "tis_dpo")
+        require(not guided or bool(self.guide_model), f"guide_model: --objective {self.objective} needs one, such as a "
+                "model that --objective dpo has trained")  # fmt: skip
+        for name, wanted in (("guide_model", ("tgdpo", "tis_dpo")), ("guide_base", ("tis_dpo",))):
+            fits = self.objective in wanted or not getattr(self, name)
+            require(fits, f"{name}: is for --objective {' or '.join(wanted)}, not {self.objective}")
+        bounds = f"[{self.tis_low}, {self.tis_high}]"
+        require(self.tis_low < self.tis_high, f"tis_low: must be below tis_high, got {bounds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,10 +419,12 @@ class RTOConfig(RunConfig):
     kl_horizon: int = 10000
     """Adaptive KL: responses over which beta2 can change by about its own size."""
 
-    credit: Literal["token", "sentence", "response", "shaped"] = "token"
-    """Where the clipped token rewards are paid: RTO, Semi-RTO, DDPO, RS-PPO."""
+    credit: Literal["token", "sentence", "segment", "response", "shaped"] = "token"
+    """Where the clipped token rewards are paid: RTO, Semi-RTO, evenly over a segment, DDPO, RS-PPO."""
     delimiters: tuple[str, ...] = (".", "!", "?")
     """credit sentence: what ends a sentence; the rest behind the last one is paid at the last token."""
+    segment_entropy: float = 1.75
+    """credit segment: nats; a token that the policy draws at a higher entropy begins a segment. 0 = each token does."""
 
     # Rollout
     iterations: int = 0
@@ -554,7 +578,8 @@ class RTOConfig(RunConfig):
     @property
     def scores_policy(self) -> bool:
         """Whether scoring runs the policy over the rollout."""
-        return self.behaviour_logp == "trainer" or self.rollout_lag > 0 or not self.samples_policy
+        asked = self.credit == "segment"  # for its entropies
+        return asked or self.behaviour_logp == "trainer" or self.rollout_lag > 0 or not self.samples_policy
 
     @property
     def samples_policy(self) -> bool:
@@ -737,6 +762,7 @@ class RTOConfig(RunConfig):
             (bool(self.beta1) and not self.token_sources, "token_reward: no source; for none pass --beta1 0"),
             (self.credit == "sentence" and not all(self.delimiters), "delimiters: an empty string ends no sentence"),
             (self.credit == "sentence" and not self.delimiters, "delimiters: credit 'sentence' needs at least one"),
+            (self.segment_entropy < 0, f"segment_entropy: must not be negative, got {self.segment_entropy}"),
             (grouped and self.responses_per_prompt < 2, f"responses_per_prompt: {self.advantage} needs at least 2"),
             (pairs and self.responses_per_prompt != 2, f"responses_per_prompt: {self.policy_update} needs exactly 2"),
             (pairs and self.train_batch % 2, f"train_batch: must be even, {self.policy_update} takes pairs"),

@@ -178,6 +178,9 @@ class Scores:
     """[B] weighted sum of the reward sources."""
     tokens: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, 0))
     """[R, K] what K sources of token rewards beside the DPO models say of each token, unscaled."""
+    entropy: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    """[R] of the policy's distribution at temperature 1 that each token comes from, nats; empty unless credit goes by
+    segments."""
 
 
 @dataclass(frozen=True)

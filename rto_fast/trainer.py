@@ -182,7 +182,7 @@ def compute_targets(
     return targets_of(
         rollout, scores, Coefficients(config.dpo_scale, beta2, config.beta3, config.dpo_clip, config.score_clip),
         scales=[config.beta1 * weight for _, weight in config.other_token_sources],
-        credit=CREDIT[config.credit], delimiters=delimiters,
+        credit=CREDIT[config.credit], delimiters=delimiters, segment_entropy=config.segment_entropy,
         estimate=partial(estimator, gamma=config.gamma, lam=config.lam, group=config.responses_per_prompt),
     )  # fmt: skip
 

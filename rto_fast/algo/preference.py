@@ -86,6 +86,29 @@ def tdpo2_loss(
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - alpha * (rejected_kl - chosen_kl.detach())))
 
 
+def token_weighted_loss(chosen_sum: Tensor, rejected_sum: Tensor, *, beta: float) -> Tensor:
+    """-log sigmoid(beta * (sum_t w_t ratio_w,t - sum_t w_t ratio_l,t)): DPO with a weight on each token's log-ratio."""
+    return -F.logsigmoid(beta * (chosen_sum - rejected_sum))
+
+
+def tgdpo_weights(guide: Tensor, sign: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """1 + alpha * beta * g on tokens of chosen, 1 - alpha * beta * g on those of rejected (arXiv 2506.14574).
+
+    guide: [R] g = log(pi_guide / pi_ref) of each token, nats, pi_guide an earlier DPO model; sign: [R] 1 on tokens of
+    chosen, -1 on rejected's. As in the paper's code g is scaled by beta and is not clipped.
+    """
+    return 1 + alpha * beta * sign * guide
+
+
+def tis_weights(guide: Tensor, sign: Tensor, *, low: float, high: float) -> Tensor:
+    """exp(mu * clamp(g, low, high)), mu = 1 on tokens of chosen and -1 on those of rejected (arXiv 2410.04350).
+
+    guide: [R] g = log(pi_plus / pi_minus) of each token, nats, of two contrastive models; sign: [R] mu. The scale k is
+    1. With them `token_weighted_loss` is TIS-DPO without its term of weighted sequential KLs.
+    """
+    return torch.exp(sign * guide.clamp(low, high))
+
+
 def kto_loss(
     ratio: Tensor, desirable: Tensor, kl: Tensor, *, beta: float, desirable_weight: float, undesirable_weight: float
 ) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rto_fast.algo.advantages import Estimate
-from rto_fast.algo.credit import Credit
+from rto_fast.algo.credit import Credit, segment_ends
 from rto_fast.contract import Rollout, Scores, Targets
 
 NO_DELIMITERS = torch.empty(0, dtype=torch.int64)
@@ -43,24 +43,27 @@ def paid_by(tokens: Tensor, scales: Sequence[float], bound: float) -> Tensor:
 def targets_of(
     rollout: Rollout, scores: Scores, coefficients: Coefficients, *, credit: Credit,
     estimate: Callable[[Tensor, Scores, Tensor], Estimate], delimiters: Tensor = NO_DELIMITERS,
-    scales: Sequence[float] = (),
+    scales: Sequence[float] = (), segment_entropy: float = 0.0,
 ) -> Targets:  # fmt: skip
     """Token rewards (Eq. 4.7), where they are paid, then advantages over the whole rollout.
 
     The rollout is the global one, so the whitening covers all ranks without another collective. estimate: an
     estimator with its settings filled in. delimiters: [K] int64, tokens that end a sentence. scales: of the columns of
-    `scores.tokens`. All of it runs where `scores` are.
+    `scores.tokens`. segment_entropy: nats, above which a token begins a segment, where `scores` hold entropies. All of
+    it runs where `scores` are.
     """
     cu = rollout.cu_responses.to(scores.values.device)
     reward = rto_kernels.token_rewards(
         scores.policy_logp, scores.ref_logp, scores.dpo_logp, scores.score,
         **dataclasses.asdict(coefficients), dpo_ref_logp=scores.dpo_ref_logp, cu_seqlens=cu,
     )  # fmt: skip
-    ends_sentence = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
+    ends = torch.isin(rollout.response_tokens, delimiters).to(cu.device)
+    if scores.entropy.numel():
+        ends = segment_ends(scores.entropy, segment_entropy)
     dense = reward.dpo_reward
     if scores.tokens.numel():
         dense = dense + paid_by(scores.tokens, scales, coefficients.dpo_clip)
-    placed = credit(dense, cu, ends_sentence)
+    placed = credit(dense, cu, ends)
     rewards = reward.rewards + (placed - reward.dpo_reward)  # the same bits where nothing moves
     estimated = estimate(rewards, scores, cu)
     return Targets(

@@ -62,6 +62,18 @@ def logps_at(temperatures: Sequence[float]) -> Read:
     return read
 
 
+def logps_and_entropy(temperatures: Sequence[float]) -> Read:
+    """A read of `logps_at` the temperatures, of which the last is 1, with the entropy at 1 (nats) as one more row."""
+
+    def read(*args: Tensor, **head: Any) -> Tensor:
+        *others, one = temperatures
+        rows: list[Any] = [token_logprobs(*args, temperature=t, **head) for t in others]
+        rows += token_logprobs(*args, temperature=one, return_entropy=True, **head)
+        return torch.stack(rows)
+
+    return read
+
+
 def logp_and_kl(ref_hidden: Tensor, ref_head: LMHead) -> Read:
     """A read of log-probs [R] and of KL(pi_ref || pi) [R], fp32, nats; ref_hidden [R, H] and its head: `states`."""
 

@@ -3,7 +3,8 @@
     rto-fast report RUN_DIR     builds it again from metrics.jsonl and samples.jsonl
 
 The page shows end figures, settings, comparisons and tables (when given), every curve, and sampled responses
-whose tokens are coloured by token reward, advantage, DPO reward, KL or value.
+whose tokens are coloured by token reward, advantage, DPO reward, KL or value; before them what the token rewards of all
+kept responses lean on.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rto_fast.logs.files import METRICS, REPORT, RUN, SAMPLES, duration, read_metrics, write_atomic
 from rto_fast.redact import redacted
 from rto_fast.report.assets import CSP, CSS, JS
+from rto_fast.report.audit import Audit, audit, bound_of, grids, of_samples
 from rto_fast.report.charts import WIDE_IN, Chart, colours_by_name, cut, draw, esc, figure_text
-from rto_fast.report.samples import TOKEN_FIELDS, ReportSample, read_samples
+from rto_fast.report.samples import TOKEN_FIELDS, ReportSample, read_samples, special_text
 from rto_fast.report.sections import sections
 
 QUANTITIES = {
@@ -108,6 +111,7 @@ def write_report(
     subtitle: str = "",
     comparison: Sequence[Chart] = (),
     tables: Sequence[Table] = (),
+    audited: Audit | None = None,
 ) -> Path:
     """Writes the page atomically and returns its path.
 
@@ -125,6 +129,8 @@ def write_report(
     for s, (name, charts) in enumerate(sections(metrics)):
         drawn = "".join(draw(chart, f"c{s}-{i}") for i, chart in enumerate(charts))
         parts.append((name, f'<div class="charts">{drawn}</div>'))
+    if audited:
+        parts.append(("Token rewards", "".join(_table(Table(*grid)) for grid in grids(audited))))
     if samples:
         parts.append(("Sampled responses", _samples(samples)))
 
@@ -242,7 +248,7 @@ def _token(sample: ReportSample, i: int, scale: float) -> str:
     kind = "x" if not finite else "p" if reward > 0 else "n" if reward < 0 else ""
     opacity = min(1.0, abs(reward) / scale) * OPACITY if finite else 0.0
     text = sample.tokens[i]
-    special = " s" if re.fullmatch(r"<[^<>\s]+>|\[[A-Z_]{2,}\]", text) else ""
+    special = " s" if special_text(text) else ""
     figures = ", ".join(f"{label} {signed(v)}" for (label, _), v in zip(QUANTITIES.values(), values, strict=True))
     title = f"{i + 1}/{len(sample.tokens)} {json.dumps(cut(text, TOKEN_CHARACTERS), ensure_ascii=False)}: {figures}"
     data = " ".join(f"{v:.5g}" if math.isfinite(v) else "NaN" for v in values)
@@ -284,17 +290,19 @@ def report_run(run_dir: Path | str, *, title: str = "", limit: int = 16) -> Path
         raise FileNotFoundError(f"{folder}: no such folder")
     if not (folder / METRICS).exists():
         raise FileNotFoundError(f"{folder}: holds no run (no {METRICS})")
-    run = {"stage": "run", "config": {}}
+    run: dict[str, Any] = {"stage": "run", "config": {}}
     if (folder / RUN).exists():
         try:
             run |= json.loads((folder / RUN).read_text(encoding="utf-8"))
         except (ValueError, TypeError):
             raise ValueError(f"{folder / RUN}: not a JSON object") from None
+    samples = read_samples(folder / SAMPLES)
     return write_report(
         folder / REPORT,
         title=title or f"{run['stage']}: {folder.resolve().name}",
         subtitle=str(folder.resolve()),
         settings=redacted(run["config"]),
         metrics=read_metrics(folder / METRICS),
-        samples=pick_samples(read_samples(folder / SAMPLES), limit),
+        samples=pick_samples(samples, limit),
+        audited=audit(of_samples(samples), bound_of(run["config"])),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +47,21 @@ class ReportSample:
     """More figures of the response, such as each reward source's."""
     label: str = ""
     """Which run it is from, where one report shows several."""
+    prompt_ids: list[int] = field(default_factory=list)
+    """The prompt's tokens; none in files of older versions."""
+    token_ids: list[int] = field(default_factory=list)
+    """[H] the response's tokens; none in files of older versions."""
 
     def __post_init__(self) -> None:
         for name in TOKEN_FIELDS:
             length = len(getattr(self, name))
             if length != len(self.tokens):
                 raise ValueError(f"ReportSample.{name}: {length} values for {len(self.tokens)} tokens")
+
+
+def special_text(text: str) -> bool:
+    """Whether a token's text (see `token_texts`) is the name of a special token, such as <eos> or [SEP]."""
+    return bool(re.fullmatch(r"<[^<>\s]+>|\[[A-Z_]{2,}\]", text))
 
 
 def read_samples(path: Path | str) -> list[ReportSample]:
@@ -101,7 +111,7 @@ def report_samples(
         "value": scores.values,
     }
     cu = rollout.cu_responses.tolist()
-    responses = rollout.responses()
+    prompts, responses = rollout.prompts(), rollout.responses()
     return [
         ReportSample(
             prompt=texts.prompts[i],
@@ -110,6 +120,8 @@ def report_samples(
             score=float(scores.score[i]),
             truncated=bool(rollout.truncated[i]),
             step=step,
+            prompt_ids=prompts[i].tolist(),
+            token_ids=responses[i].tolist(),
         )
         for i in rows
     ]

@@ -18,7 +18,7 @@ from rto_fast.backend.frozen import FrozenModel
 from rto_fast.config import RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout, Scores
 from rto_fast.errors import RewardError
-from rto_fast.models.heads import logps_at
+from rto_fast.models.heads import logps_and_entropy, logps_at
 from rto_fast.models.packing import PackedBatch, Placement, balance
 from rto_fast.scoring.reward_source import MetricSource, Model, RewardSource
 from rto_fast.scoring.token_source import Mixture, TokenSource
@@ -77,7 +77,8 @@ def score_rollout(
     named, more = _source_scores(local, local_texts, scorers)
     pieces = _token_scores(local, scorers, config, placement, progress)
     said = _said_of_tokens(local, local_texts, pieces, scorers.tokens)
-    names = [f.name for f in fields(Scores) if f.name not in ("score", "tokens")]
+    asked = () if config.credit == "segment" else ("entropy",)
+    names = [f.name for f in fields(Scores) if f.name not in ("score", "tokens", *asked)]
     # Column by column, so that a rank without any sequence takes part too.
     columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
     progress(int(rollout.seq_lens.sum() - local.seq_lens.sum()))
@@ -156,7 +157,8 @@ def _said_of_tokens(
 def _token_scores(
     local: Rollout, scorers: Scorers, config: RTOConfig, placement: Placement, progress: Callable[[int], None]
 ) -> list[tuple[Tensor, ...]]:
-    """For each sequence of this rank the fields of Scores in order, but for `score`; each [its response's length].
+    """For each sequence of this rank the fields of Scores in order, but for `score` and `tokens`; each [its response's
+    length]. Entropies where credit goes by segments.
 
     One model after the other reads all micro-batches, so that those that park need the device one at a time.
     """
@@ -187,7 +189,8 @@ def _token_scores(
         dpos = dpo_refs if scorers.dpo is None else read(scorers.dpo, scorers.dpo)
     policies = [torch.full_like(reference, math.nan)[None] for reference in references]
     if config.scores_policy:
-        policies = read(scorers.policy, lambda batch: scorers.policy(batch, logps_at(temperatures)))
+        policy_read = (logps_and_entropy if config.credit == "segment" else logps_at)(temperatures)
+        policies = read(scorers.policy, lambda batch: scorers.policy(batch, policy_read))
     values = [torch.zeros_like(_valued(batch), dtype=torch.float32) for _, batch in batches]
     if critic := scorers.critic:
         values = read(critic, lambda batch: critic(batch, _valued(batch)))
@@ -196,12 +199,14 @@ def _token_scores(
     for k, (index, batch) in enumerate(batches):
         of_states, after = values[k].split([batch.state_positions.numel(), len(batch.last_positions)])
         lens = batch.cu_responses.diff().tolist()
-        of_tokens = (policies[k][0], policies[k][-1], references[k], dpos[k], dpo_refs[k], of_states)
+        logps, entropy = policies[k][: len(temperatures)], policies[k][len(temperatures) :]
+        of_tokens = (logps[0], logps[-1], references[k], dpos[k], dpo_refs[k], of_states, *entropy)
         columns = [t.split(lens) for t in of_tokens]
         for j, i in enumerate(index):
             bootstrapped = config.truncation == "bootstrap" and bool(local.truncated[i])
             last = after[j : j + 1] if bootstrapped else torch.zeros_like(after[j : j + 1])
-            out[i] = (*(c[j].clone() for c in columns), last)
+            found = [c[j].clone() for c in columns]
+            out[i] = (*found[:6], last, *found[6:])
     return out  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ from rto_fast.algo import preference
 from rto_fast.backend.frozen import FrozenModel
 from rto_fast.backend.output_lock import alone
 from rto_fast.config import DPOConfig
-from rto_fast.data.chat_template import check_template
+from rto_fast.data.chat_template import ChatTemplate, check_template
 from rto_fast.data.load import load_answers, load_preferences
 from rto_fast.data.tokenizer import check_max_length
 from rto_fast.errors import require
@@ -28,6 +28,8 @@ from rto_fast.supervised.pair_objectives import (
     Pairs,
     Referenced,
     SimPO,
+    TokenWeighted,
+    TokenWeights,
     grouped_rows,
     pair_rows,
 )
@@ -42,7 +44,7 @@ class Objective:
 
     make: Callable[..., Stage]
     """Called with (config, common) and, where there is one, the loss."""
-    loss: PairLoss | KLLoss | None = None
+    loss: PairLoss | KLLoss | TokenWeights | None = None
     needs_reference: bool = True
 
     def stage(self, config: DPOConfig, common: Common) -> Stage:
@@ -58,15 +60,20 @@ def train_dpo(config: DPOConfig) -> Path:
         f"reference: {config.objective} has no reference; leave it out, or choose another --objective",
     )
     common = prepare(config)
-    if config.reference:
-        reference = load_config(config.reference, "reference")
-        ours, theirs = (c.get_text_config().vocab_size for c in (load_config(config.model, "model"), reference))
-        require(theirs == ours, f"reference: {config.reference!r} has a vocabulary of "
-                f"{theirs} tokens, the model's has {ours}")  # fmt: skip
-        check_weights(config.reference, "reference")
-        check_template(config.reference, common.template, "reference")
-        check_max_length(config.max_length, reference, "max_length (reference)")
+    for name in ("reference", "guide_model", "guide_base"):
+        _check_frozen(config, name, common.template)
     return run_stage(config, common, objective.stage(config, common))
+
+
+def _check_frozen(config: DPOConfig, name: str, template: ChatTemplate) -> None:
+    """ConfigError where the model that the setting `name` holds, if any, cannot read the rows."""
+    if path := getattr(config, name):
+        other = load_config(path, name)
+        ours, theirs = (c.get_text_config().vocab_size for c in (load_config(config.model, "model"), other))
+        require(theirs == ours, f"{name}: {path!r} has a vocabulary of {theirs} tokens, the model's has {ours}")
+        check_weights(path, name)
+        check_template(path, template, name)
+        check_max_length(config.max_length, other, f"max_length ({name})")
 
 
 def _load_reference(config: DPOConfig, common: Common, **changed: Any) -> PolicyModel:
@@ -101,11 +108,26 @@ def _mppo(config: DPOConfig, common: Common) -> MPPO:
 
 def _tdpo(config: DPOConfig, common: Common, loss: KLLoss) -> TDPO:
     train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
-    device = common.placement.device
-    reference = _load_reference(config, common, home="device").eval().requires_grad_(False).to(device)
-    whole = FrozenModel(reference, device, parks=False)
+    whole = _whole(_load_reference(config, common, home="device"), common)
     model = load_policy(config.model, argument="model", **common.loading)
     return TDPO(model, train, held_out, config, loss, whole)
+
+
+def _whole(model: PolicyModel, common: Common) -> FrozenModel:
+    device = common.placement.device
+    return FrozenModel(model.eval().requires_grad_(False).to(device), device, parks=False)
+
+
+def _token_weighted(config: DPOConfig, common: Common, weights: TokenWeights) -> TokenWeighted:
+    train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
+    loading = common.loading | {"home": "device"}
+    reference = _whole(_load_reference(config, common, home="device"), common)
+    guide = _whole(load_policy(config.guide_model, argument="guide_model", **loading), common)
+    base = reference
+    if config.guide_base:
+        base = _whole(load_policy(config.guide_base, argument="guide_base", **loading), common)
+    model = load_policy(config.model, argument="model", **common.loading)
+    return TokenWeighted(model, train, held_out, config, weights, reference, guide, base)
 
 
 def _kto(config: DPOConfig, common: Common) -> KTO:
@@ -137,6 +159,12 @@ OBJECTIVES: dict[str, Objective] = {
     "tdpo1": Objective(_tdpo, lambda ratios, kls, c: preference.tdpo1_loss(*ratios, *kls, beta=c.beta)),
     "tdpo2": Objective(
         _tdpo, lambda ratios, kls, c: preference.tdpo2_loss(*ratios, *kls, beta=c.beta, alpha=c.tdpo_alpha)
+    ),
+    "tgdpo": Objective(
+        _token_weighted, lambda g, sign, c: preference.tgdpo_weights(g, sign, beta=c.beta, alpha=c.tgdpo_alpha)
+    ),
+    "tis_dpo": Objective(
+        _token_weighted, lambda g, sign, c: preference.tis_weights(g, sign, low=c.tis_low, high=c.tis_high)
     ),
     "kto": Objective(_kto),
     "simpo": Objective(_simpo, needs_reference=False),

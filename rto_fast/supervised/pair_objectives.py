@@ -41,6 +41,9 @@ PairLoss = Callable[[Pairs, DPOConfig], Tensor]
 KLLoss = Callable[[Sequence[Tensor], Sequence[Tensor], DPOConfig], Tensor]
 """Losses of pairs, [P], from log-ratios and sequential KLs of (chosen, rejected)."""
 
+TokenWeights = Callable[[Tensor, Tensor, DPOConfig], Tensor]
+"""Weights of tokens, [R], from the guide's log-ratios and from 1 on tokens of chosen, -1 on rejected's."""
+
 
 class PairStage(Stage, ABC):
     """Pairs of responses with a loss and two implicit rewards each."""
@@ -128,6 +131,32 @@ class TDPO(PairStage):
         ratios = batch.sequence_sums(logp - ref_logp).unbind(1)
         kls, config = batch.sequence_sums(kl).unbind(1), self.config
         return self.kl_loss(ratios, kls, config), config.beta * ratios[0], config.beta * ratios[1]
+
+
+class TokenWeighted(PairStage):
+    """TGDPO and TIS-DPO: a guide's log-ratio weighs each token. Rewards are DPO's.
+
+    Reference and guides stay in memory, whole on every rank.
+    """
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: DPOConfig,
+        weights: TokenWeights, reference: FrozenModel, guide: FrozenModel, guide_base: FrozenModel,
+    ) -> None:  # fmt: skip
+        """guide_base: may be `reference`, which is then read once."""
+        super().__init__(model, train, held_out, config)
+        self.weights, self.reference, self.guide, self.guide_base = weights, reference, guide, guide_base
+
+    def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            ref_logp = self.reference(batch.packed)
+            base_logp = ref_logp if self.guide_base is self.reference else self.guide_base(batch.packed)
+            weights = self.weights(self.guide(batch.packed) - base_logp, batch.signs, self.config)
+        token_ratio = model(batch.packed) - ref_logp
+        weighted, plain = (batch.sequence_sums(r).unbind(1) for r in (weights * token_ratio, token_ratio))
+        config = self.config
+        loss = preference.token_weighted_loss(*weighted, beta=config.beta)
+        return loss, config.beta * plain[0], config.beta * plain[1]
 
 
 def pair_rows(data: PreferenceData) -> Rows:

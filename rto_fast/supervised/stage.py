@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +101,14 @@ class RowBatch:
     def lengths(self) -> Tensor:
         """[rows, responses a row] fp32: response tokens."""
         return self.by_row(self.packed.cu_responses.diff()).float()
+
+    @property
+    def signs(self) -> Tensor:
+        """[R] fp32: 1 on tokens of each row's first response, -1 on those of the others."""
+        first = {0, *accumulate(len(row.responses) for row in self.rows)}
+        of_sequences = torch.tensor([1.0 if i in first else -1.0 for i in self.order])
+        lens = self.packed.cu_responses.diff()
+        return torch.repeat_interleave(of_sequences.to(lens.device), lens)
 
     def looked_up(self, tables: tuple[Tensor, Tensor]) -> Tensor:
         """The rows' entries in a table kept beside the training or the held-out rows.

@@ -24,7 +24,7 @@ FLAGS = {
     "a flag of another stage": ("rm_llama3.py", ["--beta1=1"], r"unknown flag --beta1; .*--help"),
     "an underscored misspelling": ("dpo_llama3.py", ["--adam_beta", "1"], r"--adam_beta; did you mean --adam-betas\?"),
     "a misspelt objective": (
-        "dpo_llama3.py", ["--objective", "tdpo3"], r"--objective: 'tdpo3' is no choice; did you mean tdpo[12]\?",
+        "dpo_llama3.py", ["--objective", "tdpo12"], r"--objective: 'tdpo12' is no choice; did you mean tdpo[12]\?",
     ),
     "a misspelt choice of another stage": (
         "rto_llama3.py", ["--policy_update=reble"], r"--policy_update: 'reble' is no choice; did you mean rebel\?",

@@ -26,6 +26,7 @@ def test_it_lists_its_commands(capsys):
         "generate",
         "export",
         "report",
+        "audit",
         "memory",
         "demo",
         "distill",

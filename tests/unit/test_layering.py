@@ -19,7 +19,7 @@ FILES = sorted(TRAINER.rglob("*.py"))
 ORDER = (
     ("__main__",),
     ("commands",),
-    ("demo", "generate", "export"),
+    ("demo", "generate", "audit", "export"),
     ("trainer",),
     ("metrics",),
     ("build", "updates"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -44,6 +45,10 @@ def moved(kind, dense, delimiter):
         return dense
     if kind == "shaped":
         return [*dense[:-1], dense[-1] - math.fsum(dense)] if dense else []
+    if kind == "segment":
+        starts = [0, *(t + 1 for t in range(len(dense) - 1) if delimiter[t]), len(dense)]
+        parts = [dense[a:b] for a, b in itertools.pairwise(starts)] if dense else []
+        return [math.fsum(part) / len(part) for part in parts for _ in part]
     held = 0.0
     for t, value in enumerate(dense):
         held += value
@@ -60,6 +65,12 @@ def test_credit_is_paid_where_the_definition_says(kind):
         assert ours == pytest.approx(moved(kind, row, ends), abs=1e-6)
     totals = [math.fsum(r) for r in rows(got)]
     assert totals == pytest.approx([0.0 if kind == "shaped" else math.fsum(r) for r in rows(dense)], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", credit.CREDIT)
+def test_credit_of_a_rollout_without_a_token(kind):
+    none = torch.zeros(0, dtype=torch.bool)
+    assert credit.CREDIT[kind](torch.zeros(0), torch.tensor([0, 0, 0]), none).numel() == 0
 
 
 def test_sentences_end_at_delimiters():
@@ -262,6 +273,7 @@ def test_contradictory_settings_are_refused(settings, names):
 
 VARIANTS = {
     "semi_rto": {"credit": "sentence"},
+    "segments": {"credit": "segment", "segment_entropy": 2.5},
     "ddpo": {"credit": "response"},
     "rs_ppo": {"credit": "shaped"},
     "reinforce_pp": {"advantage": "reinforce_pp"},
@@ -282,7 +294,7 @@ def test_variant_runs_by_the_recipes_flags(name, tiny, tmp_path, monkeypatch, on
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     assert all(math.isfinite(row["policy/loss"]) and row["policy/grad_norm"] > 0 for row in lines)
-    has_critic = name in ("semi_rto", "ddpo", "rs_ppo")
+    has_critic = name in ("semi_rto", "segments", "ddpo", "rs_ppo")
     assert (tmp_path / "run" / "critic").exists() == has_critic
     assert all(("critic/loss" in row) == has_critic for row in lines)
     assert (tmp_path / "run" / "policy" / "model.safetensors").exists()

@@ -10,7 +10,7 @@ from unittest import mock
 import datasets
 import pytest
 import torch
-from loop_helpers import write_rows
+from loop_helpers import save_llama, write_rows
 from transformers import AutoModelForCausalLM
 
 from rto_fast.algo import preference
@@ -26,8 +26,11 @@ from rto_fast.supervised.stage import RowBatch
 
 SETTINGS = {
     "beta": 0.3, "r_dpo_alpha": 0.02, "simpo_gamma": 0.4, "tdpo_alpha": 0.7, "kto_desirable_weight": 1.3,
-    "kto_undesirable_weight": 0.8,
+    "kto_undesirable_weight": 0.8, "tgdpo_alpha": 0.6, "tis_low": -0.3, "tis_high": 0.4,
 }  # fmt: skip
+
+
+GUIDED = ("tgdpo", "tis_dpo")
 
 
 def small(tiny, output_dir, **settings) -> DPOConfig:
@@ -74,11 +77,28 @@ def minus_log_sigmoid(x):
     return torch.log1p(torch.exp(-x))
 
 
+def truth_guide(config, reference, prompt, response):
+    """[response tokens] the guide's log-ratios."""
+    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) if p else reference
+              for p in (config.guide_model, config.guide_base)]  # fmt: skip
+    with torch.no_grad():
+        guide, base = (truth_logits(m, prompt, response) for m in models)
+    return (guide - base).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def truth_weights(objective, config, guide, chosen):
+    if objective == "tgdpo":
+        return 1 + (1 if chosen else -1) * config.tgdpo_alpha * config.beta * guide
+    clipped = torch.maximum(torch.minimum(guide, torch.tensor(config.tis_high)), torch.tensor(config.tis_low))
+    return torch.exp(clipped) if chosen else 1 / torch.exp(clipped)
+
+
 def truth_loss(objective, config, model, reference, rows, kto):
     """Mean loss of the rows by the formulas of the papers. kto: (desirable flags, mismatched rows) of these rows."""
     losses, ratio, lens, kls, logps = [], [], [], [], []
+    weighted = []
     for row in rows:
-        r, n, k, lp = [], [], [], []
+        r, n, k, lp, w = [], [], [], [], []
         for response in row.responses:
             p = truth_logits(model, row.prompt, response)
             with torch.no_grad():
@@ -88,7 +108,10 @@ def truth_loss(objective, config, model, reference, rows, kto):
             r.append(lp[-1] - q.gather(1, pick).sum())
             k.append((q.exp() * (q - p)).sum())
             n.append(len(response))
-        ratio.append(r), lens.append(n), kls.append(k), logps.append(lp)
+            if config.guide_model:
+                weights = truth_weights(objective, config, truth_guide(config, reference, row.prompt, response), not w)
+                w.append((weights * (p - q).gather(1, pick)[:, 0]).sum())
+        ratio.append(r), lens.append(n), kls.append(k), logps.append(lp), weighted.append(w)
     if objective == "kto":
         flags, mismatched = kto
         with torch.no_grad():
@@ -116,6 +139,8 @@ def truth_loss(objective, config, model, reference, rows, kto):
             losses.append(minus_log_sigmoid(b * ((r[0] - r[1]) - (k[1] - k[0]))))
         elif objective == "tdpo2":
             losses.append(minus_log_sigmoid(b * (r[0] - r[1]) - config.tdpo_alpha * b * (k[1] - k[0].detach())))
+        elif config.guide_model:
+            losses.append(minus_log_sigmoid(b * (weighted[i][0] - weighted[i][1])))
         elif objective == "mppo":
             p = [torch.exp(x / m) for x, m in zip(lp, n, strict=True)]
             losses.append(minus_log_sigmoid((len(p) - 1) * p[0] - sum(p[1:])))
@@ -132,14 +157,21 @@ def relative(ours, truth) -> float:
     return math.sqrt(gap / sum(float(b.square().sum()) for b in truth))
 
 
+def guided(objective, tiny) -> dict[str, str]:
+    """The settings that an objective needs beside the others'."""
+    return {"guide_model": tiny.dpo_ref if objective == "tgdpo" else tiny.policy} if objective in GUIDED else {}
+
+
 @pytest.mark.parametrize(
     ("objective", "options"),
-    [*((objective, {}) for objective in OBJECTIVES), ("dpo", {"label_smoothing": 0.1}), ("dpo", {"nll_coef": 0.7})],
-)
+    [*((objective, {}) for objective in OBJECTIVES), ("dpo", {"label_smoothing": 0.1}), ("dpo", {"nll_coef": 0.7}),
+     ("tis_dpo", {"guide_base": "dpo_ref"})],
+)  # fmt: skip
 def test_loss_and_gradient_equal_the_fp64_formula(objective, options, tiny, tmp_path, one_rank, negatives):
     start, base = (tiny.dpo, tiny.policy) if objective == "kto" else (tiny.policy, tiny.dpo)  # KTO: baseline > 0
     reference = {} if objective in ("simpo", "mppo") else {"reference": base}
     data = negatives if objective == "mppo" else tiny.pairs
+    options = {k: getattr(tiny, v) if k == "guide_base" else v for k, v in options.items()} | guided(objective, tiny)
     config = small(tiny, tmp_path / "run", model=start, objective=objective, data=data, eval_fraction=0.0, **reference,
                    **options)  # fmt: skip
     stage, common = make_stage(config)
@@ -163,6 +195,27 @@ def test_loss_and_gradient_equal_the_fp64_formula(objective, options, tiny, tmp_
     ours, theirs = dict(stage.model.lm.named_parameters()), dict(model.named_parameters())
     assert relative([ours[n].grad for n in theirs], [p.grad for p in theirs.values()]) < 5e-5
     assert all(math.isfinite(v.item()) for v in metrics.values())
+
+
+def test_a_guide_without_say_leaves_dpo():
+    ratio, guide, sign = torch.tensor([0.3, -0.2]), torch.tensor([2.0, -1.0]), torch.tensor([1.0, -1.0])
+    assert preference.tgdpo_weights(guide, sign, beta=0.1, alpha=0.0).tolist() == [1.0, 1.0]
+    weights = preference.tgdpo_weights(guide, sign, beta=0.1, alpha=0.5)
+    assert weights.tolist() == pytest.approx([1.1, 1.05])
+    assert preference.tis_weights(guide, sign, low=-0.5, high=1.5).tolist() == pytest.approx(
+        [math.exp(1.5), math.exp(0.5)]
+    )
+    plain = preference.dpo_loss(*ratio[:, None], torch.zeros(1), torch.zeros(1), beta=0.1)
+    assert torch.equal(preference.token_weighted_loss(*ratio[:, None], beta=0.1), plain)
+
+
+@pytest.mark.parametrize("name", ["guide_model", "guide_base"])
+def test_a_guide_of_other_tokens_is_refused_before_it_is_loaded(name, tiny, tmp_path, one_rank):
+    save_llama(tmp_path / "other", seed=1, vocab=50, ids={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    settings = {"guide_model": tiny.dpo} | {name: str(tmp_path / "other")}
+    with pytest.raises(ConfigError, match=f"^{name}: .* has a vocabulary of 50 tokens, the model's has"):
+        train_dpo(small(tiny, tmp_path / "run", objective="tis_dpo", **settings))
+    assert not list((tmp_path / "run").glob("*.jsonl"))
 
 
 def test_r_dpo_gives_a_longer_chosen_answer_less_gradient():
@@ -385,7 +438,7 @@ def test_kto_step_does_not_depend_on_micro_batches(tiny, tmp_path, one_rank):
 def test_training_lowers_the_loss_and_exports_a_policy(objective, tiny, tmp_path, one_rank, negatives):
     config = small(
         tiny, tmp_path / "run", objective=objective, epochs=3.0, eval_fraction=0.2, zero_stage=2, log_every=1,
-        data=negatives if objective == "mppo" else tiny.pairs,
+        data=negatives if objective == "mppo" else tiny.pairs, **guided(objective, tiny),
     )  # fmt: skip
     folder = train_dpo(config)
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -452,6 +505,13 @@ def test_contradictory_settings_are_refused(tiny, tmp_path):
             small(tiny, tmp_path, objective="ipo", **{option: 0.1}).validate()
     with pytest.raises(ConfigError, match=r"label_smoothing: must lie in \[0, 0.5\), got 0.5"):
         small(tiny, tmp_path, label_smoothing=0.5).validate()
+    for name, objective, settings in (
+        ("guide_model", "tgdpo", {}), ("guide_model", "tis_dpo", {}), ("guide_model", "dpo", {"guide_model": "x"}),
+        ("guide_base", "tgdpo", {"guide_model": "x", "guide_base": "y"}), ("guide_base", "ipo", {"guide_base": "y"}),
+        ("tgdpo_alpha", "dpo", {"tgdpo_alpha": -0.1}), ("tis_low", "dpo", {"tis_low": 2.0}),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"^{name}: "):
+            small(tiny, tmp_path, objective=objective, **settings).validate()
     with pytest.raises(ConfigError, match="kto_desirable_weight"):
         small(tiny, tmp_path, objective="kto", kto_desirable_weight=-1.0).validate()
 
