@@ -114,6 +114,8 @@ class Loaded:
     placement: Placement
     policy: TrainEngine
     critic: TrainEngine | None
+    online: TrainEngine | None
+    """The DPO model where it is trained."""
     origins: list[str]
     """Where the critic came from, and how each reward model reads."""
     tight: str
@@ -146,7 +148,7 @@ def build(config: RTOConfig) -> Run:
     run = Run(
         config=config, tokenizer=inputs.tokenizer, template=inputs.template, prompts=inputs.prompts,
         columns=inputs.columns, ptx=inputs.ptx, iterations=inputs.iterations, placement=loaded.placement,
-        policy=loaded.policy, critic=loaded.critic,
+        policy=loaded.policy, critic=loaded.critic, online=loaded.online,
         scorers=loaded.scorers, sync=sync, sampling=inputs.sampling, delimiters=inputs.delimiters,
         average=WeightAverage(config.ema_decay, holds=distributed.rank() == 0),
         checkpoints=inputs.checkpoints, logger=logger,
@@ -222,7 +224,7 @@ def _check_reach(config: RTOConfig) -> None:
 
 
 def load(config: RTOConfig, inputs: Inputs) -> Loaded:
-    """Policy and critic in their training engines, the frozen models and the reward models beside them."""
+    """Policy, critic and an online DPO model in their training engines, beside them the frozen and reward models."""
     longest = config.max_prompt_length + config.max_response_length
     partitioned = partitions(config, distributed.world_size(), inputs.device.type)
     placement, loading = place(config, inputs.device, config.score_tokens, longest, lockstep=partitioned)
@@ -236,7 +238,8 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         critic_model, origin = _critic(config, inputs, loading)
         critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
 
-    trained = [policy, critic] if critic else [policy]
+    online = _online(config, iterations, loading) if config.online != "off" else None
+    trained = [engine for engine in (policy, critic, online) if engine]
     models = [engine.model for engine in trained]
     rehearse_export(models, inputs.tokenizer, inputs.template)
     exports = 1 + ((iterations - 1) // config.export_every if config.export_every else 0)
@@ -265,12 +268,14 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     reference = language(config.reference or config.policy, "reference")
     dpo: Model | Mixture | None = None
     dpo_ref = reference
-    if config.dpo_scale:
+    if online:
+        dpo = online.evaluate
+    elif config.dpo_scale:
         models = [language(path, "dpo_model") for path in config.dpo_model]
         single = config.dpo_weights == (1.0,)
         dpo = models[0] if single else Mixture(models, config.dpo_weights, config.dpo_pessimism)
-        if config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
-            dpo_ref = language(config.dpo_ref, "dpo_ref")
+    if config.dpo_scale and config.dpo_ref and config.dpo_ref != (config.reference or config.policy):
+        dpo_ref = language(config.dpo_ref, "dpo_ref")
     tokens = load_token_sources(config, inputs.written, placement, language, scalar)
     names = ["model"] if len(config.reward_model) == 1 else [f"model{i}" for i in range(len(config.reward_model))]
     sources, readings = [], []
@@ -284,7 +289,16 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights, tokens=tokens,
         frozen=kept,
     )  # fmt: skip
-    return Loaded(placement, policy, critic, [f"critic: {origin}", *readings], tight, scorers)
+    return Loaded(placement, policy, critic, online, [f"critic: {origin}", *readings], tight, scorers)
+
+
+def _online(config: RTOConfig, iterations: int, loading: dict[str, Any]) -> TrainEngine:
+    """The DPO model in a training engine: one pass over each rollout."""
+    (path,) = config.dpo_model
+    model = load_policy(path, argument="dpo_model", **loading)
+    watch_router(model, config.router_aux_coef)
+    steps = iterations * (config.responses // config.train_batch)
+    return TrainEngine(model, config, peak_lr=config.online_lr, total_steps=steps)
 
 
 def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -315,6 +329,8 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
             check_template(path, template, argument)
             other = load_config(path, argument)
             check_max_length(length, other, f"max_prompt_length + max_response_length ({argument})")
+            if argument == "dpo_model" and config.online != "off":
+                check_router(other, config.router_aux_coef, argument)
     check_token_models(config, tokenizer, special)
     for path in config.reward_model:
         reward, own = load_config(path, "reward_model"), load_tokenizer(path, "reward_model")

@@ -426,6 +426,22 @@ class RTOConfig(RunConfig):
     segment_entropy: float = 1.75
     """credit segment: nats; a token that the policy draws at a higher entropy begins a segment. 0 = each token does."""
 
+    # Online token reward
+    online: Literal["off", "prime", "dpo"] = "off"
+    """Train the DPO model on every rollout: prime on each response's outcome (arXiv 2502.01456), dpo on each prompt's
+    best response against its worst by score. It may then start from the SFT model. off: it stays as it is."""
+    online_lr: float = 1e-6
+    """online: peak learning rate of the DPO model."""
+    online_beta: float = 0.05
+    """online: beta of its loss, the scale of a response's log(pi_dpo / pi_ref)."""
+    online_order: Literal["before", "after"] = "before"
+    """online: train the DPO model before the rollout's token rewards are read from it, for a forward more, or after."""
+    online_outcome: Literal["auto", "binary", "sigmoid"] = "auto"
+    """online prime: the outcome of a response. binary: whether its score is above a half, as a verifier's is; sigmoid:
+    sigmoid(score), a reward model's probability; auto: binary where functions alone give the score."""
+    online_patience: int = free(20)
+    """online: iterations in a row whose accuracy is below a half before the run stops with a diagnosis; 0 = never."""
+
     # Rollout
     iterations: int = 0
     """Rollouts to do; 0 = what `epochs` passes over the prompts need."""
@@ -613,6 +629,18 @@ class RTOConfig(RunConfig):
         return self.dpo_weight or (1 / len(self.dpo_model),) * len(self.dpo_model)
 
     @property
+    def outcome(self) -> Literal["binary", "sigmoid"]:
+        """How PRIME reads a score."""
+        if self.online_outcome != "auto":
+            return self.online_outcome
+        return "sigmoid" if self.reward_model or self.reward_url else "binary"
+
+    @property
+    def learnt_together(self) -> int:
+        """Responses that an update of the DPO model must see together."""
+        return self.responses_per_prompt if self.online == "dpo" else 1
+
+    @property
     def reward_sources(self) -> tuple[str, ...]:
         return self.reward_model + self.reward_fn + self.reward_url
 
@@ -629,6 +657,7 @@ class RTOConfig(RunConfig):
         super().validate()
         require(bool(self.policy), "policy: no model given; pass --policy (folder or Hub id)")
         self._check_token_rewards()
+        self._check_online()
         require(
             bool(self.reward_sources) or self.beta3 == 0,
             "reward_model: no reward source; pass --reward-model, --reward-fn or --reward-url, or --beta3 0",
@@ -644,7 +673,7 @@ class RTOConfig(RunConfig):
         for name in (
             "beta1", "beta2", "beta3", "dpo_clip", "dpo_pessimism", "score_clip", "kl_target", "entropy_coef",
             "value_clip", "is_cap", "iterations", "critic_warmup", "reward_retries", "report_samples", "export_every",
-            "rollout_oversample", "min_response_length", "ptx_coef",
+            "rollout_oversample", "min_response_length", "ptx_coef", "online_patience",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         for name in (
@@ -665,7 +694,7 @@ class RTOConfig(RunConfig):
         require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
         for name in (
             "epochs", "temperature", "policy_lr", "critic_lr", "reward_timeout_s", "rollout_timeout_s",
-            "vllm_start_timeout_s",
+            "vllm_start_timeout_s", "online_lr", "online_beta",
         ):  # fmt: skip
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         require(0 < self.clip < 1, f"clip: must lie in (0, 1), got {self.clip}")
@@ -717,6 +746,37 @@ class RTOConfig(RunConfig):
             f"dpo_pessimism: a deviation over DPO models needs at least 2 of them, got {models}",
         )
         require(self.token_reward_alpha > 0, f"token_reward_alpha: must be positive, got {self.token_reward_alpha}")
+
+    def _check_online(self) -> None:
+        fields, pairs = type(self).__dataclass_fields__, self.online == "dpo"
+        for name in ("online_lr", "online_beta", "online_order", "online_outcome", "online_patience"):
+            value, readers = getattr(self, name), ("prime",) if name == "online_outcome" else ("prime", "dpo")
+            require(
+                self.online in readers or value == fields[name].default,
+                f"{name}: {value!r} is not read with --online {self.online}; leave it out, or pass another --online",
+            )
+        if self.online == "off":
+            return
+        require(
+            bool(self.dpo_scale),
+            f"online: {self.online} trains the DPO model, and no token reward comes from it; pass --token-reward dpo "
+            "and a --beta1 above 0, or --online off",
+        )
+        require(
+            self.dpo_weights == (1.0,),
+            f"online: {self.online} trains one DPO model of weight 1, got {len(self.dpo_model)} of weights "
+            f"{', '.join(f'{w:g}' for w in self.dpo_weights)}",
+        )
+        require(
+            bool(self.reward_sources),
+            f"online: {self.online} learns from scores; pass --reward-model, --reward-fn or --reward-url",
+        )
+        require(not pairs or self.responses_per_prompt > 1, "responses_per_prompt: online dpo needs at least 2")
+        require(
+            self.train_batch % self.learnt_together == 0,
+            f"train_batch: {self.train_batch} is no multiple of responses_per_prompt {self.responses_per_prompt}: in "
+            "an update online dpo compares all responses of a prompt",
+        )
 
     def _check_engine(self) -> None:
         require(

@@ -10,7 +10,7 @@ import torch
 from rto_kernels import PPOStats
 from torch import Tensor
 
-from rto_fast.algo.losses import PairStats
+from rto_fast.algo.losses import OnlineStats, PairStats
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Rollout, Scores, Targets, ragged_arange
 from rto_fast.rollout.engine import SyncStats
@@ -171,6 +171,19 @@ def of_pairs(steps: list[UpdateStats[PairStats]]) -> dict[str, float]:
         "policy/grad_norm": _mean([s.result.grad_norm for s in steps]),
         "policy/lr": steps[-1].lr,
     } | of_router(steps)
+
+
+def of_online(steps: Sequence[UpdateStats[OnlineStats]]) -> dict[str, float]:
+    """Of the token reward's own updates; nothing where there were none."""
+    if not steps:
+        return {}
+    return {
+        "online/loss": _mean([s.loss for s in steps]),
+        "online/accuracy": _mean([float(s.stats.accuracy) for s in steps]),
+        "online/logratio_max": max(float(s.stats.ratio_max) for s in steps),
+        "online/grad_norm": _mean([s.result.grad_norm for s in steps]),
+        "online/lr": steps[-1].lr,
+    }
 
 
 def of_ptx(steps: list[UpdateStats[Any]]) -> dict[str, float]:

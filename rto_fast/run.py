@@ -49,6 +49,8 @@ class State:
     kl: KLController
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    wrong_in_a_row: int = 0
+    """Iterations in a row whose online token reward was wrong more often than right."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Run:
     policy: TrainEngine
     critic: TrainEngine | None
     """None where the advantages need none."""
+    online: TrainEngine | None
+    """The DPO model; None where it is not trained."""
     scorers: Scorers
     sync: WeightSync
     sampling: Sampling
@@ -116,8 +120,14 @@ class Run:
 
     def train_batches(self, iteration: int, epoch: int, responses: int) -> list[list[int]]:
         """The rollout's responses in a new order each PPO epoch, cut into train batches; pairs stay together."""
-        together, size = self.config.compared_responses, self.config.train_batch
-        units = permutation(responses // together, f"train/{self.config.seed}/{iteration}/{epoch}")
+        return self._batches(f"train/{self.config.seed}/{iteration}/{epoch}", responses, self.config.compared_responses)
+
+    def online_batches(self, iteration: int, responses: int) -> list[list[int]]:
+        """The same for the DPO model's one pass; what it compares stays together."""
+        return self._batches(f"online/{self.config.seed}/{iteration}", responses, self.config.learnt_together)
+
+    def _batches(self, seed: str, responses: int, together: int) -> list[list[int]]:
+        units, size = permutation(responses // together, seed), self.config.train_batch
         order = [unit * together + i for unit in units for i in range(together)]
         return [order[i : i + size] for i in range(0, responses, size)]
 
@@ -159,6 +169,8 @@ class Run:
         with self.logger.phase("checkpoint"):
             state = {"kl": dataclasses.asdict(self.state.kl), "bad_steps": self.state.bad_steps,
                      "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
+            if self.online:
+                state["wrong_in_a_row"] = self.state.wrong_in_a_row
             if self.critic:
                 state["critic_normalisation"] = (self.critic.model.mean, self.critic.model.std)
             ahead = self.ahead and vars(self.ahead)
@@ -167,7 +179,8 @@ class Run:
 
     @property
     def engines(self) -> dict[str, TrainEngine]:
-        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+        found = {"policy": self.policy, "critic": self.critic, "dpo": self.online}
+        return {name: engine for name, engine in found.items() if engine}
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -180,11 +193,13 @@ class Run:
         self.average.load(tensors["average"])
         torch.set_rng_state(tensors["rng"].clone())
         self.ahead = Rollout(**copy.deepcopy(tensors["ahead"])) if tensors.get("ahead") else None
-        self.state = State(step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"])
+        self.state = State(
+            step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"], state.get("wrong_in_a_row", 0)
+        )
         self.sync.push(version=step)
 
     def export(self, folder: Path) -> None:
-        """policy/, critic/ (and ema/) as Hugging Face folders under `folder`."""
+        """policy/, critic/, dpo/ where it was trained (and ema/) as Hugging Face folders under `folder`."""
         writes = distributed.rank() == 0
         for name, engine in self.engines.items():
             save_model(engine.model, folder / name, self.tokenizer, self.template, writes)

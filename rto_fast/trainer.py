@@ -3,6 +3,7 @@
     for each batch of prompts x:
         y ~ pi(. | x)                                                           rollout
         log pi, log pi_ref, log pi_dpo, V, r(x, y)                              score
+        pi_dpo on r(x, y), where it is trained online                           learn the token reward
         r_t = beta1 log(pi_dpo / pi_ref) - beta2 log(pi / pi_ref) + [t = T] beta3 r    token reward, Eq. 4.7
         A, R = GAE(r, V), whitened over the rollout                             targets
         PPO updates of pi and V                                                 train
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from rto_fast import build
 from rto_fast.algo.advantages import ESTIMATORS, pair
 from rto_fast.algo.credit import CREDIT
+from rto_fast.algo.losses import OnlineStats
 from rto_fast.algo.targets import NO_DELIMITERS, Coefficients, targets_of
 from rto_fast.backend.output_lock import alone
 from rto_fast.backend.saving import Saving
@@ -37,6 +39,7 @@ from rto_fast.metrics import (
     not_finite,
     of_critic,
     of_iteration,
+    of_online,
     of_pairs,
     of_policy,
     of_ptx,
@@ -47,7 +50,8 @@ from rto_fast.metrics import (
 from rto_fast.rollout.engine import SyncStats
 from rto_fast.rollout.weights.sync import Gap
 from rto_fast.run import Run
-from rto_fast.scoring.score import score_rollout
+from rto_fast.scoring.score import dpo_logps, score_rollout
+from rto_fast.updates.online import BestWorstBatch, OnlineBatch, OutcomeBatch
 from rto_fast.updates.pairs import P3OBatch, RebelBatch
 from rto_fast.updates.ppo import TrainBatch, UpdateStats
 from rto_fast.updates.sampler_corrected import SamplerBatch
@@ -73,6 +77,8 @@ POLICY_UPDATES = {
 """What each `policy_update` is, where the trainer's log-probs are the behaviour's."""
 SAMPLER_CORRECTED = PolicyUpdate(SamplerBatch, of_sampled_policy)
 """PPO where the sampler's are."""
+ONLINE: dict[str, type[OnlineBatch]] = {"prime": OutcomeBatch, "dpo": BestWorstBatch}
+"""What trains the DPO model under each `online`."""
 
 
 @alone
@@ -100,12 +106,13 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
     rollout = draw(run, iteration)
     with sampled_ahead(run, iteration + 1):
         texts, scores, seen = score(run, iteration, rollout, observe)
+        scores, dpo_steps = learn_token_reward(run, iteration, rollout, scores)
         if wrong := not_finite(scores):
             return seen | bad_step(run, f"rollout {iteration + 1} gave {wrong}")
         targets = compute_targets(rollout, scores, run.config, beta2, run.delimiters)
         run.state.kl.update(targets.mean_kl, len(rollout))
         run.keep_samples(iteration, rollout, scores, targets, texts)
-        learnt = updates(run, iteration, rollout, scores, targets)
+        learnt = updates(run, iteration, rollout, scores, targets, dpo_steps)
     return of_iteration(seen, targets, len(rollout), beta2, learnt, push(run))
 
 
@@ -174,6 +181,45 @@ def warn_of_cuts(run: Run, rollout: Rollout) -> None:
         )
 
 
+def learn_token_reward(
+    run: Run, iteration: int, rollout: Rollout, scores: Scores
+) -> tuple[Scores, list[UpdateStats[OnlineStats]]]:
+    """One pass of the DPO model over a rollout that is finite, where it is trained online, and its steps.
+
+    With `online_order` before, the scores are by the model that has learnt from them; else the next rollout's are.
+    Raises Diverged after `online_patience` iterations in a row in which it was wrong more often than right.
+    """
+    config, dpo = run.config, run.online
+    if dpo is None or not_finite(scores):
+        return scores, []
+    batches = run.online_batches(iteration, len(rollout))
+    with run.logger.phase("online"):
+        steps = [
+            ONLINE[config.online](run, rollout, scores, index).update(iteration * len(batches) + number)
+            for number, index in enumerate(batches)
+        ]
+        done = [step for step in steps if step]
+        check_token_reward(run, done)
+        run.logger.progress(int(rollout.seq_lens.sum()))
+        if config.online_order == "before" and done:
+            scores = replace(scores, dpo_logp=dpo_logps(rollout, dpo.evaluate, run.placement))
+    return scores, done
+
+
+def check_token_reward(run: Run, steps: list[UpdateStats[OnlineStats]]) -> None:
+    """Counts the iterations in which an online token reward is wrong; raises Diverged after `online_patience`."""
+    config, state, accuracy = run.config, run.state, of_online(steps).get("online/accuracy")
+    if accuracy is None:
+        return
+    state.wrong_in_a_row = state.wrong_in_a_row + 1 if accuracy < 0.5 else 0
+    if config.online_patience and state.wrong_in_a_row >= config.online_patience:
+        raise Diverged(
+            f"online: the token reward was wrong more often than right in {state.wrong_in_a_row} iterations in a row "
+            f"(accuracy {accuracy:.2f} in the last). The last checkpoint is whole. Look at --online-lr, --online-beta, "
+            "the outcomes and where the DPO model started; --online-patience 0 goes on all the same"
+        )
+
+
 def compute_targets(
     rollout: Rollout, scores: Scores, config: RTOConfig, beta2: float, delimiters: Tensor = NO_DELIMITERS
 ) -> Targets:
@@ -187,8 +233,14 @@ def compute_targets(
     )  # fmt: skip
 
 
-def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets) -> dict[str, float]:
-    """PPO epochs over the rollout: each train batch moves the policy, then the critic where there is one."""
+def updates(
+    run: Run, iteration: int, rollout: Rollout, scores: Scores, targets: Targets,
+    dpo_steps: list[UpdateStats[OnlineStats]],
+) -> dict[str, float]:  # fmt: skip
+    """PPO epochs over the rollout: each train batch moves the policy, then the critic where there is one.
+
+    dpo_steps: those of an online token reward, which count among the iteration's.
+    """
     config = run.config
     update = SAMPLER_CORRECTED if config.behaviour == "sampler" else POLICY_UPDATES[config.policy_update]
     trains_policy = iteration >= config.critic_warmup
@@ -205,8 +257,9 @@ def updates(run: Run, iteration: int, rollout: Rollout, scores: Scores, targets:
                 if run.critic:
                     critic_steps.append(batch.update_critic(step))
                 run.logger.progress(int(rollout.seq_lens[index].sum()))
-    skipped = [s for s in (*policy_steps, *critic_steps) if not s.result.applied]
+    skipped = [s for s in (*dpo_steps, *policy_steps, *critic_steps) if not s.result.applied]
     metrics = update.figures(policy_steps) | of_ptx(policy_steps) | of_critic(critic_steps) | found
+    metrics |= of_online(dpo_steps)
     if skipped:
         return metrics | bad_step(run, f"{len(skipped)} updates of iteration {iteration + 1} had non-finite gradients")
     run.state.bad_in_a_row = 0

@@ -32,6 +32,7 @@ from rto_fast.supervised.reward_model import RewardModel
 from rto_fast.supervised.sft import SFT
 from rto_fast.supervised.stage import Row
 from rto_fast.trainer import compute_targets
+from rto_fast.updates.online import BestWorstBatch, OutcomeBatch
 from rto_fast.updates.ppo import TrainBatch
 
 CASES = ((2, 1), (2, 512), (2, 4096), (3, 1), (3, 512))
@@ -52,13 +53,13 @@ def rollout() -> Rollout:
 
 
 def rl(paths: dict[str, str], stage: int, budget: int, folder: Path) -> dict[str, tuple]:
-    """Policy and critic updates of one train batch, and the policy's with the PTX loss beside it."""
+    """Updates of one train batch: policy and critic, the policy with the PTX loss beside it, online token rewards."""
     config = RTOConfig(
         policy=paths["policy"], dpo_model=paths["dpo"], reward_model=(paths["reward"],), data=paths["prompts"],
         output_dir=str(folder), dtype="fp32", rollout_batch=SEQUENCES, train_batch=SEQUENCES, iterations=1,
         max_prompt_length=16, max_response_length=100, gradient_checkpointing=False, data_cache=False,
         zero_stage=stage, micro_tokens=budget, score_tokens=max(budget, 64), max_grad_norm=0.0, entropy_coef=0.01,
-        truncation="bootstrap", ptx_coef=0.5, ptx_data=paths["texts"],
+        truncation="bootstrap", ptx_coef=0.5, ptx_data=paths["texts"], online="prime", online_beta=0.5,
     )  # fmt: skip
     run = build.build(config)
     drawn = rollout()
@@ -67,11 +68,15 @@ def rl(paths: dict[str, str], stage: int, budget: int, folder: Path) -> dict[str
     index = list(range(len(drawn)))
     batch = TrainBatch(dataclasses.replace(run, ptx=None), drawn, scores, targets, index)
     with_ptx = TrainBatch(run, drawn, scores, targets, index)
+    three_a_prompt = dataclasses.replace(drawn, sample_index=drawn.sample_index // 3)
+    outcomes, pairs = (OutcomeBatch(run, drawn, scores, index), BestWorstBatch(run, three_a_prompt, scores, index))
     out = {}
     for name, engine, update in (
         ("policy", run.policy, batch.update_policy),
         ("critic", run.critic, batch.update_critic),
         ("ptx", run.policy, with_ptx.update_policy),
+        ("prime", run.online, outcomes.update),
+        ("online dpo", run.online, pairs.update),
     ):
         with watched_gradients(engine) as gradients:
             stats = update(0)
@@ -130,7 +135,7 @@ def whole_iteration(paths: dict[str, str], responses: int, folder: Path) -> tupl
     """One turn of the loop from sampling on, with an odd number of responses or fewer of them than ranks."""
     settings = small_run(
         TinyModels(**paths), folder, rollout_batch=responses, train_batch=responses, iterations=1, zero_stage=3,
-        reward_fn=("invariance_worker:length",), micro_tokens=40, score_tokens=40,
+        reward_fn=("invariance_worker:length",), micro_tokens=40, score_tokens=40, online="prime",
     )  # fmt: skip
     run = build.build(RTOConfig(**settings))
     seen = []

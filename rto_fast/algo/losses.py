@@ -61,6 +61,18 @@ class PairStats(NamedTuple):
     """Absolute difference of the two rewards."""
 
 
+class OnlineStats(NamedTuple):
+    """Statistics of an online token reward's update, with d = sum_t log(pi_dpo / pi_ref)(y_t) of a response.
+
+    Summed over the micro-batch and divided by the batch's rows; `ratio_max` is a max.
+    """
+
+    accuracy: Tensor
+    """Share of rows whose d has the sign that the outcome or the pair asks for; one without a sign counts a half."""
+    ratio_max: Tensor
+    """The largest |d|, nats."""
+
+
 def p3o_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, clip: float) -> tuple[Tensor, PairStats]:
     """Pairwise PPO with the pair's *joint* ratio clipped (arXiv 2310.00212): one clip a pair, not one a token.
 

@@ -35,6 +35,15 @@ def dpo_loss(
     return (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin) if label_smoothing else loss
 
 
+def outcome_loss(ratio: Tensor, outcome: Tensor, *, beta: float) -> Tensor:
+    """Cross-entropy of sigmoid(beta * ratio) against a response's outcome (the implicit reward model of PRIME,
+    arXiv 2502.01456), [E] one entry a response.
+
+    ratio: [E] log-ratios; outcome: [E] in [0, 1], a verifier's verdict or a probability.
+    """
+    return F.binary_cross_entropy_with_logits(beta * ratio, outcome, reduction="none")
+
+
 def chosen_nll(chosen_logp: Tensor, chosen_lens: Tensor) -> Tensor:
     """Mean negative log-prob of a chosen token, a response (Pang et al. 2024, Eq. 1)."""
     return -chosen_logp / chosen_lens

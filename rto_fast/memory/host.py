@@ -7,6 +7,7 @@ their files to the device, a few tensors at a time. Pages of the files are not c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def _loading(config: RTOConfig, models: Models, machine: Machine) -> Iterator[Pa
         before = _held(config, Models(models.policy, None, ()), machine, policy=i > 0)
         yield before | _read(config, name, shape, machine, spread=config.zero_stage == 3)
     for i, (name, shape) in enumerate(models.frozen):
-        before = _held(config, Models(models.policy, models.critic, models.frozen[:i]), machine)
+        before = _held(config, dataclasses.replace(models, frozen=models.frozen[:i]), machine)
         spread = partitions(config, machine.ranks, machine.kind)
         yield before | _read(config, name, shape, machine, spread=spread)
     yield _held(config, models, machine, sampler=True)

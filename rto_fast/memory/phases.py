@@ -45,10 +45,14 @@ class Models:
     critic: ModelShape | None
     frozen: tuple[tuple[str, ModelShape], ...]
     """(argument, shape) of each model that is only scored with."""
+    online: ModelShape | None = None
+    """The DPO model where it is trained."""
 
     @property
     def trained(self) -> list[tuple[str, ModelShape]]:
-        return [("policy", self.policy), *([("critic", self.critic)] if self.critic else [])]
+        """In the order in which they are loaded."""
+        shapes = {"policy": self.policy, "critic": self.critic, "online DPO": self.online}
+        return [(name, shape) for name, shape in shapes.items() if shape]
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ def models_of(config: RTOConfig) -> Models:
         start = (policy, "policy") if config.critic == "policy" or not reward else (reward[0], "reward_model")
         critic = shape_of(*start, scalar=True)
     named = [("reference", config.reference or policy, False)]
+    online = shape_of(config.dpo_model[0], "dpo_model") if config.online != "off" else None
     if config.dpo_scale:
-        named += [("dpo_model", path, False) for path in config.dpo_model]
+        named += [("dpo_model", path, False) for path in config.dpo_model if not online]
         named += [("dpo_ref", config.dpo_ref, False)] * bool(config.dpo_ref)
     named += [("token_reward", path, spec.scalar) for spec, _ in config.other_token_sources for path in spec.models]
     named += [("reward_model", path, True) for path in reward]
@@ -103,7 +108,7 @@ def models_of(config: RTOConfig) -> Models:
         if (path, scalar) not in loaded:  # a model that two settings name is loaded once
             frozen.append((name, shape_of(path, name, scalar=scalar)))
         loaded |= {(path, scalar)} if path not in KNOWN else set()  # else the name of a size, not a model's
-    return Models(shape_of(policy, "policy"), critic, tuple(frozen))
+    return Models(shape_of(policy, "policy"), critic, tuple(frozen), online)
 
 
 def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
@@ -205,7 +210,7 @@ def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: boo
 
 def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, float]:
     """One forward's activations, and what ZeRO-3 has gathered for it."""
-    shapes = [models.policy, *(s for _, s in models.frozen)]
+    shapes = [models.policy, *(s for _, s in models.frozen), *([models.online] if models.online else [])]
     tokens = max(config.score_tokens, _longest(config))
     out = {"activations": max(tokens * _forward(config, s) for s in shapes)}
     whole = [s for _, s in models.frozen] if partitions(config, machine.ranks, machine.kind) else []

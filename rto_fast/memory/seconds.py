@@ -31,6 +31,7 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
     tokens = sequences * (config.max_prompt_length + config.max_response_length)
     scored = [models.policy] * config.scores_policy + [s for _, s in models.frozen]
     scored += [models.critic] if models.critic else []
+    scored += [models.online] * (1 + (config.online_order == "before")) if models.online else []
     score = sum(tokens * 2 * _computed(s) for s in scored) / rates.flops
     if partitions(config, machine.ranks, machine.kind):
         batches = math.ceil(tokens / config.score_tokens)
@@ -38,10 +39,11 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
     passes = 8 if config.gradient_checkpointing else 6
     out = {"rollout": _rollout(config, models.policy, machine, rates, sequences), "scoring": score}
     for name, s in models.trained:
-        work = config.ppo_epochs * tokens * passes * _computed(s) / rates.flops
+        epochs = 1 if name == "online DPO" else config.ppo_epochs
+        work = epochs * tokens * passes * _computed(s) / rates.flops
         if config.ptx_coef and name == "policy":  # as many supervised rows again
             work *= 2
-        steps = config.ppo_epochs * config.responses / config.train_batch
+        steps = epochs * config.responses / config.train_batch
         out[f"{name} update"] = work + steps * 2 * width(config) * s.parameters / rates.link
     out["weights to the sampler"] = 2 * width(config) * models.policy.parameters / rates.memory
     out["checkpoint"] = checkpoint_bytes(config, models) / rates.disk if config.save_every else 0.0

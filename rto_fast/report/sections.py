@@ -68,9 +68,12 @@ SECTIONS: tuple[tuple[str, tuple[Spec, ...]], ...] = (
             Spec("Policy loss", ("policy/loss",)),
             Spec("PTX loss", ("policy/ptx_loss",), "nats a token", "Mean negative log-prob of the supervised rows."),
             Spec("Value loss", ("critic/loss",)),
-            Spec("Gradient norm", ("policy/grad_norm", "critic/grad_norm"), "", "Before clipping."),
+            Spec("Loss of the online token reward", ("online/loss",)),
+            Spec("Accuracy of the online token reward", ("online/accuracy",), "share",
+                 "Of outcomes or pairs, before the update; a half is chance."),
+            Spec("Gradient norm", ("policy/grad_norm", "critic/grad_norm", "online/grad_norm"), "", "Before clipping."),
             Spec("Advantage", ("advantage/mean", "advantage/std"), "", "Before whitening."),
-            Spec("Learning rate", ("policy/lr", "critic/lr")),
+            Spec("Learning rate", ("policy/lr", "critic/lr", "online/lr")),
         ),
     ),
     (
@@ -112,7 +115,7 @@ def _short(key: str, pattern: str) -> str:
     group, _, name = key.partition("/")
     if name.endswith(("_mean", "_max")):
         return name.rpartition("_")[2]
-    return group if group in ("policy", "critic", "train", "eval") else (name or group)
+    return group if group in ("policy", "critic", "online", "train", "eval") else (name or group)
 
 
 def sections(metrics: Sequence[dict]) -> list[tuple[str, list[Chart]]]:

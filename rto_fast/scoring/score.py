@@ -21,7 +21,7 @@ from rto_fast.errors import RewardError
 from rto_fast.models.heads import logps_and_entropy, logps_at
 from rto_fast.models.packing import PackedBatch, Placement, balance
 from rto_fast.scoring.reward_source import MetricSource, Model, RewardSource
-from rto_fast.scoring.token_source import Mixture, TokenSource
+from rto_fast.scoring.token_source import Mixture, TokenSource, over_rollout
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,15 @@ def score_rollout(
     if config.truncated_reward is not None:
         total = torch.where(rollout.truncated, torch.tensor(config.truncated_reward), total)
     return Scores(**tensors, score=total.to(placement.device)), sources | _metrics(more, owners)
+
+
+@torch.no_grad()
+def dpo_logps(rollout: Rollout, dpo: Model, placement: Placement) -> Tensor:
+    """[R] fp32 on the device: `Scores.dpo_logp` of one DPO model as it is now; the same on every rank."""
+    owners = balance(rollout.seq_lens.tolist(), distributed.world_size())
+    local = rollout.select(owners[distributed.rank()])
+    said = over_rollout(placement, local, dpo, dpo).split(local.response_lens.tolist())
+    return torch.cat(distributed.gather_ragged(said, owners)).to(placement.device)
 
 
 def _source_scores(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rto_fast import distributed
 from rto_fast.algo import losses
-from rto_fast.algo.losses import PairStats
+from rto_fast.algo.losses import OnlineStats, PairStats
 from rto_fast.backend.train_engine import StepResult, TrainEngine
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Rollout, Scores, Targets
@@ -25,7 +25,7 @@ from rto_fast.models.packing import PackedBatch, Placement, my_share
 from rto_fast.supervised.stage import Row
 from rto_fast.updates.ptx import PTXBatch
 
-S = TypeVar("S", PPOStats, PairStats)
+S = TypeVar("S", PPOStats, PairStats, OnlineStats)
 LossAndStats: TypeAlias = tuple[Tensor, S]
 
 
@@ -37,6 +37,9 @@ class Trained(Protocol):
 
     @property
     def critic(self) -> TrainEngine | None: ...
+
+    @property
+    def online(self) -> TrainEngine | None: ...
 
     @property
     def config(self) -> RTOConfig: ...

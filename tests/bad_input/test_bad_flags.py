@@ -52,13 +52,18 @@ FLAGS = {
     "a PTX loss without rows": ("rto_llama3.py", ["--ptx-coef", "0.5"], r"ptx_data: ptx_coef 0.5 needs supervised"),
     "rows without a PTX loss": ("ppo_llama3.py", ["--ptx-data", "x.jsonl"], r"ptx_data: 'x.jsonl' is not read with"),
     "a negative PTX loss": ("rto_llama3.py", ["--ptx-coef", "-1"], r"ptx_coef: must not be negative, got -1"),
+    "an online token reward of PPO": ("ppo_llama3.py", ["--online", "prime"], r"online: prime trains the DPO model"),
+    "online pairs of one response": (
+        "rto_llama3.py", ["--online", "dpo"], r"responses_per_prompt: online dpo needs at least 2",
+    ),
+    "a rate of nothing online": ("rto_llama3.py", ["--online-lr", "1e-3"], r"online_lr: 0.001 is not read with --onl"),
     "a negative coefficient": ("rto_llama3.py", ["--beta2", "-1"], r"beta2: must not be negative, got -1"),
     "an evaluation on what is trained on": (
         "rm_llama3.py", ["--eval-split", "train"], r"eval_split: 'train' is data_split too",
     ),
     "no data": ("rto_llama3.py", ["--data", ""], r"data: no data set given; pass --data"),
     "no policy": ("ppo_llama3.py", ["--policy", ""], r"policy: no model given; pass --policy"),
-    "no DPO model": ("rto_llama3.py", ["--dpo-model", ""], r"dpo_model: beta1 > 0 needs .*--dpo-model, or --beta1 0"),
+    "no DPO model": ("rto_llama3.py", ["--dpo-model", ""], r"dpo_model: beta1 > 0 needs .*--dpo-model, .*or --beta1 0"),
     "no reward": ("rto_llama3.py", ["--reward-model"], r"reward_model: no reward source; pass --reward-mod"),
     "too many weights": ("rto_llama3.py", ["--reward-weight", "1", "2"], r"reward_weight: 2 weights for 1 reward"),
     "a KL target with no coefficient to move": (

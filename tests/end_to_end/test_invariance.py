@@ -15,7 +15,7 @@ from loop_helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-OBJECTIVES = ("policy", "critic", "ptx", "sft", "rm", "dpo")
+OBJECTIVES = ("policy", "critic", "ptx", "prime", "online dpo", "sft", "rm", "dpo")
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,23 @@ def test_rto_on_two_ranks_killed(tiny, lives, tmp_path):
     assert_same_run(killed, whole)
 
 
+@pytest.mark.parametrize("online", ["prime", "dpo"])
+def test_rto_killed_while_the_token_reward_learns(tiny, lives, tmp_path, online):
+    """Once in the writing of a checkpoint of its three engines, once at a random moment."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    changes = SETTINGS | {"iterations": 5, "online": online, "online_lr": 1e-3, "responses_per_prompt": 2}
+    assert lives.run("rto", small_run(tiny, whole, **changes)) == 0, lives.log.read_text()
+    s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / 5
+    settings, rng = small_run(tiny, killed, **changes), random.Random(online)
+    assert lives.run("rto", settings, die_at=SAVING_STEPS + rng.randint(1, 20)) == -signal.SIGKILL
+    killed_at_random(lives, "rto", settings, rng, 2, s_a_row)
+    assert lives.run("rto", settings) == 0, lives.log.read_text()
+    assert_same_run(killed, whole)
+    assert_same_weights(killed / "dpo", whole / "dpo")
+    moved, start = load_file(whole / "dpo" / "model.safetensors"), load_file(f"{tiny.dpo}/model.safetensors")
+    assert any(not torch.equal(moved[name], tensor) for name, tensor in start.items())
+
+
 def test_killed_while_a_checkpoint_is_written(tiny, lives, tmp_path):
     """Wherever in its writing: what can be resumed afterwards is the old checkpoint or the new one, whole."""
     changes = SETTINGS | {"iterations": 2, "keep_last": 1, "report_samples": 0}

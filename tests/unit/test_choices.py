@@ -10,7 +10,7 @@ from rto_fast.algo.advantages import ESTIMATORS
 from rto_fast.algo.credit import CREDIT
 from rto_fast.config import DPOConfig, RTOConfig
 from rto_fast.supervised.dpo import OBJECTIVES
-from rto_fast.trainer import POLICY_UPDATES
+from rto_fast.trainer import ONLINE, POLICY_UPDATES
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from rto_fast.trainer import POLICY_UPDATES
         (RTOConfig, "credit", CREDIT),
         (RTOConfig, "advantage", ESTIMATORS),
         (RTOConfig, "policy_update", POLICY_UPDATES),
+        (RTOConfig, "online", {"off", *ONLINE}),
     ],
 )
 def test_every_choice_has_its_entry(config, field, entries):

@@ -293,3 +293,23 @@ def test_measured_memory_is_within_a_tenth(tiny, tmp_path, monkeypatch, ranks, s
         for run in ("tiny", "large"):
             shutil.rmtree(tmp_path / run)
     pytest.fail("; ".join(wrong))
+
+
+def test_an_online_dpo_model_is_a_trained_one():
+    """Of the policy's shape it takes the policy's place again, and none among the frozen models."""
+    off, on = MemoryConfig(), MemoryConfig(online="prime")
+    frozen, online = models_of(off), models_of(on)
+    assert [name for name, _ in online.trained] == ["policy", "critic", "online DPO"]
+    assert [name for name, _ in online.frozen] == [name for name, _ in frozen.frozen if name != "dpo_model"]
+    assert checkpoint_bytes(on, online) == checkpoint_bytes(off, frozen) + 14 * frozen.policy.parameters
+    before, after = ({p.name: p.parts for p in phases(c, m, c.machine)} for c, m in ((off, frozen), (on, online)))
+    for part in ("weights", "fp32 weights", "moments"):
+        assert after["scoring"][f"online DPO {part}"] == before["scoring"][f"policy {part}"]
+    assert after.keys() - before.keys() == {"online DPO update"}
+    spent, longer, late = (
+        seconds(c, models_of(c), c.machine, c.rates) for c in (off, on, dataclasses.replace(on, online_order="after"))
+    )
+    assert longer["scoring"] > late["scoring"] > 0
+    assert longer["online DPO update"] == pytest.approx(spent["policy update"] / off.ppo_epochs)
+    twice = MemoryConfig(online="prime", ppo_epochs=2)
+    assert seconds(twice, online, twice.machine, twice.rates)["online DPO update"] == longer["online DPO update"]
