@@ -151,9 +151,9 @@ class ScalarModel(nn.Module):
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
-        weight = classifier.score.weight
-        head = ScalarHead(weight.shape[1], 1, bias=False, device="meta")
-        head.weight, head.bias = weight, classifier.score.bias
+        stored: Any = classifier.score
+        head = ScalarHead(stored.weight.shape[1], 1, bias=False, device="meta")
+        head.weight, head.bias = stored.weight, stored.bias
         classifier.score = head
         self.classifier = classifier
         self.mean = float(getattr(classifier.config, "mean", 0.0))

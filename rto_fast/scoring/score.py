@@ -88,8 +88,8 @@ def score_rollout(
 
     if scorers.tokens:
         lens = local.response_lens.tolist()
-        columns = [torch.cat(distributed.gather_ragged(list(one.split(lens)), owners)) for one in said]
-        tensors["tokens"] = torch.stack(columns, dim=1).to(placement.device)
+        every = [torch.cat(distributed.gather_ragged(list(one.split(lens)), owners)) for one in said]
+        tensors["tokens"] = torch.stack(every, dim=1).to(placement.device)
     sources = {
         n: torch.cat(distributed.gather_ragged(list(t.float().cpu()[:, None]), owners)) for n, t in named.items()
     }

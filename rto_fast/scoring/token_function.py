@@ -65,7 +65,7 @@ def offsets_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str
         start = end
         if i not in special:
             kept.append(i)
-            before, now = tokenizer.decode(kept[first:read]), tokenizer.decode(kept[first:])
+            before, now = (str(tokenizer.decode(kept[a:b])) for a, b in ((first, read), (first, len(kept))))
             if not now.endswith("\ufffd"):
                 end += len(now) - len(before)
                 first, read = read, len(kept)

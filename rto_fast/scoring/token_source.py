@@ -107,7 +107,7 @@ class Endogenous:
         logit = (hidden.float() * weight[targets].float()).sum(dim=-1)
         logit = logit if bias is None else logit + bias[targets].float()
         logit = softcap * torch.tanh(logit / softcap) if softcap else logit
-        logp = token_logprobs(hidden, weight, targets, bias=bias, softcap=softcap, temperature=self.alpha)
+        logp: Any = token_logprobs(hidden, weight, targets, bias=bias, softcap=softcap, temperature=self.alpha)
         return logit, logit - self.alpha * logp
 
 
@@ -147,11 +147,11 @@ def over_rollout(placement: Placement, rollout: Rollout, model: Model, read: Cal
 @contextmanager
 def at_work(model: Model) -> Iterator[None]:
     """Inside, a model that parks is on the device."""
-    parks = isinstance(model, FrozenModel)
-    if parks:
-        model.fetch()
+    parked = [model] if isinstance(model, FrozenModel) else []
+    for one in parked:
+        one.fetch()
     try:
         yield
     finally:
-        if parks:
-            model.park()
+        for one in parked:
+            one.park()
