@@ -48,6 +48,13 @@ def fuses(config: RunConfig, kind: str) -> bool:
     return kind == "cuda" and not config.offload
 
 
+CPU_BUCKET = 2**24
+"""Numbers of a bucket of gradients on a CPU.
+
+DeepSpeed's own 5e8 are 2 GB that each engine asks for, and little of it is written to: a process with many engines
+could not fork any more. The sums are the same."""
+
+
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings for one engine; the loop decides accumulation boundaries itself."""
     zero: dict[str, Any] = {
@@ -58,6 +65,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         # The small defaults of ZeRO-3 keep tiny parameters whole: right for memory, and exact either way.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
+    if distributed.device().type == "cpu":
+        zero["reduce_bucket_size"] = CPU_BUCKET
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # In bf16 sums over micro-batches would depend on how many there are. Stage 1 would change its optimiser for it.
