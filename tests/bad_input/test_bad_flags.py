@@ -85,7 +85,7 @@ FLAGS = {
     "a reward function without a colon": ("ppo_llama3.py", ["--reward-fn", "json"], r"reward_fn: 'json' is not modul"),
     "an unknown module": ("rto_llama3.py", ["--reward-fn", "jsom:dumps"], r"reward_fn: .*jsom.*did you mean .*json"),
     "an unknown function": ("rto_llama3.py", ["--reward-fn", "json:dump5"], r"reward_fn: json has no 'dump5'; did yo"),
-    "a function of other arguments": ("rto_llama3.py", ["--reward-fn", "json:loads"], r"reward_fn: json:loads wants 's'"),
+    "a function of other arguments": ("rto_llama3.py", ["--reward-fn", "json:loads"], r"json:loads wants 's'"),
     "a missing function file": ("rto_llama3.py", ["--reward-fn", "no/f.py:g"], r"reward_fn: file no/f.py .*not exist"),
     "a shared engine that is not vLLM's": (
         "rto_llama3.py", ["--vllm-tensor-parallel", "2"],
