@@ -22,8 +22,8 @@ from rto_fast.demo.config import ArithmeticConfig, DemoConfig
 PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 HEAD = """# All flags
 
-`python tools/flags_page.py` writes this page from [`rto_fast/config.py`](../rto_fast/config.py). A flag is its field's
-name with dashes. `rto-fast COMMAND --help` lists the same with the command's own models and data sets, which
+`python tools/flags_page.py` writes this page from [`rto_fast/config/`](../rto_fast/config/__init__.py). A flag is its
+field's name with dashes. `rto-fast COMMAND --help` lists the same with the command's own models and data sets, which
 [`rto_fast/commands.py`](../rto_fast/commands.py) sets. A resumed run may change the flags that are marked *free*: they
 change nothing that is learnt, or its rounding alone.
 """
@@ -34,7 +34,7 @@ SECTIONS = (
     ("Reward model and DPO", config.PreferenceConfig),
     ("`rto-fast rm`", config.RMConfig),
     ("`rto-fast dpo`", config.DPOConfig),
-    ("`rto-fast rto`, `rto-fast ppo`", config.RTOConfig),
+    ("`rto-fast rto`, `rto-fast ppo`", config.RTOSettings),
     ("`rto-fast distill`, beside those", config.DistillConfig),
     ("`rto-fast rlvr`, where it differs", config.RLVRConfig),
     ("`rto-fast demo`", DemoConfig),

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ALLOWED = ROOT / "tools" / "type_errors.json"
 CLEAN = (
-    "rto_fast/contract.py", "rto_fast/config.py", "rto_fast/errors.py", "rto_fast/algo/", "rto_fast/updates/",
+    "rto_fast/contract.py", "rto_fast/config/", "rto_fast/errors.py", "rto_fast/algo/", "rto_fast/updates/",
     "rto_fast/rollout/engine.py", "rto_fast/scoring/", "rto_fast/data/",
 )  # fmt: skip
 

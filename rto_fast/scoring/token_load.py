@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RTOConfig
+from rto_fast.config.token_spec import TokenSpec
 from rto_fast.data.columns import DataColumns
 from rto_fast.data.tokenizer import check_max_length, load_tokenizer, tokenizer_difference
 from rto_fast.errors import ConfigError, require
@@ -17,7 +18,6 @@ from rto_fast.scoring.reward_server import label_column
 from rto_fast.scoring.reward_source import Model
 from rto_fast.scoring.token_function import TokenFunction, TokenServer
 from rto_fast.scoring.token_source import Endogenous, LogRatio, Scalar, TokenSource
-from rto_fast.token_spec import TokenSpec
 
 ARGUMENT = "token_reward"
 Written = dict[TokenSpec, TokenFunction | TokenServer]

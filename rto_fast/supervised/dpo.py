@@ -170,4 +170,4 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": Objective(_simpo, needs_reference=False),
     "mppo": Objective(_mppo, needs_reference=False),
 }
-"""All values of `--objective`; config.py names them as choices of the flag."""
+"""All values of `--objective`; config/supervised.py names them as choices of the flag."""

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto_fast import build
 from rto_fast.config import RTOConfig
+from rto_fast.config.token_spec import TokenSpec
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.data.tokenizer import token_texts
 from rto_fast.errors import ConfigError, RewardError
 from rto_fast.models.load import load_scalar
 from rto_fast.scoring.score import score_rollout
 from rto_fast.scoring.token_function import TokenFunction, offsets_of
-from rto_fast.token_spec import TokenSpec
 from rto_fast.trainer import compute_targets, train
 
 RESPONSES = (5, 0, 1, 12, 3)

@@ -1,0 +1,98 @@
+"""RTO with other defaults: distillation and verifiable rewards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from rto_fast.config.rto import RTOConfig
+from rto_fast.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RTOConfig):
+    """On-policy distillation (arXiv 2602.12125): RTO whose token reward is a teacher's log-ratio, and nothing else.
+
+    Maximises E[scale * log(pi_teacher / pi_base)] - KL(pi || pi_base) over the policy's own responses. With scale 1
+    that is -KL(pi || pi_teacher), whatever the base.
+    """
+
+    teacher: str = ""
+    """Language model on the policy's tokens (folder or Hub id). token_reward and beta1 follow from it, scale and beta2:
+    what is given for them is not read."""
+    base: str = ""
+    """The model that the teacher's log-ratio and the KL are taken against; empty = the policy's start."""
+    scale: float = 1.0
+    """Weight of the teacher's log-ratio; above 1 the policy goes beyond the teacher, away from the base."""
+    beta2: float = 1.0
+    """Scale of the KL against the base, and so of the whole objective; beta1 is scale times it."""
+    beta3: float = 0.0
+    """Scale of the response's score at its last token; 0 = no reward model."""
+    dpo_clip: float = 0.0
+    """Bound on |beta1 * log(pi_teacher / pi_base)| of a token (reward units); 0 = off."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "returns"
+    """Estimator; returns takes the reward still to come as it is, without a critic and without whitening."""
+    gamma: float = 0.0
+    """Discount a token. 0: a token answers for its own log-ratio; 1: for all that follow, the whole KL's gradient."""
+    loss_aggregation: Literal["sequence", "token"] = "token"
+    """Mean over all tokens, or over a response's tokens, then responses."""
+
+    def __post_init__(self) -> None:
+        """teacher, base and scale are spoken of as the settings that they stand for."""
+        super().__post_init__()
+        for name in ("teacher", "base"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        if self.teacher:
+            object.__setattr__(self, "token_reward", (f"logratio:{self.teacher}",))
+        object.__setattr__(self, "reference", self.base or self.reference)
+        object.__setattr__(self, "beta1", self.scale * self.beta2)
+
+    def validate(self) -> None:
+        require(bool(self.teacher), "teacher: no model given; pass --teacher (folder or Hub id)")
+        require(":" not in self.teacher, f"teacher: {self.teacher!r} must not have a colon")
+        require(self.scale > 0, f"scale: must be positive, got {self.scale}")
+        require(self.beta2 > 0, f"beta2: scales the whole objective, must be positive, got {self.beta2}")
+        super().validate()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLVRConfig(RTOConfig):
+    """Reinforcement learning with verifiable rewards: a function scores each response by the data's own answer.
+
+    Policy gradients without a critic and without a token reward by default; RTO where a DPO model is named.
+    """
+
+    reward_fn: tuple[str, ...] = ("rto_fast.scoring.math_answers:correct",)
+    """Python reward functions, module:function; they get what their signatures name, columns of the data among it."""
+    prompt_key: str = "question"
+    """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
+    beta1: float = 0.0
+    """Scale of the token rewards; 0 = 0.05 where --dpo-model or --token-reward names one, else none."""
+    beta2: float = 0.001
+    """Scale of the KL penalty log(pi / pi_ref); 0 = off."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "rloo"
+    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
+    reward still to come as it is."""
+    rollout_batch: int = 128
+    """Prompts a rollout, over all ranks."""
+    responses_per_prompt: int = 8
+    """Responses sampled from each prompt."""
+    train_batch: int = 256
+    """Responses a policy update, over all ranks."""
+    policy_lr: float = 1e-6
+    """Peak learning rate of the policy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = RTOConfig()
+        if not self.beta1 and (self.dpo_model or self.token_reward != plain.token_reward):
+            object.__setattr__(self, "beta1", plain.beta1)
+
+    def validate(self) -> None:
+        require(
+            bool(self.data),
+            f"data: no problems given; pass --data (rows with the columns {self.prompt_key!r} and 'answer'), or try "
+            "rto-fast arithmetic, which makes its own",
+        )
+        super().validate()
