@@ -59,7 +59,7 @@ def of_tokens(config: RTOConfig, rollout: Rollout, scores: Scores) -> dict[str, 
     for i, (name, (spec, weight)) in enumerate(zip(source_names(config), config.other_token_sources, strict=True)):
         scaled = config.beta1 * weight * scores.tokens[:, i]
         found[f"token/{name}"] = float(scores.tokens[:, i].sum()) / len(rollout)
-        if spec.kind == "logratio" and len(spec.models) == 1:
+        if spec.against_reference:
             gap = scores.policy_logp - scores.ref_logp - scores.tokens[:, i]  # log(pi / pi_model)
             found[f"kl/{name}"] = float(gap.sum()) / len(rollout)
         if config.dpo_clip:

@@ -48,7 +48,12 @@ class TokenSpec:
     @property
     def models(self) -> tuple[str, ...]:
         """The models that it names, without those that the run has anyway."""
-        return () if self.kind in ("fn", "url") else tuple(p for p in self.parts if p != REFERENCE)
+        return () if self.kind in ("fn", "url") else tuple(p for p in self.parts if self.scalar or p != REFERENCE)
+
+    @property
+    def against_reference(self) -> bool:
+        """Whether it is some model's log-ratio against the KL reference."""
+        return self.kind == "logratio" and self.parts[0] != REFERENCE and self.parts[1:] in ((), (REFERENCE,))
 
     @property
     def scalar(self) -> bool:

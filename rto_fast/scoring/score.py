@@ -77,8 +77,8 @@ def score_rollout(
     named, more = _source_scores(local, local_texts, scorers)
     pieces = _token_scores(local, scorers, config, placement, progress)
     said = _said_of_tokens(local, local_texts, pieces, scorers.tokens)
-    asked = () if config.credit == "segment" else ("entropy",)
-    names = [f.name for f in fields(Scores) if f.name not in ("score", "tokens", *asked)]
+    unasked = () if config.credit == "segment" else ("entropy",)
+    names = [f.name for f in fields(Scores) if f.name not in ("score", "tokens", *unasked)]
     # Column by column, so that a rank without any sequence takes part too.
     columns = [distributed.gather_ragged([p[k] for p in pieces], owners) for k in range(len(names))]
     progress(int(rollout.seq_lens.sum() - local.seq_lens.sum()))
@@ -151,6 +151,8 @@ def _said_of_tokens(
 
     After a failure the others are asked all the same: under ZeRO-3 every rank must call every model.
     """
+    if not sources:
+        return []
     reference = torch.cat([p[2] for p in pieces]).cpu() if pieces else torch.zeros(0)
     said, failure = [], ""
     for source in sources:

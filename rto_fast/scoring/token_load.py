@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast.config import RTOConfig
-from rto_fast.config.token_spec import TokenSpec
+from rto_fast.config.token_spec import REFERENCE, TokenSpec
 from rto_fast.data.columns import DataColumns
 from rto_fast.data.tokenizer import check_max_length, load_tokenizer, tokenizer_difference
 from rto_fast.errors import ConfigError, require
@@ -93,7 +93,9 @@ def _source(
     if spec.scalar:
         return Scalar(scalar(spec.parts[0], ARGUMENT), spec.kind == "scalar-diff", placement)
     reference = config.reference or config.policy
-    models = [language(path, ARGUMENT) for path in spec.models or (reference,)]
+    named = [reference if part == REFERENCE else part for part in spec.parts] or [reference]
+    model = language(named[0], ARGUMENT)
     if spec.kind == "endogenous":
-        return Endogenous(models[0], config.token_reward_alpha, placement)
-    return LogRatio(models[0], models[1] if len(models) > 1 and spec.models[1] != reference else None, placement)
+        return Endogenous(model, config.token_reward_alpha, placement)
+    base = None if named[1:] in ([], [reference]) else language(named[1], ARGUMENT)
+    return LogRatio(model, base, placement)

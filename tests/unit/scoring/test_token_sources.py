@@ -138,6 +138,7 @@ def cases(tiny, other, tagger):
         f"logratio:{other}": logps(other) - logps(tiny.policy),
         f"logratio:{other}:{tiny.dpo}": logps(other) - logps(tiny.dpo),
         f"logratio:{tiny.dpo}:reference": logps(tiny.dpo) - logps(tiny.policy),
+        f"logratio:reference:{other}": logps(tiny.policy) - logps(other),
         "endogenous": endogenous(tiny.policy, 0.7),
         f"endogenous:{other}": endogenous(other, 0.7),
         f"scalar:{tiny.reward}": at,
@@ -149,7 +150,7 @@ def cases(tiny, other, tagger):
 def test_every_source_gives_its_numbers(one_rank, tiny, cases, vowels, tmp_path):
     """All at once, packed, with empty and truncated responses; then scaled, clipped and added to the DPO model's."""
     cases = cases | {f"fn:{vowels}": counted_vowels(tiny)}
-    weights = [1.0, -0.3, 0.5, 0.02, 0.01, 2.0, -1.5, 0.25, 0.125]
+    weights = [1.0, -0.3, 0.5, 0.7, 0.02, 0.01, 2.0, -1.5, 0.25, 0.125]
     config, scores, targets = scored(
         tiny, tmp_path / "run", token_reward=("dpo", *cases), token_reward_weight=(0.8, *weights),
         token_reward_alpha=0.7, beta1=0.1, dpo_clip=0.06,
