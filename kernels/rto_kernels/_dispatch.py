@@ -162,7 +162,8 @@ def check_local(name: str, tensor: Tensor) -> None:
 # Gathered for the forward pass alone, a weight is gone when the backward pass reads it.
 ZERO3_REMEDY = (
     "make the call in the forward() of the module that owns it, which DeepSpeed gathers for both passes, or keep "
-    "`with deepspeed.zero.GatheredParameters([...]):` open until backward() has returned"
+    "`with deepspeed.zero.GatheredParameters([...]):` open until backward() has returned, or pass "
+    "token_logprobs a `gather`"
 )
 
 

@@ -12,6 +12,7 @@ the forward pass, without a gradient, where `extras` asks for them:
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from ._dispatch import (
     check_tensor,
     check_unreleased,
     describe,
+    detached,
     resolve_backend,
     values_checked,
 )
@@ -168,24 +170,49 @@ def _mask_upstream(grad: Tensor | None, ignored: Tensor) -> Tensor | None:
     return None if grad is None else grad.masked_fill(ignored, 0)
 
 
-def _backward(ctx, grad_logp, grad_entropy, *_):
+def _upstream_to_inputs(ctx, needs, grad_logp, grad_entropy) -> list[Tensor | None]:
+    """d(hidden), d(weight), d(bias), None where not needed."""
     hidden, weight, targets, bias, logp, lse, entropy, saved, shift = ctx.saved_tensors
     temperature, softcap, ignore_index, backend = ctx.args
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
-        return (None,) * 12
+        return [None] * 3
     check_unreleased("weight", weight, ctx.size)
     ignored = targets == ignore_index
     grads = _linear_logprob_backward(
-        hidden, weight, targets, bias, temperature, softcap, logp, lse, entropy,
+        hidden, weight.detach(), targets, detached(bias), temperature, softcap, logp, lse, entropy,
         _mask_upstream(grad_logp, ignored), _mask_upstream(grad_entropy, ignored),
         saved, shift, needs, backend,
     )  # fmt: skip
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
+def _backward(ctx, grad_logp, grad_entropy, *_):
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    d_hidden, d_weight, d_bias = _upstream_to_inputs(ctx, needs, grad_logp, grad_entropy)
     return d_hidden, d_weight, None, d_bias, *(None,) * 8
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _GatheredLogprob(torch.autograd.Function):
+    """The same of parameters that may be released after the forward pass: `gather` makes them whole again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, ignore_index, want_entropy, *rest):
+        save_share, by_row, backend, asked, gather = rest
+        ctx.gather = gather
+        settings = temperature, softcap, ignore_index, want_entropy, save_share, by_row, backend, asked
+        output = _linear_logprob(hidden, weight.detach(), targets, detached(bias), *settings)
+        _setup_context(ctx, (hidden, weight, targets, bias, *settings), output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        _, weight, _, bias, *_ = ctx.saved_tensors
+        with ctx.gather(*(x for x in (weight, bias) if x is not None)):
+            return *_upstream_to_inputs(ctx, list(ctx.needs_input_grad[:3]), *grads[:2]), *(None,) * 10
 
 
 def _merged_logp(ranks: list[Tensor]) -> Tensor:
@@ -297,6 +324,7 @@ def token_logprobs(
     save_share: float = 1.0,
     process_group=None,
     vocab_start: int | None = None,
+    gather: Callable[..., AbstractContextManager] | None = None,
     deterministic: str | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -321,6 +349,10 @@ def token_logprobs(
     `process_group`: hidden and targets (global ids) are the same on every rank, and so are the results;
     d(hidden) is summed over the ranks inside, d(weight) and d(bias) are this rank's. `vocab_start` is the
     first id of this rank's rows, found by one exchange of sizes when None.
+
+    `gather` is for a ZeRO-3 weight that is whole now and released before the backward pass, which then calls
+    gather(weight) or gather(weight, bias) and works inside the context manager that it gives, as
+    `lambda *p: deepspeed.zero.GatheredParameters([*p])` does.
 
     The same input gives the same bits, always. `deterministic="batch"` promises more: a row's logp and entropy
     have the same bits whatever rows stand beside it. The Triton path does that anyway; the PyTorch path then
@@ -352,23 +384,16 @@ def token_logprobs(
             if sharded
             else f"extras must be among {', '.join(Extras._fields)}, got {', '.join(map(repr, unknown))}"
         )
+    if gather is not None and sharded:
+        raise ValueError("gather must be None with process_group: each rank's shard stays with it")
     temperature, softcap, save = float(temperature), float(softcap or 0.0), float(save_share) if save_probs else 0.0
     if not sharded:
         asked = [name in extras for name in Extras._fields]
-        logp, entropy, _, _, _, *found = _linear_logprob(
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            softcap,
-            ignore_index,
-            return_entropy,
-            save,
-            by_row,
-            backend,
-            asked,
-        )
+        settings = temperature, softcap, ignore_index, return_entropy, save, by_row, backend, asked
+        if gather is None:
+            logp, entropy, _, _, _, *found = _linear_logprob(hidden, weight, targets, bias, *settings)
+        else:
+            logp, entropy, _, _, _, *found = _GatheredLogprob.apply(hidden, weight, bias, targets, *settings, gather)
         if extras:
             by_name = dict(zip(Extras._fields, found, strict=True))
             return logp, *((entropy,) if return_entropy else ()), *(by_name[name] for name in extras)

@@ -1,5 +1,6 @@
 """Which backend runs, launch counting, and what a wrong argument is told."""
 
+import contextlib
 import inspect
 import os
 import subprocess
@@ -236,6 +237,44 @@ def test_a_weight_released_before_the_backward_pass_is_refused(backend, save):
     ):
         logp.sum().backward()
     assert hidden.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("save", [False, torch.bfloat16])
+def test_a_weight_released_before_the_backward_pass_can_be_gathered_again(backend, save):
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 8, device=DEVICE, requires_grad=True)
+    weight, bias = (torch.nn.Parameter(torch.randn(*shape, device=DEVICE)) for shape in ((40, 8), (40,)))
+    targets = torch.tensor([3, -100, 39, 0, 3], device=DEVICE)
+    options = {"bias": bias, "save_probs": save, "return_entropy": True, "extras": ["is_top1"], "backend": backend}
+
+    def results(**gather):
+        logp, entropy, top = rk.token_logprobs(hidden, weight, targets, **options, **gather)
+        whole = weight.data
+        if gather:
+            _released(weight)
+        grads = torch.autograd.grad((logp * torch.arange(1, 6, device=DEVICE)).sum() + entropy.sum(), leaves)
+        gathered, weight.data = weight.numel(), whole
+        return [logp, entropy, top, *grads], gathered
+
+    @contextlib.contextmanager
+    def gather(*parameters, whole=weight.data):
+        assert [*map(id, parameters)] == [id(weight), id(bias)]
+        weight.data = whole
+        yield
+        weight.data = whole[:0]
+
+    leaves = hidden, weight, bias
+    expected, _ = results()
+    got, left = results(gather=gather)
+    assert left == 0
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_gather_is_refused_where_each_rank_keeps_its_shard():
+    x = torch.zeros(1, 2, device=DEVICE)
+    with pytest.raises(ValueError, match="gather must be None with process_group"):
+        rk.token_logprobs(x, x, torch.zeros(1, dtype=torch.int64), process_group=object(), gather=object())
 
 
 def test_a_reference_kl_with_a_released_weight_is_refused():

@@ -1,6 +1,7 @@
 """TRL, OpenRLHF and verl, patched, against themselves, unpatched; skipped where they do not import."""
 
 import importlib
+import json
 import sys
 import types
 from pathlib import Path
@@ -8,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_checks import DEVICE, INTERPRET, sample
+from launches import Launch
 from rto_kernels import token_logprobs
 from rto_kernels.integrations import openrlhf as on_openrlhf
 from rto_kernels.integrations import trl as on_trl
 from rto_kernels.integrations import verl as on_verl
+
+WORKER = Path(__file__).with_name("trl_zero3_worker.py")
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="what is patched does not depend on the backend")
 
@@ -257,6 +261,25 @@ def test_trl_trainers_run_through_our_head(trl, tmp_path, monkeypatch, name, set
         torch.testing.assert_close(got["grads"][key], grad, rtol=1e-3, atol=1e-5)
     for key in logged:
         assert got["logs"][key] == pytest.approx(expected["logs"][key], rel=1e-4, abs=1e-5), key
+
+
+def test_trl_head_of_a_zero_3_model_is_gathered_again_in_the_backward_pass(trl, tmp_path):
+    pytest.importorskip("deepspeed")
+    _, tokenizer = tiny_model(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    result = Launch([WORKER, tmp_path], ranks=2, log=tmp_path / "log").wait()
+    assert result.returncode == 0, result.output[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name, loose in (("SFT bf16", 2e-2), ("DPO fp32", 1e-4)):
+        theirs, ours = found[f"{name} theirs"], found[f"{name} ours"]
+        # Each of two steps calls the head of the policy, and DPO's of the reference.
+        assert theirs["calls"] == 0
+        assert ours["calls"] == ours["gathered"] >= 2
+        assert min(theirs["norms"]) > 0.1
+        for key in ("losses", "norms", "top"):
+            assert len(ours[key]) == 2
+            assert ours[key] == pytest.approx(theirs[key], rel=loose, abs=1e-5), (name, key)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -53,8 +53,14 @@ class Swaps:
                     setattr(module, name, new)
 
 
-def supported(*tensors: Tensor | None) -> bool:
-    """Whether our functions take these: plain local tensors of a dtype that the kernels know."""
+def partitioned(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 splits this parameter over ranks, though it may be whole just now."""
+    return hasattr(tensor, "ds_id")
+
+
+def supported(*tensors: Tensor | None, zero3: bool = False) -> bool:
+    """Whether our functions take these: plain local tensors of a dtype that the kernels know (zero3: or parameters
+    that ZeRO-3 splits)."""
     return all(
         x is None
         or (
@@ -62,7 +68,7 @@ def supported(*tensors: Tensor | None) -> bool:
             and x.dtype in FLOATS
             and not x.is_nested
             and not hasattr(x, "device_mesh")
-            and not hasattr(x, "ds_id")
+            and (zero3 or not partitioned(x))
         )
         for x in tensors
     )

@@ -12,11 +12,10 @@ import torch
 
 from ..linear_logprob import token_logprobs
 from ..logits_logprob import logprobs_from_logits
-from ._swap import Swaps, once, supported
+from ._swap import Swaps, once, partitioned, supported
 
 FALLS_THROUGH = (
     "DistillationTrainer: the divergence between two heads, which is another function of TRL's",
-    "fused LM head: a ZeRO-3 partitioned head, which TRL gathers again in its backward pass",
     "fused LM head: a logit scale that is not positive",
     "selective_log_softmax: several targets a position (top-k)",
     "any: fp64 tensors, nested tensors, DTensors",
@@ -30,12 +29,16 @@ ALL_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_to
 
 
 def _fused_head(original: Any) -> Any:
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
     class FusedHead:
         """Stands in for TRL's ChunkedLogProbFunction, of which only `apply` is called."""
 
         @staticmethod
         def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=ALL_OUTPUTS):
-            if not scale > 0 or not supported(hidden, weight, bias):
+            # TRL holds a ZeRO-3 head whole around this call, and gathers it again around its backward pass.
+            gather = maybe_gather_lm_head_ctx if partitioned(weight) else None
+            if not scale > 0 or not supported(hidden, weight, bias, zero3=True):
                 return original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
@@ -58,6 +61,7 @@ def _fused_head(original: Any) -> Any:
                 softcap=None if softcap is None else softcap / scale,
                 return_entropy=entropy,
                 extras=extras,
+                gather=gather,
             )
             out = out if entropy or extras else (out,)
             given = dict(zip(["log_probs", *["entropy"] * entropy, *extras], out, strict=True))
