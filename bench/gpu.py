@@ -12,6 +12,7 @@
     ceilings     copy bandwidth and the bf16 matrix product: what every floor is counted from
     checks       what only a GPU can show: first ratio 1, host time a call, launches, CUDA graphs, new sizes
     kernels      every kernel bench with its peers, a case after the other, the most telling first
+    loop         every stage and way to update on a tiny model, with DeepSpeed: devices, resume; recipes/rto_tiny.py
     iteration    one RTO iteration on a Llama-3.2-1B shape, the ablation, and the released code's data path
     vllm         push, wake, tokens/s and sleep of a colocated vLLM engine, on the same shape
     largest      the largest batch of a Llama-3-8B shape, and a step with offload
@@ -27,7 +28,7 @@ the results into the tables of docs/performance.md. Results of --device cpu go t
 
 Clocks, power and the card's other settings are read, never set. Peers are measured where they can be imported:
 pip install liger-kernel trl verl quack-kernels cut-cross-entropy (verl without its dependencies is enough).
-`iteration`, `vllm` and `largest` need deepspeed.
+`loop`, `iteration`, `vllm` and `largest` need deepspeed.
 """
 
 from __future__ import annotations
@@ -181,6 +182,30 @@ def checks(minutes: float, folder: Path, toy: bool) -> list[Command]:
     return [script("kernels.checks", *(["--small"] if toy else []))]
 
 
+def loop(minutes: float, folder: Path, toy: bool) -> list[Command]:
+    cases = ["ppo", "generate"] if toy else []
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ["PYTHONPATH"]])
+    (folder / "stages.json").unlink(missing_ok=True)
+    stages = Command(
+        [PYTHON, "tests/devices/dry_run.py", "--real", str(folder / "stages.json"), *cases], {"PYTHONPATH": path}
+    )
+    tiny = [
+        PYTHON, "recipes/rto_tiny.py", "--iterations", "2", "--corpus-rows", "400", "--pairs", "64", "--prompts", "128",
+        "--eval-prompts", "32", "--output-dir", str(folder / f"tiny-{time.time_ns()}"),
+    ]  # fmt: skip
+    return [stages] if toy else [stages, Command(tiny, {})]
+
+
+def stages_run(folder: Path, outputs: list[str]) -> dict:
+    """Cases that passed, and the last line of each that failed."""
+    path = folder / "stages.json"
+    if importlib.util.find_spec("deepspeed") is None:
+        return {"reason": "deepspeed is not installed"}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    bad = {name: error.strip().splitlines()[-1] for name, error in found.items() if error}
+    return {"passed": len(found) - len(bad), "failed": bad, **({"recipe": outputs[1][-300:]} if outputs[1:] else {})}
+
+
 def vllm(minutes: float, folder: Path, toy: bool) -> list[Command]:
     return [script("iteration.vllm_engine", "--shape", "toy" if toy else "llama-1b")]
 
@@ -257,6 +282,7 @@ SECTIONS = {
     "ceilings": Section(1, 0.3, ceilings, last_lines),
     "checks": Section(3, 0.5, checks, last_lines),
     "kernels": Section(8.5, 1.5, kernels, cases),
+    "loop": Section(5, 1.5, loop, stages_run),
     "iteration": Section(8.5, 3, iteration, last_lines),
     "vllm": Section(6, 3, vllm, last_lines),
     "largest": Section(6, 2, largest, last_lines),

@@ -40,7 +40,7 @@ def paths(bench, one_rank, tmp_path_factory):
 
 
 def test_sections_run_and_report_on_a_cpu(tmp_path):
-    sections = ["tests", "ceilings", "determinism", "kernels", "sanitizer", "tune"]
+    sections = ["tests", "ceilings", "determinism", "kernels", "loop", "sanitizer", "tune"]
     argv = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--minutes", "8", "--out", tmp_path]
     run = subprocess.run([*argv, "--sections", *sections], capture_output=True, text=True, timeout=540)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -48,9 +48,10 @@ def test_sections_run_and_report_on_a_cpu(tmp_path):
     results = json.loads(path.read_text())
     assert results["run"]["toy"] is True
     assert list(results["sections"]) == sections
-    for name in ("tests", "ceilings", "determinism", "kernels"):
+    for name in ("tests", "ceilings", "determinism", "kernels", "loop"):
         assert results["sections"][name]["status"] == "passed", results["sections"][name]
     assert results["sections"]["tests"]["passed"] == results["sections"]["tests"]["tests"] > 0
+    assert (results["sections"]["loop"]["passed"], results["sections"]["loop"]["failed"]) == (2, {})
     assert results["sections"]["sanitizer"]["status"] == "not run"
     outcome = results["sections"]["tune"]["outcome"]
     assert outcome.startswith("written to ") or outcome == "nothing is faster than what is used already"
@@ -63,6 +64,14 @@ def test_sections_run_and_report_on_a_cpu(tmp_path):
     )
     before = (BENCH / "results").rglob(path.name)
     assert path.read_text() not in [p.read_text() for p in before]
+
+
+def test_a_stage_that_fails_on_the_device_is_named(bench, tmp_path):
+    found = {"rto": "", "dpo": "Traceback\n  line\nRuntimeError: tensors on two devices\n"}
+    (tmp_path / "stages.json").write_text(json.dumps(found))
+    assert bench("gpu").stages_run(tmp_path, ["", "RTO 3.00"]) == {
+        "passed": 1, "failed": {"dpo": "RuntimeError: tensors on two devices"}, "recipe": "RTO 3.00"
+    }  # fmt: skip
 
 
 def gpu_command(out, *sections: str, minutes: float = 8) -> list:
