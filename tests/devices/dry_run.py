@@ -249,7 +249,7 @@ FAULTS = {
         ("scoring/reward_model.py", "out[torch.tensor(index)] ="),
     ),
     "prompts of a sampler": Fault(
-        "rto_fast.rollout.transformers_engine:TransformersEngine._prefill", "input_ids=ids.to(self.device)",
+        "rto_fast.rollout.transformers_engine:TransformersEngine.prefill", "input_ids=ids.to(self.device)",
         "input_ids=ids", "generate", ("rollout/transformers_engine.py", "logits = self.model("),
     ),
     "stop tokens of a sampler": Fault(
