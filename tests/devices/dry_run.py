@@ -204,7 +204,7 @@ def dpo(tiny: TinyModels, folder: Path) -> None:
     preference("dpo", tiny, folder, label_smoothing=0.1, nll_coef=0.1)
 
 
-for objective in ("r_dpo", "ipo", "tdpo1", "tdpo2", "kto", "simpo", "mppo"):
+for objective in ("r_dpo", "ipo", "tdpo1", "tdpo2", "kto", "simpo", "mpo", "mppo"):
     CASES[objective] = partial(preference, objective)
 
 
