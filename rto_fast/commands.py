@@ -92,6 +92,11 @@ COMMANDS: dict[str, Stage | Tool] = {
         "responses to a benchmark's prompts", "rto_fast.generate:GenerateConfig", "rto_fast.generate:generate"
     ),
     "export": Tool("a checkpoint as Hugging Face folders", "rto_fast.export:main"),
+    "extrapolate": Stage(
+        "weights beyond a model, away from an earlier one: a next round's reference",
+        "rto_fast.extrapolate:ExtrapolateConfig",
+        "rto_fast.extrapolate:extrapolate",
+    ),
     "report": Tool("report.html of a run, built again", "rto_fast.report.__main__:main"),
     "audit": Stage(
         "what token rewards lean on: kinds of tokens, places, agreement with the score",

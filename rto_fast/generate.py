@@ -11,6 +11,9 @@ In the files that AlpacaEval 2 and Arena-Hard read.
     jsonl        JSON lines {row, prompt, response, generator, tokens, truncated}; with --responses-per-prompt also
                  response_index, with --token-logprobs token_ids and logprobs, with --reference ref_logprobs and kl
 
+--beams searches for the likeliest responses in place of sampling, --guide-model moves the model's logits by another
+model's log-ratio.
+
 The output appears when it is whole. Finished responses wait beside it in `<output>.partial`: run the same command
 again and it goes on from there, to the same file bit for bit (but for Arena-Hard's time stamp). Exit code 2: the
 input cannot work, and nothing was written.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,6 +82,19 @@ class GenerateConfig:
     """Responses sampled from each prompt; more than 1 for jsonl alone."""
     greedy: bool = False
     """Take the likeliest token each time; temperature is then ignored."""
+    beams: int = 0
+    """Search with so many beams for the likeliest responses in place of sampling: the best `responses_per_prompt` of
+    each prompt, best first. At temperature 1, by the transformers engine. 0 = off."""
+    length_penalty: float = 0.0
+    """Beams rank responses by log-prob / tokens ** this, as in transformers: 0 = log-prob, 1 = its mean a token."""
+    guide_model: str = ""
+    """Guided decoding: a model (folder or Hub id) whose log-ratio against `guide_ref` is added to the model's logits,
+    guide_scale * (log guide - log ref). By the transformers engine."""
+    guide_ref: str = ""
+    """The guide's reference; empty = `model`, which is then not loaded twice."""
+    guide_scale: float = 1.0
+    """Weight of the guide's log-ratio. With a DPO model and the SFT model, beta1 / beta2 stands in for RTO without a
+    sentence-level reward; 0 = off."""
     max_response_length: int = 1024
     """Tokens of a response at most."""
     min_response_length: int = 0
@@ -85,7 +102,7 @@ class GenerateConfig:
     0 = off."""
     token_logprobs: bool = False
     """jsonl: write each response's token ids and their log-probs (nats): the model's own at temperature 1, however the
-    tokens were sampled."""
+    tokens were sampled; of guided responses, those of the distribution that they were drawn from."""
     reference: str = ""
     """jsonl: a second model (folder or Hub id), whose log-probs of the same tokens are written too, and as `kl` the sum
     of log(model / reference) over the response; its mean estimates the KL where temperature is 1. Turns token_logprobs
@@ -121,6 +138,7 @@ class GenerateConfig:
         )
         require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}; for the likeliest token "
                 "pass --greedy True")  # fmt: skip
+        self._validate_search()
         if self.format != "jsonl":
             many = self.responses_per_prompt > 1
             require(not many, f"responses_per_prompt: {self.format} holds one answer a prompt; use --format jsonl")
@@ -138,6 +156,31 @@ class GenerateConfig:
         require(not target.exists(), f"output: {target} exists already")
         there = next(p for p in target.absolute().parents if p.exists())
         require(there.is_dir(), f"output: {there} is a file")
+
+    def _validate_search(self) -> None:
+        for name in ("beams", "length_penalty"):
+            require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        for name, default in (("guide_ref", ""), ("guide_scale", 1.0)):
+            alone = not self.guide_model and getattr(self, name) != default
+            require(not alone, f"{name}: works on a guide; pass --guide-model too, or leave it out")
+        require(math.isfinite(self.guide_scale), f"guide_scale: must be a number, got {self.guide_scale}")
+        for name in ("beams", "guide_model"):
+            on = bool(getattr(self, name)) and self.rollout_engine == "vllm"
+            require(not on, f"{name}: vLLM cannot do it; use --rollout-engine transformers")
+        if not self.beams:
+            require(not self.length_penalty, "length_penalty: ranks beams; pass --beams too, or leave it out")
+            return
+        require(not self.greedy, "greedy: beams take the likeliest responses already; leave one of the two out")
+        require(self.temperature == 1, f"temperature: beams rank by log-probs at temperature 1, got {self.temperature}")
+        require(
+            self.responses_per_prompt <= self.beams,
+            f"responses_per_prompt: {self.beams} beams end in that many responses at most, got "
+            f"{self.responses_per_prompt}",
+        )
+
+    @property
+    def guided(self) -> bool:
+        return bool(self.guide_model and self.guide_scale)
 
     @property
     def name(self) -> str:
@@ -159,6 +202,8 @@ class Answer:
     text: str
     ids: list[int]
     truncated: bool
+    logps: list[float] = dataclasses.field(default_factory=list)
+    """Of a guided response's tokens, nats, as they were drawn; else empty."""
     scores: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What jsonl writes of its tokens."""
 
@@ -225,8 +270,9 @@ def generate(config: GenerateConfig) -> Path:
     check_min_length(config.min_response_length, stop_ids, model)
     positions = getattr(model.get_text_config(), "max_position_embeddings", 0)
     fingerprint, prompts = _prompts(config, tokenizer, template, positions)
-    if config.reference:
-        _check_reference(config, model, template, max(len(p.ids) for p in prompts))
+    for name in ("reference", "guide_model", "guide_ref"):
+        if getattr(config, name):
+            _check_other(config, name, model, template, max(len(p.ids) for p in prompts))
     settings = dataclasses.asdict(config) | {"data": fingerprint, "template": template.hash}
     for free in ("output", "chunk", "generator", "format", "rollout_tokens", "token_logprobs", "reference", "packing"):
         del settings[free]
@@ -239,7 +285,7 @@ def generate(config: GenerateConfig) -> Path:
         max_prompt_length=max((len(p.ids) for p in prompts), default=1),
     )  # fmt: skip
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
+    engine, sampler = _sampler(config, rollouts, device, pad)
     temperature = GREEDY if config.greedy else config.temperature
     sampling = Sampling(config.max_response_length, temperature, stop_ids, config.min_response_length)
     columns = (TextColumn("answers"), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -251,12 +297,13 @@ def generate(config: GenerateConfig) -> Path:
                 Request(prompts[i].ids, i, i, j, sample_seed(config.seed, i, 0, j))
                 for i, j in wanted[start : start + config.chunk]
             ]
-            rollout = engine.generate(requests, sampling, lambda tokens, ended: progress.advance(bar, ended))
+            rollout = sampler(requests, sampling, lambda tokens, ended: progress.advance(bar, ended))
             ids = [r.tolist() for r in rollout.responses()]
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            guided = rollout.sampler_logp.split(rollout.response_lens.tolist()) if config.guided else [None] * len(ids)
             new = [
-                Answer(text.strip(), r, cut)
-                for text, r, cut in zip(texts, ids, rollout.truncated.tolist(), strict=True)
+                Answer(text.strip(), r, cut, [] if logps is None else logps.tolist())
+                for text, r, cut, logps in zip(texts, ids, rollout.truncated.tolist(), guided, strict=True)
             ]
             answers.add(new)
             done += new
@@ -272,17 +319,43 @@ def generate(config: GenerateConfig) -> Path:
     return Path(config.output)
 
 
-def _check_reference(config: GenerateConfig, model: Any, template: ChatTemplate, longest: int) -> None:
-    """ConfigError for a reference that cannot read the model's tokens; longest: of a prompt, tokens."""
-    other = load_config(config.reference, "reference")
+def _sampler(config: GenerateConfig, rollouts: RTOConfig, device: torch.device, pad: int) -> tuple[Any, Callable]:
+    """(the engine, what it is asked by: a function of requests, sampling and progress that returns a Rollout)."""
+    if not (config.beams or config.guided):
+        engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
+        return engine, engine.generate
+    from rto_fast.rollout.beams import beam_search
+    from rto_fast.rollout.guided import GuidedEngine
+    from rto_fast.rollout.transformers_engine import TransformersEngine
+
+    loading = (device, DTYPES[config.dtype], pad, config.rollout_tokens)
+    own = (
+        GuidedEngine(config.model, *loading, guide=config.guide_model, reference=config.guide_ref,
+                     scale=config.guide_scale)
+        if config.guided else TransformersEngine(config.model, *loading)
+    )  # fmt: skip
+    if not config.beams:
+        return own, own.generate
+    return own, lambda requests, sampling, progress: beam_search(
+        own, requests, sampling, config.beams, config.length_penalty, progress
+    )
+
+
+def _check_other(config: GenerateConfig, name: str, model: Any, template: ChatTemplate, longest: int) -> None:
+    """ConfigError where the setting `name` holds a model that cannot read the model's tokens.
+
+    longest: of a prompt, tokens.
+    """
+    path = getattr(config, name)
+    other = load_config(path, name)
     ours, theirs = (c.get_text_config().vocab_size for c in (model, other))
     require(
         ours == theirs,
-        f"reference: {config.reference!r} has a vocabulary of {theirs} tokens, the model's has {ours}; the two are "
-        "compared token by token",
+        f"{name}: {path!r} has a vocabulary of {theirs} tokens, the model's has {ours}; the two are compared token by "
+        "token",
     )
-    check_weights(config.reference, "reference")
-    check_template(config.reference, template, "reference")
+    check_weights(path, name)
+    check_template(path, template, name)
     check_max_length(longest + config.max_response_length, other, "max_response_length with the longest prompt")
 
 
@@ -304,7 +377,7 @@ def _scored(
                 out[i] = values.tolist()
         return out
 
-    ours = logps(config.model, "model")
+    ours = [a.logps for a in answers] if config.guided else logps(config.model, "model")
     scores = [{"token_ids": a.ids, "logprobs": own} for a, own in zip(answers, ours, strict=True)]
     if config.reference:
         for score, own, other in zip(scores, ours, logps(config.reference, "reference"), strict=True):

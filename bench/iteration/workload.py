@@ -169,13 +169,13 @@ def _fixed_lengths(lengths: Sequence[int]) -> type:
             self.ends = torch.tensor([lengths[q.row] for q in requests], device=self.device)
             return super()._run(requests, *args)
 
-        def _prefill(self, requests, max_tokens):
-            batch, logits = super()._prefill(requests, max_tokens)
+        def prefill(self, requests, max_tokens):
+            batch, logits = super().prefill(requests, max_tokens)
             self.prompt, self.live = batch.width, self.ends
             return batch, self._plan(batch, logits)
 
-        def _forward(self, batch):
-            return self._plan(batch, super()._forward(batch))
+        def forward(self, batch):
+            return self._plan(batch, super().forward(batch))
 
         def _compact(self, batch, ended):
             super()._compact(batch, ended)

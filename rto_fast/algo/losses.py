@@ -56,7 +56,7 @@ class PairStats(NamedTuple):
     """Of exp(log-ratio of the first less that of the second)."""
     ratio_max: Tensor
     clip_fraction: Tensor
-    """Share of pairs whose gradient the clip has cut off."""
+    """Share of pairs (separate clip: of responses) whose gradient the clip has cut off."""
     reward_gap: Tensor
     """Absolute difference of the two rewards."""
 
@@ -91,6 +91,25 @@ def p3o_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, clip: 
     plain, clipped = weight * change, weight * change.clamp(lowest, math.log1p(clip))
     loss = -(importance * torch.minimum(plain, clipped)).sum() / denominator
     return loss, _pair_stats(change.exp(), clipped < plain, reward_gap, denominator)
+
+
+def p3o_separate_loss(
+    log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, clip: float
+) -> tuple[Tensor, PairStats]:
+    """Pairwise PPO with each response's ratio clipped on its own (the separate form of arXiv 2310.00212).
+
+        A1 = (r1 - r2) / 2,   A2 = -A1,   loss = -sum_i min(A_i * rho_i, A_i * clip(rho_i, 1 - clip, 1 + clip))
+
+    Over independent y1, y2 of pi_old, E[A1 rho(y1) + A2 rho(y2)] = E_pi[r] - E_pi_old[r]: without the clip the gradient
+    is that of the expected reward. Where the joint form stops a pair, this one stops a response. log_ratios [P, 2];
+    reward_gap [P].
+    """
+    ratios = log_ratios.exp()
+    advantages = torch.stack([reward_gap, -reward_gap], 1) / 2
+    plain, clipped = advantages * ratios, advantages * ratios.clamp(1 - clip, 1 + clip)
+    loss = -torch.minimum(plain, clipped).sum() / denominator
+    change = (log_ratios[:, 0] - log_ratios[:, 1]).exp()
+    return loss, _pair_stats(change, (clipped < plain).float().mean(1), reward_gap, denominator)
 
 
 def rebel_loss(log_ratios: Tensor, reward_gap: Tensor, denominator: Tensor, eta: float) -> tuple[Tensor, PairStats]:

@@ -49,6 +49,16 @@ def chosen_nll(chosen_logp: Tensor, chosen_lens: Tensor) -> Tensor:
     return -chosen_logp / chosen_lens
 
 
+def mpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, kept: Tensor, *, beta: float, keep: float) -> Tensor:
+    """-sigmoid(beta * (log pi(y_w) - log pi(y_l))) - keep * kept; no reference (Jiang et al. 2023, arXiv 2312.16430).
+
+    kept: [P] mean log pi of a token over rows that stand for the reference's own, whose likelihood the policy is to
+    keep: a KL to the reference from data in place of a model. Without a logarithm before the sigmoid the loss is
+    minus the chance of the right preference, bounded on both sides, so that a pair that is settled pulls no more.
+    """
+    return -torch.sigmoid(beta * (chosen_logp - rejected_logp)) - keep * kept
+
+
 def r_dpo_loss(
     chosen_ratio: Tensor, rejected_ratio: Tensor, chosen_lens: Tensor, rejected_lens: Tensor, *, beta: float,
     alpha: float,

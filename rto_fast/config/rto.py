@@ -197,6 +197,10 @@ class RTOConfig(RTOSettings):
             (pairs and self.train_batch % 2, f"train_batch: must be even, {self.policy_update} takes pairs"),
             (pairs and self.advantage != "gae", f"advantage: {self.policy_update} compares responses and uses none"),
             (pairs and self.entropy_coef, f"entropy_coef: {self.policy_update} has no entropy bonus; set it to 0"),
+            (
+                self.p3o_clip != "joint" and self.policy_update != "p3o",
+                f"p3o_clip: is for --policy-update p3o, not {self.policy_update}",
+            ),
             (not self.rebel_eta > 0, f"rebel_eta: must be positive, got {self.rebel_eta}"),
         ):
             require(not wrong, message)

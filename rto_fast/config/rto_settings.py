@@ -171,7 +171,9 @@ class RTOSettings(RunConfig):
     """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
     reward still to come as it is."""
     policy_update: Literal["ppo", "p3o", "rebel"] = "ppo"
-    """p3o (joint clip of the pair's ratio) and rebel compare two responses to each prompt, without a critic."""
+    """p3o and rebel compare two responses to each prompt, without a critic."""
+    p3o_clip: Literal["joint", "separate"] = "joint"
+    """p3o: clip the ratio of the pair's two ratios, or each response's own as PPO does."""
     rebel_eta: float = 1.0
     """rebel: scale of the log-ratio's difference; smaller moves less for the same rewards."""
     train_batch: int = 128

@@ -89,10 +89,12 @@ class DPOConfig(PreferenceConfig):
     lr: float = 5e-7
     batch: int = 256
     """Rows an optimiser step, over all ranks (KTO: single answers)."""
-    objective: Literal["dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "tgdpo", "tis_dpo", "kto", "ipo", "mppo"] = "dpo"
+    objective: Literal[
+        "dpo", "r_dpo", "simpo", "tdpo1", "tdpo2", "tgdpo", "tis_dpo", "kto", "ipo", "mpo", "mppo"
+    ] = "dpo"  # fmt: skip
     """Loss; formulas in preference.py. mppo takes all rows of one prompt and chosen as one with N negatives."""
     beta: float = 0.1
-    """Strength of the pull to the reference (all but simpo and mppo)."""
+    """Strength of the pull to the reference (all but simpo and mppo); mpo: scale of the log-probs' difference."""
     label_smoothing: float = 0.0
     """dpo: probability that a label is wrong (cDPO), below 0.5; 0 = off."""
     nll_coef: float = 0.0
@@ -103,6 +105,8 @@ class DPOConfig(PreferenceConfig):
     """simpo: scale of the mean log-prob of a token."""
     simpo_gamma: float = 0.5
     """simpo: margin by which chosen should win; 0 = off."""
+    mpo_keep: float = 0.1
+    """mpo: weight of the mean log-prob of a token of both answers, which stand for the reference's own; 0 = off."""
     tdpo_alpha: float = 0.5
     """tdpo2: weight of the difference of sequential KLs; 0 = DPO."""
     guide_model: str = ""
@@ -144,6 +148,7 @@ class DPOConfig(PreferenceConfig):
             "nll_coef",
             "r_dpo_alpha",
             "simpo_gamma",
+            "mpo_keep",
             "tdpo_alpha",
             "tgdpo_alpha",
             "kto_desirable_weight",

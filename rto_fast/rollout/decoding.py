@@ -1,4 +1,4 @@
-"""Steps of a decoding loop: uniforms, draw, attention, key-value cache."""
+"""Steps of a decoding loop: uniforms, draw, distributions, attention, cache."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)
     token.clamp_(max=logits.shape[-1] - 1)  # only NaN goes past the end; its log-prob is NaN and is reported
     return token, logp.gather(-1, token)
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """[..., V] logits of any dtype -> fp32 log-probs of every token."""
+    return torch.log_softmax(logits, -1, dtype=torch.float32)
 
 
 def grouped_attention(

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -177,11 +178,11 @@ class TransformersEngine:
         rollout = Rollout.from_lists(requests, responses, logps, truncated, self.version)
         return rollout if keep is None else rollout.select(tally.kept([len(r) for r in responses]))
 
-    def batches(self, prompt_lens: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-        """Groups of request indices, the longest prompts first, each within `rollout_tokens`."""
+    def batches(self, prompt_lens: Sequence[int], max_tokens: int, each: int = 1) -> Iterator[list[int]]:
+        """Groups of request indices, the longest prompts first, each within `rollout_tokens`; each: rows a request."""
         order = sorted(range(len(prompt_lens)), key=lambda i: -prompt_lens[i])
         while order:
-            rows = max(1, self.rollout_tokens // (prompt_lens[order[0]] + max_tokens))
+            rows = max(1, self.rollout_tokens // (each * (prompt_lens[order[0]] + max_tokens)))
             yield order[:rows]
             order = order[rows:]
 
@@ -189,10 +190,10 @@ class TransformersEngine:
         self, requests: Sequence[Request], sampling: Sampling, stops: Tensor, progress: Progress, tally: Tally
     ) -> Iterator[tuple[int, list[int], list[float]]]:
         """Samples one batch, or as much of it as is enough; yields (row, response tokens, log-probs) as they end."""
-        batch, logits = self._prefill(requests, sampling.max_tokens)
+        batch, logits = self.prefill(requests, sampling.max_tokens)
         for step in range(sampling.max_tokens):
             if step:
-                logits = self._forward(batch)
+                logits = self.forward(batch)
             if step < sampling.min_tokens:
                 logits = logits.masked_fill(stops, float("-inf"))
             batch.last, logp = sample(logits, batch.u[step], sampling.temperature)
@@ -211,7 +212,7 @@ class TransformersEngine:
                 yield from self._finish(batch, ended, requests)
                 self._compact(batch, ended)
 
-    def _prefill(self, requests: Sequence[Request], max_tokens: int) -> tuple[Batch, Tensor]:
+    def prefill(self, requests: Sequence[Request], max_tokens: int) -> tuple[Batch, Tensor]:
         """Runs the left-padded prompts; returns the batch and the [n, V] logits of their last tokens."""
         lens = [len(q.prompt) for q in requests]
         longest, n = max(lens), len(lens)
@@ -253,7 +254,7 @@ class TransformersEngine:
         )
         return batch, logits
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Feeds the last tokens; [n, V] logits."""
         batch.width += 1
         logits = self.model(
@@ -266,6 +267,15 @@ class TransformersEngine:
         ).logits[:, -1]
         batch.positions += 1
         return logits
+
+    def select(self, batch: Batch, rows: Tensor) -> None:
+        """Puts the rows at `rows` [m] int64 into the places 0 .. m - 1, for a step of beam search.
+
+        Only what `forward` reads moves, but for `batch.last`, which the caller sets.
+        """
+        batch.cache.reorder_cache(cast(torch.LongTensor, rows))
+        batch.positions = batch.positions[rows]
+        batch.mask = None if batch.mask is None else batch.mask[rows]
 
     def _look(self, batch: Batch, steps: int, stops: Tensor, last: bool, progress: Progress) -> list[int]:
         """Sets the lengths of the rows that have ended by `steps`, reports progress, and returns these rows."""

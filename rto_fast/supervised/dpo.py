@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rto_fast.models.heads import PolicyModel
 from rto_fast.models.load import check_weights, load_config, load_policy
 from rto_fast.supervised.kto import KTO, Answers
 from rto_fast.supervised.pair_objectives import (
+    MPO,
     MPPO,
     TDPO,
     KLLoss,
@@ -96,14 +98,15 @@ def _referenced(config: DPOConfig, common: Common, loss: PairLoss) -> Referenced
     return Referenced(model, train, held_out, config, loss, tables)
 
 
-def _simpo(config: DPOConfig, common: Common) -> SimPO:
-    train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
-    return SimPO(load_policy(config.model, argument="model", **common.loading), train, held_out, config)
-
-
-def _mppo(config: DPOConfig, common: Common) -> MPPO:
-    train, held_out = map(grouped_rows, load_preferences(config, common.tokenizer, common.template))
-    return MPPO(load_policy(config.model, argument="model", **common.loading), train, held_out, config)
+def _unreferenced(
+    config: DPOConfig,
+    common: Common,
+    *,
+    kind: type[SimPO | MPO | MPPO],
+    rows: Callable[[Any], Sequence[Row]] = pair_rows,
+) -> Stage:
+    train, held_out = map(rows, load_preferences(config, common.tokenizer, common.template))
+    return kind(load_policy(config.model, argument="model", **common.loading), train, held_out, config)
 
 
 def _tdpo(config: DPOConfig, common: Common, loss: KLLoss) -> TDPO:
@@ -167,7 +170,8 @@ OBJECTIVES: dict[str, Objective] = {
         _token_weighted, lambda g, sign, c: preference.tis_weights(g, sign, low=c.tis_low, high=c.tis_high)
     ),
     "kto": Objective(_kto),
-    "simpo": Objective(_simpo, needs_reference=False),
-    "mppo": Objective(_mppo, needs_reference=False),
+    "simpo": Objective(partial(_unreferenced, kind=SimPO), needs_reference=False),
+    "mpo": Objective(partial(_unreferenced, kind=MPO), needs_reference=False),
+    "mppo": Objective(partial(_unreferenced, kind=MPPO, rows=grouped_rows), needs_reference=False),
 }
 """All values of `--objective`; config/supervised.py names them as choices of the flag."""

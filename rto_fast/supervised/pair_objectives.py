@@ -95,6 +95,20 @@ class SimPO(PairStage):
         return loss, chosen, rejected
 
 
+class MPO(PairStage):
+    """Chosen against rejected by summed log-probs; both answers stand for the reference's own. Rewards are beta * logp.
+
+    Pairs that were sampled from the reference are what its data would be.
+    """
+
+    def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
+        logp, config = batch.sequence_sums(model(batch.packed)), self.config
+        kept = logp.sum(1) / batch.lengths.sum(1)
+        loss = preference.mpo_loss(*logp.unbind(1), kept, beta=config.beta, keep=config.mpo_keep)
+        chosen, rejected = (config.beta * logp).unbind(1)
+        return loss, chosen, rejected
+
+
 class MPPO(PairStage):
     """One chosen response against any number of rejected ones; no reference. Rewards are mean log-probs of a token."""
 

@@ -51,7 +51,9 @@ class P3OBatch(PairBatch):
     """arXiv 2310.00212."""
 
     def pair_loss(self, log_ratios: Tensor, reward_gap: Tensor) -> tuple[Tensor, losses.PairStats]:
-        return losses.p3o_loss(log_ratios, reward_gap, self.denominator, self.run.config.clip)
+        config = self.run.config
+        form = losses.p3o_loss if config.p3o_clip == "joint" else losses.p3o_separate_loss
+        return form(log_ratios, reward_gap, self.denominator, config.clip)
 
 
 class RebelBatch(PairBatch):

@@ -210,7 +210,7 @@ def dpo(tiny: TinyModels, folder: Path) -> None:
     preference("dpo", tiny, folder, label_smoothing=0.1, nll_coef=0.1)
 
 
-for objective in ("r_dpo", "ipo", "tdpo1", "tdpo2", "kto", "simpo", "mppo"):
+for objective in ("r_dpo", "ipo", "tdpo1", "tdpo2", "kto", "simpo", "mpo", "mppo"):
     CASES[objective] = partial(preference, objective)
 
 
@@ -256,7 +256,7 @@ FAULTS = {
         ("scoring/reward_model.py", "out[torch.tensor(index)] ="),
     ),
     "prompts of a sampler": Fault(
-        "rto_fast.rollout.transformers_engine:TransformersEngine._prefill", "input_ids=ids.to(self.device)",
+        "rto_fast.rollout.transformers_engine:TransformersEngine.prefill", "input_ids=ids.to(self.device)",
         "input_ids=ids", "generate", ("rollout/transformers_engine.py", "logits = self.model("),
     ),
     "stop tokens of a sampler": Fault(

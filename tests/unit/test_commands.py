@@ -25,6 +25,7 @@ def test_it_lists_its_commands(capsys):
         "ppo",
         "generate",
         "export",
+        "extrapolate",
         "report",
         "audit",
         "memory",

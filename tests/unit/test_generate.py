@@ -208,9 +208,55 @@ def test_a_least_length_where_every_token_ends_is_refused(settings, tmp_path):
     assert len(json.loads(made(settings, model=str(model)))) == 3
 
 
+def test_beams_find_the_likeliest_responses_best_first(settings, tiny, tmp_path):
+    """In any chunks; the first of three is that of one."""
+    rows = rows_of(settings, tmp_path, "three", beams=8, responses_per_prompt=3, token_logprobs=True)
+    totals = [sum(r["logprobs"]) for r in rows]
+    assert all(totals[i] >= totals[i + 1] >= totals[i + 2] for i in (0, 3, 6))
+    greedy = rows_of(settings, tmp_path, "greedy", greedy=True, token_logprobs=True)
+    assert sum(totals[::3]) > sum(sum(r["logprobs"]) for r in greedy)
+    for r in rows[:2]:
+        assert r["logprobs"] == pytest.approx(own_logps(tiny.policy, r["prompt"], r["token_ids"]), abs=1e-4)
+    assert rows_of(settings, tmp_path, "chunk", beams=8, responses_per_prompt=3, token_logprobs=True, chunk=4) == rows
+    single = rows_of(settings, tmp_path, "one", beams=8)
+    assert [r["response"] for r in single] == [r["response"] for r in rows[::3]]
+    means = [
+        [sum(r["logprobs"]) / r["tokens"] for r in rows_of(
+            settings, tmp_path, f"penalty{p}", beams=8, length_penalty=p, token_logprobs=True)]
+        for p in (0.0, 1.0)
+    ]  # fmt: skip
+    assert sum(means[1]) >= sum(means[0])
+
+
+def test_a_guide_moves_the_model(settings, tiny, tmp_path):
+    """Scale 1 without a reference of its own is the guide; the log-probs written are those that were drawn from."""
+    guided = rows_of(settings, tmp_path, "guided", guide_model=tiny.dpo, reference=tiny.dpo)
+    other = rows_of(settings | {"model": tiny.dpo}, tmp_path, "dpo")
+    assert [r["response"] for r in guided] == [r["response"] for r in other]
+    assert all(abs(r["kl"]) < 1e-3 for r in guided)
+    plain = rows_of(settings, tmp_path, "plain")
+    assert [r["response"] for r in guided] != [r["response"] for r in plain]
+    off = rows_of(settings, tmp_path, "off", guide_model=tiny.dpo, guide_scale=0.0)
+    assert off == plain
+    far = rows_of(settings, tmp_path, "far", guide_model=tiny.dpo, guide_ref=tiny.policy, guide_scale=3.0, beams=2)
+    assert [r["response"] for r in far] != [r["response"] for r in guided]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"beams": -1}, "beams: must not be negative, got -1"),
+        ({"beams": 2, "length_penalty": -1.0}, "length_penalty: must not be negative"),
+        ({"length_penalty": 1.0}, "length_penalty: ranks beams; pass --beams too"),
+        ({"beams": 2, "greedy": True}, "greedy: beams take the likeliest responses already"),
+        ({"beams": 2, "temperature": 0.7}, "temperature: beams rank by log-probs at temperature 1, got 0.7"),
+        ({"beams": 2, "responses_per_prompt": 3, "format": "jsonl"}, "responses_per_prompt: 2 beams end in that many"),
+        ({"beams": 2, "rollout_engine": "vllm"}, "beams: vLLM cannot do it; use --rollout-engine transformers"),
+        ({"guide_model": "x", "rollout_engine": "vllm"}, "guide_model: vLLM cannot do it"),
+        ({"guide_ref": "x"}, "guide_ref: works on a guide; pass --guide-model too"),
+        ({"guide_scale": 2.0}, "guide_scale: works on a guide"),
+        ({"guide_model": "x", "guide_scale": float("nan")}, "guide_scale: must be a number, got nan"),
+        ({"guide_model": "no/where/model"}, "guide_model: no model at"),
         ({"model": "no/where/model"}, "model: no model at"),
         ({"data": "missing.jsonl"}, "data: no file"),
         ({"prompt_key": "question"}, "has no column 'question'"),

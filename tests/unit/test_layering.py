@@ -19,7 +19,7 @@ FILES = sorted(TRAINER.rglob("*.py"))
 ORDER = (
     ("__main__",),
     ("commands",),
-    ("demo", "generate", "audit", "export"),
+    ("demo", "generate", "audit", "export", "extrapolate"),
     ("trainer",),
     ("metrics",),
     ("build", "updates"),

@@ -206,8 +206,30 @@ def test_p3o_loss_and_gradient_in_fp64():
     assert float(stats.clip_fraction) == 0.25
 
 
+def test_p3os_separate_clip_and_its_gradient_in_fp64():
+    """PPO's clip on each response's own ratio, for advantages of +-(r1 - r2) / 2."""
+    logs = torch.tensor([[0.05, -0.02], [0.5, 0.1], [-0.6, 0.3], [0.3, -0.3]], dtype=torch.float64, requires_grad=True)
+    gap = torch.tensor([1.5, 2.0, 0.7, -1.0], dtype=torch.float64)
+    loss, stats = losses.p3o_separate_loss(logs, gap, torch.tensor(4.0), clip=0.2)
+    loss.backward()
+    expected, slopes, cut = 0.0, [], 0
+    for row, g in zip(logs.tolist(), gap.tolist(), strict=True):
+        for log, advantage in zip(row, (g / 2, -g / 2), strict=True):
+            ratio = math.exp(log)
+            plain, bounded = advantage * ratio, advantage * min(max(ratio, 0.8), 1.2)
+            expected -= min(plain, bounded) / 4
+            slopes.append(-plain / 4 if plain <= bounded else 0.0)
+            cut += plain > bounded
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(logs.grad.reshape(-1), torch.tensor(slopes, dtype=torch.float64))
+    assert slopes[2] == 0  # y1 is beyond the clip in the reward's direction, y2 is not
+    assert slopes[3] != 0
+    assert float(stats.clip_fraction) == cut / 8
+
+
+@pytest.mark.parametrize("form", [losses.p3o_loss, losses.p3o_separate_loss])
 @pytest.mark.parametrize("distance", [0.0, 0.1, 0.3, 1.0, 2.0])
-def test_p3o_gradient_is_that_of_the_expected_reward_off_policy(distance):
+def test_p3o_gradient_is_that_of_the_expected_reward_off_policy(distance, form):
     """Over every pair of the 27 responses of three tokens, against the gradient of E_pi[r] by autograd."""
     draw = torch.Generator().manual_seed(0)
     responses = torch.cartesian_prod(*[torch.arange(3)] * 3)
@@ -224,7 +246,7 @@ def test_p3o_gradient_is_that_of_the_expected_reward_off_policy(distance):
     total = torch.zeros((), dtype=torch.float64)
     for (i, j), chance in zip(pairs.tolist(), logp(old)[pairs].sum(1).exp(), strict=True):
         gap = (reward[i] - reward[j])[None]
-        total = total + losses.p3o_loss(torch.stack([change[i], change[j]])[None], gap, 1 / chance, clip=math.inf)[0]
+        total = total + form(torch.stack([change[i], change[j]])[None], gap, 1 / chance, clip=math.inf)[0]
     (found,) = torch.autograd.grad(total, logits)
     torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
     kl = float(logp(old).exp() @ -change.detach())
@@ -259,6 +281,7 @@ def test_rebel_loss_and_gradient_in_fp64():
         ({"policy_update": "p3o", "advantage": "rloo"}, "advantage: p3o"),
         ({"policy_update": "p3o", "train_batch": 3, "rollout_batch": 3}, "train_batch: must be even"),
         ({"policy_update": "p3o", "entropy_coef": 0.1}, "entropy_coef"),
+        ({"p3o_clip": "separate"}, "p3o_clip: is for --policy-update p3o, not ppo"),
         ({"policy_update": "rebel", "rebel_eta": 0.0}, "rebel_eta"),
         ({"policy_update": "rebel", "critic": "policy"}, "critic: 'policy' needs a critic, and rebel has none"),
     ],
@@ -280,6 +303,7 @@ VARIANTS = {
     "rloo": {"advantage": "rloo", "responses_per_prompt": 2},
     "grpo": {"advantage": "grpo", "responses_per_prompt": 4, "credit": "sentence"},
     "p3o": {"policy_update": "p3o", "responses_per_prompt": 2},
+    "p3o_separate": {"policy_update": "p3o", "p3o_clip": "separate", "responses_per_prompt": 2},
     "rebel": {"policy_update": "rebel", "responses_per_prompt": 2, "rebel_eta": 0.5},
 }
 

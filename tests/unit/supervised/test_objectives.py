@@ -26,7 +26,7 @@ from rto_fast.supervised.stage import RowBatch
 
 SETTINGS = {
     "beta": 0.3, "r_dpo_alpha": 0.02, "simpo_gamma": 0.4, "tdpo_alpha": 0.7, "kto_desirable_weight": 1.3,
-    "kto_undesirable_weight": 0.8, "tgdpo_alpha": 0.6, "tis_low": -0.3, "tis_high": 0.4,
+    "kto_undesirable_weight": 0.8, "tgdpo_alpha": 0.6, "tis_low": -0.3, "tis_high": 0.4, "mpo_keep": 0.4,
 }  # fmt: skip
 
 
@@ -133,6 +133,9 @@ def truth_loss(objective, config, model, reference, rows, kto):
             losses.append(minus_log_sigmoid(b * (r[0] - r[1]) + config.r_dpo_alpha * (n[0] - n[1])))
         elif objective == "simpo":
             losses.append(minus_log_sigmoid(config.simpo_beta * (lp[0] / n[0] - lp[1] / n[1]) - config.simpo_gamma))
+        elif objective == "mpo":
+            kept = (lp[0] + lp[1]) / (n[0] + n[1])
+            losses.append(-1 / (1 + torch.exp(-b * (lp[0] - lp[1]))) - config.mpo_keep * kept)
         elif objective == "ipo":
             losses.append((r[0] / n[0] - r[1] / n[1] - 1 / (2 * b)) ** 2)
         elif objective == "tdpo1":
@@ -169,7 +172,7 @@ def guided(objective, tiny) -> dict[str, str]:
 )  # fmt: skip
 def test_loss_and_gradient_equal_the_fp64_formula(objective, options, tiny, tmp_path, one_rank, negatives):
     start, base = (tiny.dpo, tiny.policy) if objective == "kto" else (tiny.policy, tiny.dpo)  # KTO: baseline > 0
-    reference = {} if objective in ("simpo", "mppo") else {"reference": base}
+    reference = {} if objective in ("simpo", "mpo", "mppo") else {"reference": base}
     data = negatives if objective == "mppo" else tiny.pairs
     options = {k: getattr(tiny, v) if k == "guide_base" else v for k, v in options.items()} | guided(objective, tiny)
     config = small(tiny, tmp_path / "run", model=start, objective=objective, data=data, eval_fraction=0.0, **reference,
@@ -216,6 +219,26 @@ def test_a_guide_of_other_tokens_is_refused_before_it_is_loaded(name, tiny, tmp_
     with pytest.raises(ConfigError, match=f"^{name}: .* has a vocabulary of 50 tokens, the model's has"):
         train_dpo(small(tiny, tmp_path / "run", objective="tis_dpo", **settings))
     assert not list((tmp_path / "run").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.3])
+def test_mpo_of_two_answers_ends_where_its_loss_is_least(keep):
+    """Two answers of one token, p of chosen: the least of -sigmoid(beta h) - keep (log p + log(1-p)) / 2."""
+    beta, logits = 0.6, torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def loss():
+        optimiser.zero_grad()
+        logp = logits.log_softmax(0)
+        value = preference.mpo_loss(logp[:1], logp[1:], logp.mean()[None], beta=beta, keep=keep).sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    p = torch.linspace(1e-5, 1 - 1e-5, 200001, dtype=torch.float64)
+    by_hand = -1 / (1 + ((1 - p) / p) ** beta) - keep / 2 * (p.log() + (1 - p).log())
+    assert logits.softmax(0)[0].item() == pytest.approx(float(p[by_hand.argmin()]), abs=2e-5)
+    assert 0.5 < logits.softmax(0)[0] < 0.9995
 
 
 def test_r_dpo_gives_a_longer_chosen_answer_less_gradient():
