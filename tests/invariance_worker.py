@@ -27,6 +27,7 @@ from rto_fast.scoring.score import score_rollout
 from rto_fast.supervised.dpo import OBJECTIVES
 from rto_fast.supervised.loop import train_step
 from rto_fast.supervised.pair_objectives import Referenced
+from rto_fast.supervised.prepare import prepare
 from rto_fast.supervised.reference_cache import reference_logps
 from rto_fast.supervised.reward_model import RewardModel
 from rto_fast.supervised.sft import SFT
@@ -124,6 +125,37 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
     return out
 
 
+GUIDED = ("tgdpo", "tis_dpo")
+"""Objectives whose tokens a guide weighs."""
+GUIDED_ROWS = 11
+
+
+def guided_settings(paths: dict[str, str], objective: str) -> dict[str, object]:
+    """Settings of a step of such an objective; both bounds of TIS-DPO are met."""
+    own = {"tgdpo_alpha": 0.6} if objective == "tgdpo" else {"guide_base": paths["policy"], "tis_low": -0.3}
+    return {
+        "model": paths["policy"], "reference": paths["dpo_ref"], "guide_model": paths["dpo"], "data": paths["pairs"],
+        "objective": objective, "beta": 0.3, "tis_high": 0.4, "batch": GUIDED_ROWS, "max_rows": GUIDED_ROWS,
+        "eval_fraction": 0.0, "dtype": "fp32", "max_length": 64, "gradient_checkpointing": False, "max_grad_norm": 0.0,
+        "data_cache": False, "data_workers": 1,
+    } | own  # fmt: skip
+
+
+def guided(paths: dict[str, str], objective: str, stage: int, budget: int, folder: Path) -> tuple:
+    """One step, from the data and models on; beside the others' figures the rows that it takes."""
+    settings = guided_settings(paths, objective) | {"zero_stage": stage, "micro_tokens": budget}
+    config = DPOConfig(output_dir=str(folder), **settings)
+    common = prepare(config)
+    made = OBJECTIVES[objective].stage(config, common)
+    engine = TrainEngine(made.model, config, peak_lr=1e-3, total_steps=1)
+    logger = RunLogger(folder, stage="test", total_steps=1, rank=distributed.rank(), config={})
+    with watched_gradients(engine) as gradients, logger.phase("train"):
+        metrics, applied = train_step(config, made, engine, common.placement, logger, 0)
+    logger.close()
+    assert applied
+    return metrics["train/loss"], dict(gradients), [made.train[i] for i in range(len(made.train))]
+
+
 def length(prompts: list[str], responses: list[str], prompt: list[str]) -> list[tuple[float, dict[str, float]]]:
     """A reward function that, as users' may, fails on an empty batch; `prompt` is a column of the data."""
     assert responses
@@ -178,6 +210,8 @@ def main() -> None:
             root = Path(distributed.broadcast_object(folder))
             found[stage, budget] = rl(paths, stage, budget, root / "rl")
             found[stage, budget] |= supervised(paths, stage, budget, root / "supervised")
+            for name in GUIDED:
+                found[stage, budget][name] = guided(paths, name, stage, budget, root / name)
             distributed.barrier()
     for responses in RESPONSES:
         with tempfile.TemporaryDirectory() as folder:

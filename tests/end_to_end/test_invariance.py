@@ -10,12 +10,16 @@ import json
 
 import pytest
 import torch
-from invariance_worker import CASES, RESPONSES, SEQUENCES
+from invariance_worker import CASES, GUIDED, RESPONSES, SEQUENCES, guided_settings
 from loop_helpers import ROOT
+from objective_truth import relative, truth_loss
+from transformers import AutoModelForCausalLM
+
+from rto_fast.config import DPOConfig
 
 pytestmark = pytest.mark.slow
 
-OBJECTIVES = ("policy", "critic", "ptx", "prime", "online dpo", "sft", "rm", "dpo")
+OBJECTIVES = ("policy", "critic", "ptx", "prime", "online dpo", "sft", "rm", "dpo", *GUIDED)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,25 @@ def test_same_loss_and_gradients(measured, ranks, stage, budget, objective):
         torch.testing.assert_close(
             other[name], gradient, rtol=2e-4, atol=2e-6 * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("objective", GUIDED)
+@pytest.mark.parametrize(("stage", "budget"), CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_guides_weights_are_the_formulas(measured, tiny, ranks, stage, budget, objective):
+    """TGDPO and TIS-DPO on ranks that hold unequal shares, against fp64."""
+    loss, gradients, rows = measured[ranks][stage, budget][objective]
+    assert len(rows) > ranks
+    config = DPOConfig(**guided_settings(dataclasses.asdict(tiny), objective))
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) for p in (tiny.policy, tiny.dpo_ref)
+    )
+    truth = truth_loss(objective, config, model, reference, rows, None)
+    truth.backward()
+    assert loss == pytest.approx(truth.item(), rel=2e-5)
+    theirs = {name: p.grad for name, p in model.named_parameters()}
+    assert gradients.keys() == theirs.keys()
+    assert relative([gradients[name] for name in theirs], list(theirs.values())) < 1e-4
 
 
 def test_the_micro_batches_did_differ(measured):
