@@ -34,6 +34,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rto_fast import cli
 from rto_fast.config import TEMPLATE_DATE, RTOConfig, expand_home
 from rto_fast.contract import Request
+from rto_fast.data.adapter_folder import read_adapter
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, check_text, prompt_row, row_of
 from rto_fast.data.sources import Table, open_source
@@ -41,6 +42,7 @@ from rto_fast.data.tokenizer import check_max_length, check_min_length, check_vo
 from rto_fast.errors import DataError, require
 from rto_fast.logs.files import json_line, mend, read_rows, write_atomic
 from rto_fast.models.load import DTYPES, check_weights, load_config, load_policy, place
+from rto_fast.models.save import full_parameters
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
 
@@ -53,7 +55,7 @@ class GenerateConfig:
     """Responses of a model to a benchmark's prompts."""
 
     model: str = ""
-    """Policy folder or Hub id."""
+    """Policy folder or Hub id, or the folder of an adapter, which is merged."""
     data: str = ""
     """Prompts: Hub id, local .jsonl/.json/.parquet/.csv file, or a folder saved by `datasets`."""
     output: str = ""
@@ -217,6 +219,7 @@ def generate(config: GenerateConfig) -> Path:
     """Answers all prompts and writes the file. Raises ConfigError, with nothing written, on input that cannot work."""
     config.validate()
     model = load_config(config.model, "model")
+    check_weights(config.model, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer, config.template_date)
     check_vocabulary(tokenizer, model, "model")
@@ -240,6 +243,10 @@ def generate(config: GenerateConfig) -> Path:
     )  # fmt: skip
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
+    if read_adapter(config.model, "model"):
+        merged = load_policy(config.model, dtype=DTYPES[config.dtype], attention="sdpa", argument="model")
+        engine.push(full_parameters(merged), version=0)
+        del merged
     temperature = GREEDY if config.greedy else config.temperature
     sampling = Sampling(config.max_response_length, temperature, stop_ids, config.min_response_length)
     columns = (TextColumn("answers"), *Progress.get_default_columns()[1:2], MofNCompleteColumn(), TimeRemainingColumn())
