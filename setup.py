@@ -21,6 +21,7 @@ TRAIN = [
     "matplotlib>=3.9",
     "ninja",
     "packaging",
+    "peft>=0.21,<0.22",  # adapters; its layers are read and merged here
     "psutil",
     "rich>=13",
     "safetensors>=0.5",

@@ -38,6 +38,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from rto_fast import cli
 from rto_fast.config import TEMPLATE_DATE, RTOConfig, expand_home
 from rto_fast.contract import Request
+from rto_fast.data.adapter_folder import base_of, read_adapter
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.row_formats import PROMPT_KEYS, BadRow, check_text, prompt_row, row_of
 from rto_fast.data.sources import Table, open_source
@@ -45,6 +46,7 @@ from rto_fast.data.tokenizer import check_max_length, check_min_length, check_vo
 from rto_fast.errors import DataError, require
 from rto_fast.logs.files import json_line, mend, read_rows, write_atomic
 from rto_fast.models.load import DTYPES, check_weights, load_config, load_policy, place
+from rto_fast.models.save import full_parameters
 from rto_fast.rollout.engine import GREEDY, Sampling, sample_seed
 from rto_fast.rollout.make_engine import make_engine
 
@@ -57,7 +59,7 @@ class GenerateConfig:
     """Responses of a model to a benchmark's prompts."""
 
     model: str = ""
-    """Policy folder or Hub id."""
+    """Policy folder or Hub id, or the folder of an adapter, which is merged."""
     data: str = ""
     """Prompts: Hub id, local .jsonl/.json/.parquet/.csv file, or a folder saved by `datasets`."""
     output: str = ""
@@ -262,6 +264,7 @@ def generate(config: GenerateConfig) -> Path:
     """Answers all prompts and writes the file. Raises ConfigError, with nothing written, on input that cannot work."""
     config.validate()
     model = load_config(config.model, "model")
+    check_weights(config.model, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer, config.template_date)
     check_vocabulary(tokenizer, model, "model")
@@ -323,22 +326,35 @@ def _sampler(config: GenerateConfig, rollouts: RTOConfig, device: torch.device, 
     """(the engine, what it is asked by: a function of requests, sampling and progress that returns a Rollout)."""
     if not (config.beams or config.guided):
         engine = make_engine(rollouts, config.model, device, DTYPES[config.dtype], pad)
+        _push_merged(engine, config.model, "model", config)
         return engine, engine.generate
     from rto_fast.rollout.beams import beam_search
     from rto_fast.rollout.guided import GuidedEngine
     from rto_fast.rollout.transformers_engine import TransformersEngine
 
     loading = (device, DTYPES[config.dtype], pad, config.rollout_tokens)
+    reference = "" if config.guide_ref == config.model else config.guide_ref
     own = (
-        GuidedEngine(config.model, *loading, guide=config.guide_model, reference=config.guide_ref,
-                     scale=config.guide_scale)
-        if config.guided else TransformersEngine(config.model, *loading)
+        GuidedEngine(base_of(config.model), *loading, guide=base_of(config.guide_model), scale=config.guide_scale,
+                     reference=base_of(reference) if reference else "")
+        if config.guided else TransformersEngine(base_of(config.model), *loading)
     )  # fmt: skip
+    _push_merged(own, config.model, "model", config)
+    if config.guided:
+        for guide, name in zip(own.guides, ("guide_model", "guide_ref"), strict=False):
+            _push_merged(guide, getattr(config, name), name, config)
     if not config.beams:
         return own, own.generate
     return own, lambda requests, sampling, progress: beam_search(
         own, requests, sampling, config.beams, config.length_penalty, progress
     )
+
+
+def _push_merged(engine: Any, path: str, argument: str, config: GenerateConfig) -> None:
+    """Gives an engine that holds an adapter's base the weights with the adapter merged."""
+    if read_adapter(path, argument):
+        merged = load_policy(path, dtype=DTYPES[config.dtype], attention="sdpa", argument=argument)
+        engine.push(full_parameters(merged), version=0)
 
 
 def _check_other(config: GenerateConfig, name: str, model: Any, template: ChatTemplate, longest: int) -> None:

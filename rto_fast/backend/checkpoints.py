@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from rto_fast import distributed
-from rto_fast.backend.inputs import Contents, contents_of, difference, fingerprint
+from rto_fast.backend.inputs import Contents, contents_of, difference
 from rto_fast.backend.output_lock import LOCK, OWNER
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RunConfig, check_wandb
 from rto_fast.errors import ConfigError, StorageError, require
-from rto_fast.logs.files import METRICS, SAMPLES, fsync, read_rows, writing
+from rto_fast.logs.files import METRICS, SAMPLES, fingerprint, fsync, read_rows, writing
 from rto_fast.redact import redacted
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
@@ -264,7 +264,8 @@ def checkpoint_bytes(config: RunConfig, models: Sequence[nn.Module], averaged: b
 
 
 def _numbers(model: nn.Module) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    """Numbers that training changes: of a model with an adapter, those of the adapter."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def _bytes_in(folder: Path) -> int:

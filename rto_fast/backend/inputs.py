@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from rto_fast.config import RunConfig
+from rto_fast.data.adapter_folder import read_adapter
+from rto_fast.logs.files import fingerprint
 
 MODELS = ("model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model")
 TOKEN_REWARD = ("dpo_model", "dpo_ref")
@@ -17,10 +18,6 @@ TOKEN_REWARD = ("dpo_model", "dpo_ref")
 DATA = ("data", "eval_data", "ptx_data")
 READ = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".arrow")
 """Files of a folder that loading reads."""
-WHOLE_BYTES = 2**30
-"""Up to here a file is hashed whole, beyond it `PIECES` pieces of 1 MiB evenly spread: training moves every weight."""
-PIECES = 256
-
 Contents = dict[str, dict[str, str]]
 """Argument and path -> file -> size and hash; a Hub id has its revision alone."""
 
@@ -39,6 +36,8 @@ def contents_of(config: RunConfig) -> Contents:
             for path in (value,) if isinstance(value, str) else value:
                 if path:
                     found[f"{name}: {path!r}"] = _contents(path, kind)
+                if path and kind == "model" and (adapter := read_adapter(path, name)):
+                    found[f"{name}: {adapter.base!r}, the base of {path!r}"] = _contents(adapter.base, kind)
     for function in getattr(config, "reward_fn", ()):
         found[f"reward_fn: {function!r}"] = _sources(function)
     if (template := Path(config.chat_template).expanduser()).is_file():
@@ -88,16 +87,3 @@ def _sources(function: str) -> dict[str, str]:
         origin = Path(spec.origin)
     files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
     return {str(p.relative_to(origin.parent)): fingerprint(p) for p in files if p.is_file()}
-
-
-def fingerprint(path: Path) -> str:
-    """The size in bytes, and the hash."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as f:
-        if size <= WHOLE_BYTES:
-            digest = hashlib.file_digest(f, "sha256")
-        else:
-            for i in range(PIECES):
-                f.seek(i * (size - 2**20) // (PIECES - 1))
-                digest.update(f.read(2**20))
-    return f"{size} {digest.hexdigest()[:32]}"

@@ -19,7 +19,7 @@ from rto_fast import distributed
 from rto_fast.backend.spread import spread
 from rto_fast.config import RunConfig
 from rto_fast.errors import ConfigError
-from rto_fast.models.save import full_parameters
+from rto_fast.models.save import whole_weights
 
 T = TypeVar("T")
 
@@ -118,6 +118,7 @@ class TrainEngine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         distributed.wait_as_long_everywhere()
         self.model = model
+        self.adapted = getattr(model, "adapter", None) is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -166,14 +167,15 @@ class TrainEngine:
         return StepResult(norm, applied=finite)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, full tensor), one at a time, on every rank."""
-        return full_parameters(self.model)
+        """(checkpoint name, full tensor), one at a time, on every rank; an adapter is merged into them."""
+        return whole_weights(self.model)
 
     def save(self, folder: Path, name: str) -> None:
-        self.deepspeed.save_checkpoint(str(folder), tag=name)
+        """Of a model with an adapter: that and its optimiser, not the base."""
+        self.deepspeed.save_checkpoint(str(folder), tag=name, exclude_frozen_parameters=self.adapted)
 
     def load(self, folder: Path, name: str) -> None:
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=name)
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=name, load_module_strict=not self.adapted)
         if path is None:
             raise ConfigError(f"resume: checkpoint {folder} has no state of the {name}; delete it and resume again")
 

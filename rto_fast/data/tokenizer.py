@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from rto_fast.data.adapter_folder import holder_of
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.errors import ConfigError, require
 
@@ -20,7 +21,9 @@ from rto_fast.errors import ConfigError, require
 def load_tokenizer(path: str, argument: str = "model") -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder or Hub id. Raises ConfigError, naming `argument`, when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(holder_of(path, "tokenizer_config.json"), trust_remote_code=False)
+    except ConfigError:
+        raise
     except Exception as e:  # transformers and huggingface_hub raise many unrelated types here
         reason = " ".join(str(e).split())
         raise ConfigError(f"{argument}: no tokenizer in {path!r}: {reason}") from e
@@ -40,7 +43,7 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase, template
     past it would never stop. Raises ConfigError when nothing ends a response.
     """
     try:
-        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
+        ids = GenerationConfig.from_pretrained(holder_of(model_path, "generation_config.json")).eos_token_id
     except OSError:
         ids = None
     if ids is None:

@@ -15,6 +15,7 @@ from rto_kernels import token_kl, token_logprobs
 from torch import Tensor, nn
 
 from rto_fast.errors import ConfigError
+from rto_fast.models.adapters import Adapter
 from rto_fast.models.attention import ALONE
 from rto_fast.models.packing import PackedBatch
 from rto_fast.models.router import RouterLoss
@@ -93,6 +94,8 @@ class PolicyModel(nn.Module):
 
     router: RouterLoss | None = None
     """Where its experts are to be balanced, see `watch_router`."""
+    adapter: Adapter | None = None
+    """The adapter that is trained in place of the weights."""
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
@@ -148,6 +151,8 @@ class ScalarModel(nn.Module):
 
     router: RouterLoss | None = None
     """Where its experts are to be balanced, see `watch_router`."""
+    adapter: Adapter | None = None
+    """The adapter that is trained in place of the weights."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()

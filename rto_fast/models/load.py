@@ -23,15 +23,16 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from rto_fast import distributed
-from rto_fast.config import RunConfig
+from rto_fast.config import Lora, RunConfig
+from rto_fast.data.adapter_folder import AdapterFolder, base_of, read_adapter
 from rto_fast.errors import ConfigError
+from rto_fast.models.adapters import PREFIX, check_adapter, check_base, merge, put_back, put_on
 from rto_fast.models.attention import ALONE, PACKED, resolve_attention
 from rto_fast.models.family import check_family, own_outputs
 from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.packing import Placement
 from rto_fast.models.skeleton import from_rank_zero
 
-ADAPTER = "adapter_config.json"
 M = TypeVar("M", PolicyModel, ScalarModel)
 SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
 Home = Literal["host", "device", "rank 0"]
@@ -40,26 +41,18 @@ alone, for ZeRO-3 to take apart (backend/spread.py), while the other ranks get a
 
 
 def load_config(path: str, argument: str) -> PretrainedConfig:
-    """The model's config, or a ConfigError that names the argument."""
-    _refuse_adapter(path, argument)
+    """The config of a model, of an adapter's base for an adapter; or a ConfigError that names the argument."""
+    source = base_of(path, argument)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if source != path:
+            raise ConfigError(
+                f"{argument}: no base of the adapter {path!r} at {source!r} ({reason}); set base_model_name_or_path in "
+                "its adapter_config.json"
+            ) from error
         raise ConfigError(f"{argument}: no model at {path!r} ({reason})") from error
-
-
-def _refuse_adapter(path: str, argument: str) -> None:
-    """ConfigError where a folder holds an adapter: with peft, transformers would put it on top of the weights."""
-    if (Path(path) / ADAPTER).exists():
-        whole = (Path(path) / "config.json").exists()
-        remedy = (
-            f"whole weights and an adapter ({ADAPTER}) beside them, which would be applied on top; if it is merged "
-            "already, delete the adapter's files"
-            if whole
-            else f"an adapter ({ADAPTER}) and no whole model; merge it into its base and give the merged folder"
-        )
-        raise ConfigError(f"{argument}: {path!r} holds {remedy}")
 
 
 def _load(
@@ -113,12 +106,15 @@ def _as_it_is(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def load_policy(
     path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None,
-    home: Home = "host",
+    home: Home = "host", lora: Lora | None = None,
 ) -> PolicyModel:  # fmt: skip
     """A causal LM folder or Hub id as a PolicyModel; ConfigError where weights are missing.
 
     placement: where it will run; the model is checked there (collective), see family.py. home: see Home.
+    lora: an adapter to train on it, new, or that of an adapter's folder; None = whole weights, an adapter merged.
     """
+    adapter = _adapter_at(path, argument, lora)
+    path = adapter.base if adapter else path
 
     def load() -> PolicyModel:
         settings = {"dtype": dtype, "attn_implementation": attention}
@@ -128,9 +124,26 @@ def load_policy(
                 f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}"
             )
         _drop_unused_sampling(lm)
-        return _checked(PolicyModel, lm, path, argument, placement, home)
+        return _adapted(_checked(PolicyModel, lm, path, argument, placement, home), adapter, lora, path, argument)
 
     return _at_home(load, home)
+
+
+def _adapter_at(path: str, argument: str, lora: Lora | None) -> AdapterFolder | None:
+    """The adapter in a folder, fit to go on with as `lora`; None where it holds none."""
+    check_adapter(path, lora, argument)
+    return read_adapter(path, argument)
+
+
+def _adapted(model: M, adapter: AdapterFolder | None, lora: Lora | None, base: str, argument: str) -> M:
+    """The base with the adapter of a folder, merged where none is trained, or with a new one."""
+    if adapter:
+        put_back(model, adapter, argument)
+        if not lora:
+            merge(model)
+    elif lora:
+        put_on(model, lora, base, argument)
+    return model
 
 
 def _at_home(load: Callable[[], M], home: Home) -> M:
@@ -178,12 +191,17 @@ def _drop_unused_sampling(lm: torch.nn.Module) -> None:
 
 def load_scalar(
     path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None,
-    home: Home = "host",
+    home: Home = "host", lora: Lora | None = None,
 ) -> ScalarModel:  # fmt: skip
     """A reward model with its stored head; a missing head is an error, never random weights. Rest: load_policy.
 
     Its class is sequence classification, or token classification, whose head has a bias.
     """
+    adapter = _adapter_at(path, argument, lora)
+    if adapter:
+        return _adapted_scalar(
+            adapter, lora, argument, dtype=dtype, attention=attention, placement=placement, home=home
+        )
     config = load_config(path, argument)
     _check_statistics(config, path, argument)
     of_tokens = any("TokenClassification" in name for name in config.architectures or ())
@@ -202,7 +220,23 @@ def load_scalar(
         if info["missing_keys"] or mismatched:
             raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
                               f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
-        return _checked(ScalarModel, classifier, path, argument, placement, home)
+        made = _checked(ScalarModel, classifier, path, argument, placement, home)
+        return _adapted(made, None, lora, path, argument)
+
+    return _at_home(load, home)
+
+
+def _adapted_scalar(adapter: AdapterFolder, lora: Lora | None, argument: str, **loading: Any) -> ScalarModel:
+    """A reward model from an adapter, whose head lies beside it, and the reward or language model under it."""
+    check_reward_head(adapter.path, argument)
+    of_base = load_scalar if is_reward_model(adapter.base, argument) else new_scalar
+    home = loading.pop("home")
+
+    def load() -> ScalarModel:
+        together: Home = "host" if _on_one(home) else home
+        model = of_base(adapter.base, argument=argument, home=together, **loading)
+        model.mean, model.std = (float(adapter.record.get(k, v)) for k, v in (("mean", 0.0), ("std", 1.0)))
+        return _adapted(model, adapter, lora, adapter.base, argument)
 
     return _at_home(load, home)
 
@@ -211,8 +245,13 @@ def check_weights(path: str, argument: str) -> set[str]:
     """Names of the tensors in a folder's safetensors, read from their headers, before any model is loaded.
 
     Raises ConfigError where the folder has no weights, or a file of them is missing or torn. A Hub id, or weights in
-    another format, give no names; loading judges them.
+    another format, give no names; loading judges them. Those of an adapter come with those of its base, which must be
+    the one that it was trained on.
     """
+    if adapter := read_adapter(path, argument):
+        below = check_weights(adapter.base, argument)
+        check_base(adapter, argument)
+        return below | {name.removeprefix(PREFIX) for name in _names_in(adapter.weights, argument)}
     folder = Path(path)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     files = set(folder.glob("*.safetensors"))
@@ -230,12 +269,16 @@ def check_weights(path: str, argument: str) -> set[str]:
             raise ConfigError(f"{argument}: {path!r} lacks {_some(p.name for p in lost)}, which its index names")
     names: set[str] = set()
     for file in sorted(files):
-        try:
-            with safe_open(file, "pt") as tensors:
-                names |= set(tensors.keys())
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{argument}: {str(file)!r} is no readable safetensors file ({error})") from error
+        names |= _names_in(file, argument)
     return names
+
+
+def _names_in(file: Path, argument: str) -> set[str]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            return set(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{argument}: {str(file)!r} is no readable safetensors file ({error})") from error
 
 
 def check_reward_head(path: str, argument: str) -> None:
@@ -248,11 +291,14 @@ def check_reward_head(path: str, argument: str) -> None:
 
 def reward_outputs(path: str) -> int:
     """Numbers that the reward head in a folder's safetensors gives at a position; 0 where none is found there."""
-    for file in Path(path).glob("*.safetensors"):
+    adapter = read_adapter(path, "reward_model")
+    for file in [
+        p for folder in (path, *([adapter.base] if adapter else [])) for p in Path(folder).glob("*.safetensors")
+    ]:
         with safe_open(file, "pt") as tensors:
-            for head in SCORE_HEADS:
-                if f"{head}.weight" in tensors.keys():  # noqa: SIM118  (no mapping)
-                    return int(tensors.get_slice(f"{head}.weight").get_shape()[0])
+            for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                if name.removeprefix(PREFIX) in [f"{head}.weight" for head in SCORE_HEADS]:
+                    return int(tensors.get_slice(name).get_shape()[0])
     return 0
 
 
@@ -293,12 +339,14 @@ def _no_head(path: str, argument: str) -> ConfigError:
 
 def new_scalar(
     path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None = None,
-    home: Home = "host", head_std: float = 0.0,
+    home: Home = "host", head_std: float = 0.0, lora: Lora | None = None,
 ) -> ScalarModel:  # fmt: skip
     """A backbone from a causal LM with a new head: zeros, or normal with `head_std` (torch's current seed).
 
-    placement, home: see load_policy.
+    placement, home, lora: see load_policy.
     """
+    adapter = _adapter_at(path, argument, lora)
+    path = adapter.base if adapter else path
 
     def load() -> ScalarModel:
         settings = {"dtype": dtype, "attn_implementation": attention, "num_labels": 1}
@@ -311,7 +359,8 @@ def new_scalar(
             weight = classifier.score.weight
             weight.copy_(torch.randn(weight.shape) * head_std if head_std else torch.zeros(weight.shape))
         classifier.config.mean, classifier.config.std = 0.0, 1.0
-        return _checked(ScalarModel, classifier, path, argument, placement, home)
+        made = _checked(ScalarModel, classifier, path, argument, placement, home)
+        return _adapted(made, adapter, lora, path, argument)
 
     return _at_home(load, home)
 

@@ -16,36 +16,45 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.data.chat_template import ChatTemplate, save_template
 from rto_fast.errors import ConfigError
 from rto_fast.logs.files import folder_aside
+from rto_fast.models.adapters import gathered, merged_parameters, save_adapter
 from rto_fast.models.heads import PolicyModel, ScalarModel
 
 
-def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, full tensor) one at a time; collective under ZeRO-3, which gathers one parameter a step.
+def full_parameters(model: nn.Module, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) one at a time; collective under ZeRO-3, which gathers one parameter a step.
 
-    A tensor is valid until the next one is asked for. Tied parameters come once.
+    A tensor is valid until the next one is asked for. Tied parameters come once. trained: those alone that training
+    changes.
     """
     for name, parameter in getattr(model, "inner", model).named_parameters():
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
+        if parameter.requires_grad or not trained:
+            with gathered(parameter):
+                yield name, parameter.data
 
-            gathered = deepspeed.zero.GatheredParameters([parameter])
-        else:
-            gathered = nullcontext()
-        with gathered:
-            yield name, parameter.data
+
+def whole_weights(model: PolicyModel | ScalarModel) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, full tensor) as `full_parameters`, with an adapter merged into a copy of its weights."""
+    return merged_parameters(model.inner) if model.adapter else full_parameters(model)
 
 
 def export(model: PolicyModel | ScalarModel, folder: str | Path, *, write: bool) -> None:
     """Writes a Hugging Face folder; every rank must call it, only the one with `write` writes.
 
-    The weights are those of the model's dtype. Reward models carry `mean` and `std` in their config.
+    The weights are those of the model's dtype. Reward models carry `mean` and `std` in their config. A model with an
+    adapter writes that, in PEFT's format.
     """
     inner = model.inner
     state = {}
-    for name, tensor in full_parameters(model):
+    for name, tensor in full_parameters(model, trained=model.adapter is not None):
         if write:
             state[name] = tensor.detach().to("cpu", copy=True)
     if not write:
+        return
+    if model.adapter:
+        statistics = {"mean": model.mean, "std": model.std} if isinstance(model, ScalarModel) else {}
+        save_adapter(model, state, Path(folder), statistics)
+        if getattr(inner, "generation_config", None) is not None:
+            inner.generation_config.save_pretrained(folder)
         return
     if isinstance(model, ScalarModel):
         inner.config.mean, inner.config.std = model.mean, model.std

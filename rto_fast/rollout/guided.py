@@ -26,11 +26,11 @@ class GuidedEngine(TransformersEngine):
     def __init__(self, model_path: str, *loading: Any, guide: str, reference: str, scale: float) -> None:
         """`loading`: TransformersEngine's own arguments, the same for the guides; scale: w.
 
-        reference: "" or `model_path` = the model itself, which is then not loaded again.
+        reference: "" = the model itself, which is then not loaded again.
         """
         super().__init__(model_path, *loading)
         self.scale = scale
-        paths = [guide] if reference in ("", str(model_path)) else [guide, reference]
+        paths = [guide, reference] if reference else [guide]
         self.guides = [TransformersEngine(path, *loading) for path in paths]
         self.guide_batches: list[Batch] = []
 

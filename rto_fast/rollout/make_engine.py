@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rto_fast.config import RTOConfig
+from rto_fast.data.adapter_folder import base_of
 from rto_fast.errors import ConfigError
 from rto_fast.rollout.engine import RolloutEngine
 
@@ -20,11 +21,14 @@ def make_engine(
 ) -> RolloutEngine:
     """The engine that `config.rollout_engine` names, holding the model at `model_path` as version 0.
 
+    Of an adapter it holds the base: the merged weights are to be pushed before it samples.
+
     auto: vLLM where it is installed and can sample from the model, else transformers.
     """
     from rto_fast.rollout.vllm_engines import colocated, servers
     from rto_fast.rollout.vllm_engines.support import unusable
 
+    model_path = base_of(model_path)
     if config.rollout_engine == "vllm-serve":
         return servers.from_config(config, model_path, torch.device(device), dtype)
     if config.rollout_engine == "vllm" or (

@@ -18,6 +18,7 @@ from rto_fast.data.chat_template import ChatTemplate, check_template
 from rto_fast.data.load import load_answers, load_preferences
 from rto_fast.data.tokenizer import check_max_length
 from rto_fast.errors import require
+from rto_fast.models.adapters import twin
 from rto_fast.models.heads import PolicyModel
 from rto_fast.models.load import check_weights, load_config, load_policy
 from rto_fast.supervised.kto import KTO, Answers
@@ -78,24 +79,45 @@ def _check_frozen(config: DPOConfig, name: str, template: ChatTemplate) -> None:
         check_max_length(config.max_length, other, f"max_length ({name})")
 
 
+def _load_model(config: DPOConfig, common: Common) -> PolicyModel:
+    return load_policy(config.model, argument="model", **common.loading)
+
+
 def _load_reference(config: DPOConfig, common: Common, **changed: Any) -> PolicyModel:
     source, argument = (config.reference, "reference") if config.reference else (config.model, "model")
-    return load_policy(source, argument=argument, **common.loading | changed)
+    return load_policy(source, argument=argument, **common.loading | {"lora": None} | changed)
 
 
-def _reference_tables(
+def _one_base(config: DPOConfig) -> bool:
+    """Whether the reference stands on the weights under the adapter that is trained. ZeRO-3 takes those apart."""
+    return config.lora_rank > 0 and not config.reference and config.zero_stage < 3
+
+
+def _model_and_tables(
     config: DPOConfig, common: Common, *parts: tuple[Sequence[int], Sequence[Row]]
-) -> tuple[Tensor, ...]:
-    reference = _load_reference(config, common)
-    return cached_reference_logps(reference, parts, config, common.tokenizer, common.template, common.placement)
+) -> tuple[PolicyModel, tuple[Tensor, ...]]:
+    """The model to train, and its reference's summed log-probs of the rows."""
+    model = _load_model(config, common) if _one_base(config) else None
+    reference = twin(model) if model else _load_reference(config, common)
+    tables = cached_reference_logps(reference, parts, config, common.tokenizer, common.template, common.placement)
+    del reference
+    return model or _load_model(config, common), tables
+
+
+def _model_and_reference(config: DPOConfig, common: Common) -> tuple[PolicyModel, FrozenModel]:
+    """The model to train, and its reference, whole on this rank."""
+    if _one_base(config):
+        model = _load_model(config, common)
+        return model, _whole(twin(model), common)
+    reference = _whole(_load_reference(config, common, home="device"), common)
+    return _load_model(config, common), reference
 
 
 def _referenced(config: DPOConfig, common: Common, loss: PairLoss) -> Referenced:
     parts = load_preferences(config, common.tokenizer, common.template)
     train, held_out = map(pair_rows, parts)
-    tables = _reference_tables(config, common, (parts[0].rows, train), (parts[1].rows, held_out))
-    model = load_policy(config.model, argument="model", **common.loading)
-    return Referenced(model, train, held_out, config, loss, tables)
+    model, tables = _model_and_tables(config, common, (parts[0].rows, train), (parts[1].rows, held_out))
+    return Referenced(model, train, held_out, config, loss, (tables[0], tables[1]))
 
 
 def _unreferenced(
@@ -106,14 +128,13 @@ def _unreferenced(
     rows: Callable[[Any], Sequence[Row]] = pair_rows,
 ) -> Stage:
     train, held_out = map(rows, load_preferences(config, common.tokenizer, common.template))
-    return kind(load_policy(config.model, argument="model", **common.loading), train, held_out, config)
+    return kind(_load_model(config, common), train, held_out, config)
 
 
 def _tdpo(config: DPOConfig, common: Common, loss: KLLoss) -> TDPO:
     train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
-    whole = _whole(_load_reference(config, common, home="device"), common)
-    model = load_policy(config.model, argument="model", **common.loading)
-    return TDPO(model, train, held_out, config, loss, whole)
+    model, reference = _model_and_reference(config, common)
+    return TDPO(model, train, held_out, config, loss, reference)
 
 
 def _whole(model: PolicyModel, common: Common) -> FrozenModel:
@@ -123,13 +144,12 @@ def _whole(model: PolicyModel, common: Common) -> FrozenModel:
 
 def _token_weighted(config: DPOConfig, common: Common, weights: TokenWeights) -> TokenWeighted:
     train, held_out = map(pair_rows, load_preferences(config, common.tokenizer, common.template))
-    loading = common.loading | {"home": "device"}
-    reference = _whole(_load_reference(config, common, home="device"), common)
+    loading = common.loading | {"home": "device", "lora": None}
+    model, reference = _model_and_reference(config, common)
     guide = _whole(load_policy(config.guide_model, argument="guide_model", **loading), common)
     base = reference
     if config.guide_base:
         base = _whole(load_policy(config.guide_base, argument="guide_base", **loading), common)
-    model = load_policy(config.model, argument="model", **common.loading)
     return TokenWeighted(model, train, held_out, config, weights, reference, guide, base)
 
 
@@ -138,8 +158,7 @@ def _kto(config: DPOConfig, common: Common) -> KTO:
     learnt = Answers.of(parts[0], config.max_length)
     answers = (learnt, Answers.of(parts[1], config.max_length, spare=learnt.rows))
     rows = [rows for a in answers for rows in (a.rows, a.mismatched)]
-    tables = _reference_tables(config, common, *((range(len(r)), r) for r in rows))
-    model = load_policy(config.model, argument="model", **common.loading)
+    model, tables = _model_and_tables(config, common, *((range(len(r)), r) for r in rows))
     return KTO(model, answers, tables[::2], tables[1::2], config)
 
 

@@ -8,6 +8,7 @@ What differs between them is a `Stage` (stage.py): which sequences a row has, an
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def fit(
     found: the checkpoint to go on from, as Checkpoints.read gives it.
     """
     total = steps_of(config, len(stage.train))
-    engine = TrainEngine(stage.model, config, peak_lr=config.lr, total_steps=total)
+    engine = TrainEngine(stage.model, config, peak_lr=config.peak_lr, total_steps=total)
     bad_steps, bad_in_a_row, start = 0, 0, 0
     if found:
         start, state = found
@@ -112,6 +113,8 @@ def train_step(
     micro = my_share(lens, placement.micro_tokens)
     count, tokens = stage.count(rows), sum(lens)
     stage.begin(engine.evaluate, index, False, placement)
+    if config.lora_dropout:  # a resumed run drops what the whole one drops
+        torch.manual_seed(random.Random(f"dropout/{config.seed}/{distributed.rank()}/{step}").getrandbits(63))
     sums: Sums = {}
 
     def loss(item: tuple[list[int], float]) -> Tensor:

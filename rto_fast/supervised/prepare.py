@@ -14,6 +14,7 @@ from rto_fast.config import SupervisedConfig
 from rto_fast.data.chat_template import ChatTemplate, check_template, load_template
 from rto_fast.data.tokenizer import check_max_length, check_vocabulary, load_tokenizer
 from rto_fast.logs.run_logger import RunLogger
+from rto_fast.models.adapters import check_adapter
 from rto_fast.models.load import check_weights, load_config, place
 from rto_fast.models.packing import Placement
 from rto_fast.models.router import check_router, watch_router
@@ -40,6 +41,7 @@ def prepare(config: SupervisedConfig) -> Common:
     checkpoints = open_output(config)
     found = checkpoints.read()
     model = load_config(config.model, "model")
+    check_adapter(config.model, config.lora, "model")
     tokenizer = load_tokenizer(config.model)
     template = load_template(config.chat_template, tokenizer, config.template_date)
     check_weights(config.model, "model")
@@ -48,6 +50,7 @@ def prepare(config: SupervisedConfig) -> Common:
     check_max_length(config.max_length, model, "max_length")
     check_router(model, config.router_aux_coef, "model")
     placement, loading = place(config, device, config.micro_tokens, config.max_length)
+    loading["lora"] = config.lora
     return Common(tokenizer, template, placement, loading, checkpoints, found)
 
 
@@ -62,8 +65,22 @@ def run_stage(config: SupervisedConfig, common: Common, stage: Stage) -> Path:
         wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=common.found[0] if common.found else 0,
     )  # fmt: skip
+    if said := _adapter_said(config, stage.model):
+        logger.message(said)
     for warning in [*common.checkpoints.torn, *filter(None, [tight])]:
         logger.warn(warning)
     return fit(
         config, stage, common.tokenizer, common.template, common.placement, common.checkpoints, logger, common.found
+    )
+
+
+def _adapter_said(config: SupervisedConfig, model: Any) -> str:
+    """What is trained where it is an adapter, for the log; else ""."""
+    if not (adapter := model.adapter):
+        return ""
+    trained, all_of_it = (sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if kept(p)) for kept in (
+        lambda p: p.requires_grad, lambda p: True))  # fmt: skip
+    return (
+        f"adapter: {'a new one' if adapter.fresh else 'that of ' + config.model} of rank {config.lora_rank} on "
+        f"{adapter.base}, {trained:,} of {all_of_it:,} parameters, learning rate {config.peak_lr:g} (--lora-lr)"
     )

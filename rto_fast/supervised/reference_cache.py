@@ -23,6 +23,7 @@ from rto_fast.backend.frozen import frozen
 from rto_fast.config import DPOConfig
 from rto_fast.data.chat_template import ChatTemplate
 from rto_fast.data.tokenizer import tokenizer_hash
+from rto_fast.models.adapters import adapter_settings
 from rto_fast.models.packing import Placement
 from rto_fast.models.save import full_parameters
 from rto_fast.supervised.loop import held_out_batches
@@ -77,6 +78,8 @@ def cache_key(
     digest = hashlib.sha256(
         repr((_FORMAT, tokenizer_hash(tokenizer), template.hash, config.max_length, config.dtype, *alone)).encode()
     )
+    if getattr(reference, "adapter", None):
+        digest.update(adapter_settings(reference).encode())
     for name, tensor in full_parameters(reference):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -14,10 +14,10 @@ from loop_helpers import small_run
 from rto_fast import distributed, trainer
 from rto_fast.backend import checkpoints
 from rto_fast.backend.checkpoints import Checkpoints, checkpoint_steps, find_checkpoint
-from rto_fast.backend.inputs import fingerprint
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError, StorageError
 from rto_fast.export import ExportConfig, export_checkpoint
+from rto_fast.logs.files import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

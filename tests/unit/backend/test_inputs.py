@@ -13,6 +13,7 @@ from rto_fast import trainer
 from rto_fast.backend import inputs
 from rto_fast.config import RTOConfig, SFTConfig
 from rto_fast.errors import ConfigError
+from rto_fast.logs import files
 from rto_fast.supervised.sft import train_sft
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -135,16 +136,16 @@ def test_a_hub_id_has_its_revision(tmp_path, monkeypatch):
 
 def test_a_large_file_is_sampled(tmp_path, monkeypatch):
     """Its whole length and pieces all over it; what lies between the pieces may differ."""
-    monkeypatch.setattr(inputs, "WHOLE_BYTES", 2**20)
-    monkeypatch.setattr(inputs, "PIECES", 4)
+    monkeypatch.setattr(files, "WHOLE_BYTES", 2**20)
+    monkeypatch.setattr(files, "PIECES", 4)
     path = tmp_path / "weights.safetensors"
     data = bytearray(10 * 2**20)
     path.write_bytes(data)
-    first = inputs.fingerprint(path)
+    first = files.fingerprint(path)
     for place, seen in ((0, True), (2 * 2**20, False), (len(data) - 1, True)):
         data[place] = 1
         path.write_bytes(data)
-        assert (inputs.fingerprint(path) != first) == seen
+        assert (files.fingerprint(path) != first) == seen
         data[place] = 0
     path.write_bytes(data[:-1])
-    assert inputs.fingerprint(path) != first
+    assert files.fingerprint(path) != first

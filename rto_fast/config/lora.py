@@ -1,0 +1,69 @@
+"""Settings of LoRA adapters, for every stage that can train one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from rto_fast.errors import require
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter to train, as PEFT is told; the fields are those of `LoraSettings`."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]
+    rslora: bool
+    dora: bool
+    seed: int
+    """Of the first values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Flags of an adapter."""
+
+    lora_rank: int = 0
+    """Rank of a LoRA adapter that is trained in place of the weights; 0 = off, whole weights are trained. An adapter's
+    folder may stand wherever a model may: with a rank its training goes on, without one it is merged when loaded."""
+    lora_alpha: int = 32
+    """Scale of the adapter: its product is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Probability that an input of the adapter is dropped in training; 0 = off."""
+    lora_targets: tuple[str, ...] = (ALL_LINEAR,)
+    """Names of the linear maps that get an adapter, such as `q_proj v_proj`; all-linear: all but the lm_head and reward
+    heads."""
+    lora_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_rank) (arXiv 2312.03732)."""
+    lora_dora: bool = False
+    """Train the size of each output's weights apart from their direction (DoRA, arXiv 2402.09353)."""
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter to train; None where whole weights are."""
+        if not self.lora_rank:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets, self.lora_rslora,
+                    self.lora_dora, getattr(self, "seed", 0))  # fmt: skip
+
+    def check_lora(self) -> None:
+        """Raises ConfigError on settings that contradict each other."""
+        require(self.lora_rank >= 0, f"lora_rank: must not be negative, got {self.lora_rank}")
+        require(self.lora_alpha >= 1, f"lora_alpha: must be at least 1, got {self.lora_alpha}")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout: must lie in [0, 1), got {self.lora_dropout}")
+        require(bool(self.lora_targets), f"lora_targets: must name a module; {ALL_LINEAR} names all linear maps")
+        require(
+            ALL_LINEAR not in self.lora_targets or len(self.lora_targets) == 1,
+            f"lora_targets: {ALL_LINEAR} names all linear maps already; leave {ALL_LINEAR} out, or the others",
+        )
+        for field in dataclasses.fields(LoraSettings):
+            changed = getattr(self, field.name) != field.default
+            require(
+                self.lora_rank > 0 or not changed,
+                f"{field.name}: is for adapters; pass --lora-rank too, such as 16, or leave it out",
+            )
