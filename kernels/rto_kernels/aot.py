@@ -94,7 +94,7 @@ class Launch(NamedTuple):
 
 
 # Local loads and stores that a product kernel may have outside its loop over the inner dimension.
-SPILLS_A_TILE = 32
+SPILLS_A_TILE = 40
 # Waits of a step whose products overlap with the step before; where ptxas cannot prove that they may, two a product.
 WAITS_A_STEP = 2
 
