@@ -77,7 +77,7 @@ class GenerateConfig:
     responses_per_prompt: int = 1
     """Responses sampled from each prompt; more than 1 for jsonl alone."""
     greedy: bool = False
-    """Take the likeliest token each time; temperature is then ignored."""
+    """Take the likeliest token each time, at no temperature."""
     max_response_length: int = 1024
     """Tokens of a response at most."""
     min_response_length: int = 0
@@ -121,6 +121,15 @@ class GenerateConfig:
         )
         require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}; for the likeliest token "
                 "pass --greedy True")  # fmt: skip
+        require(
+            not self.greedy or self.temperature == 1,
+            f"temperature: {self.temperature:g} is not read with --greedy True; leave one of the two out",
+        )
+        measured = self.token_logprobs or bool(self.reference)
+        require(
+            measured or self.packing == "on",
+            "packing: is for forwards for log-probs; pass --token-logprobs True or --reference, or leave it out",
+        )
         if self.format != "jsonl":
             many = self.responses_per_prompt > 1
             require(not many, f"responses_per_prompt: {self.format} holds one answer a prompt; use --format jsonl")
