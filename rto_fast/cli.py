@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NoReturn, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -62,7 +62,8 @@ def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = 
         near = difflib.get_close_matches(flag.replace("_", "-"), flags, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"unknown flag {flag}; {hint}--help lists all")
-    return dataclasses.replace(config)  # tyro takes what follows from other fields from the defaults
+    given: Any = config
+    return dataclasses.replace(given)  # tyro takes what follows from other fields from the defaults
 
 
 def _check_choices(defaults: Settings, args: Sequence[str]) -> None:
