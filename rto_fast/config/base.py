@@ -112,7 +112,8 @@ class RunConfig:
 
     # Data
     data: str = ""
-    """Hub id, local .jsonl/.json/.parquet/.csv file, or a folder saved by `datasets`."""
+    """Hub id, local .jsonl/.json/.parquet/.csv file, or a folder: saved by `datasets`, or a copy of a data set's
+    repository. A configuration stands behind a colon: openai/gsm8k:main."""
     data_split: str = "train"
     """Split of a Hub data set or saved folder."""
     max_rows: int = 0
