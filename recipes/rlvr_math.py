@@ -3,7 +3,7 @@
 The data have GSM8K's columns: `question`, and `answer` with "#### 42" at its end. RLOO without a critic by default;
 `--advantage grpo` or `gae` (PPO), and with `--dpo-model` RTO, whose token reward stands beside the answer's.
 
-deepspeed recipes/rlvr_math.py --data gsm8k_train.jsonl --output-dir runs/rlvr
+deepspeed recipes/rlvr_math.py --data openai/gsm8k:main --output-dir runs/rlvr
 """
 
 from rto_fast import commands

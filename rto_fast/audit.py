@@ -44,6 +44,12 @@ NO_TEXTS = ResponseTexts([], [], [])
 """Models read tokens."""
 
 
+OF_DATA = (
+    "beta1", "dpo_clip", "data_split", "max_rows", "response_key", "score_key", "chat_template", "template_date",
+)  # fmt: skip
+"""Settings that are read of --data alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     """What token rewards lean on: kinds of tokens, places, and whether they agree with the score."""
@@ -96,6 +102,7 @@ class AuditConfig:
             given = bool(getattr(self, name))
             require(given or not self.data, f"{name}: missing; the responses of --data need --{name.replace('_', '-')}")
             require(not given or not self.run, f"{name}: the responses of --run have their token rewards; leave it out")
+        self._check_read()
         for name in ("max_rows", "dpo_clip"):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
         require(self.beta1 > 0 and math.isfinite(self.beta1), f"beta1: must be positive, got {self.beta1}")
@@ -104,6 +111,14 @@ class AuditConfig:
             there = next(p for p in (self.target, *self.target.absolute().parents) if p.exists())
             require(there.is_dir() != (there == self.target), f"output: {there} is no "
                     + ("file" if there == self.target else "folder"))  # fmt: skip
+
+    def _check_read(self) -> None:
+        """ConfigError where what is given would not be read."""
+        models = ("packing", "dtype", "score_tokens") if not self.reward_model else ()
+        for name in (*OF_DATA, *models) if self.run else ():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            why = "no --reward-model reads its responses" if name in models else "it has its own"
+            require(value == default, f"{name}: {value!r} is not read of --run, for {why}; leave it out")
 
     @property
     def target(self) -> Path | None:

@@ -19,10 +19,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NoReturn, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
+from rto_fast.config import FOLLOWS
 from rto_fast.errors import REFUSED, STOPPED, ConfigError, shown
 
 
@@ -42,7 +43,7 @@ _QUIET_SECONDS = 3.0
 def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = None) -> C:
     """The config from flags named as its fields; exits with code 2 on a value that does not parse.
 
-    Raises ConfigError on an unknown flag or choice (the nearest is suggested).
+    Raises ConfigError on an unknown flag or choice (the nearest is suggested), and on one that follows from others.
     """
     args = sys.argv[1:] if args is None else args
     args = [a for a in args if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
@@ -53,11 +54,16 @@ def parse(defaults: C, args: Sequence[str] | None = None, *, prog: str | None = 
     )  # fmt: skip
     if unknown:
         flag = unknown[0].split("=")[0]
-        flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(defaults)]
+        name = flag.removeprefix("--").replace("-", "_")
+        fields = dataclasses.fields(defaults)
+        if instead := next((f.metadata.get(FOLLOWS) for f in fields if f.name == name), None):
+            raise ConfigError(f"{flag}: this command does not read it; {instead}")
+        flags = ["--" + field.name.replace("_", "-") for field in fields if field.init]
         near = difflib.get_close_matches(flag.replace("_", "-"), flags, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"unknown flag {flag}; {hint}--help lists all")
-    return config
+    given: Any = config
+    return dataclasses.replace(given)  # tyro takes what follows from other fields from the defaults
 
 
 def _check_choices(defaults: Settings, args: Sequence[str]) -> None:

@@ -83,7 +83,7 @@ class GenerateConfig:
     responses_per_prompt: int = 1
     """Responses sampled from each prompt; more than 1 for jsonl alone."""
     greedy: bool = False
-    """Take the likeliest token each time; temperature is then ignored."""
+    """Take the likeliest token each time, at no temperature."""
     beams: int = 0
     """Search with so many beams for the likeliest responses in place of sampling: the best `responses_per_prompt` of
     each prompt, best first. At temperature 1, by the transformers engine. 0 = off."""
@@ -141,6 +141,15 @@ class GenerateConfig:
         require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}; for the likeliest token "
                 "pass --greedy True")  # fmt: skip
         self._validate_search()
+        require(
+            not self.greedy or self.temperature == 1,
+            f"temperature: {self.temperature:g} is not read with --greedy True; leave one of the two out",
+        )
+        measured = self.token_logprobs or bool(self.reference)
+        require(
+            measured or self.packing == "on",
+            "packing: is for forwards for log-probs; pass --token-logprobs True or --reference, or leave it out",
+        )
         if self.format != "jsonl":
             many = self.responses_per_prompt > 1
             require(not many, f"responses_per_prompt: {self.format} holds one answer a prompt; use --format jsonl")

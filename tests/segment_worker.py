@@ -34,7 +34,8 @@ def rollout() -> Rollout:
 
 def scored(models: TinyModels, folder: Path, **settings):
     """(config, scores, targets) of the fixed rollout in a run with these settings."""
-    config = RTOConfig(**small_run(models, folder, score_tokens=24, segment_entropy=CUT, **settings))
+    cut = {"segment_entropy": CUT} if settings.get("credit") == "segment" else {}
+    config = RTOConfig(**small_run(models, folder, score_tokens=24, **cut, **settings))
     run = build.build(config)
     drawn = rollout()
     scores, _ = score_rollout(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)

@@ -71,7 +71,7 @@ def page() -> str:
         own = meanings(cls)
         known |= {name: doc for name, (_, doc) in own.items() if doc}
         for field in dataclasses.fields(cls):
-            if field.name in own:
+            if field.name in own and field.init:
                 kind, doc = own[field.name]
                 choices = kind.removeprefix("Literal[").removesuffix("]") if kind.startswith("Literal[") else ""
                 meaning = doc or known[field.name]

@@ -27,6 +27,14 @@ def free(default: T) -> T:
     return dataclasses.field(default=default, metadata={FREE: True})
 
 
+FOLLOWS = "what it follows from"
+
+
+def follows(default: T, why: str) -> T:
+    """A field that a preset works out from others, so that it is no flag; why: what to pass instead."""
+    return dataclasses.field(default=default, init=False, metadata={FOLLOWS: why})
+
+
 PATHS = (
     "output_dir", "model", "policy", "reference", "dpo_model", "dpo_ref", "reward_model", "reward_fn", "output",
     "generator", "run", "guide_model", "guide_base",
@@ -104,7 +112,8 @@ class RunConfig:
 
     # Data
     data: str = ""
-    """Hub id, local .jsonl/.json/.parquet/.csv file, or a folder saved by `datasets`."""
+    """Hub id, local .jsonl/.json/.parquet/.csv file, or a folder: saved by `datasets`, or a copy of a data set's
+    repository. A configuration stands behind a colon: openai/gsm8k:main."""
     data_split: str = "train"
     """Split of a Hub data set or saved folder."""
     max_rows: int = 0

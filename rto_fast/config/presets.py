@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from tyro.conf import Suppress
+
+from rto_fast.config.base import follows
 from rto_fast.config.rto import RTOConfig
 from rto_fast.errors import require
+
+UNREAD_BY_DISTILL = {
+    "dpo_model": "the teacher is --teacher", "dpo_weight": "the teacher's weight is --scale",
+    "dpo_pessimism": "there is one teacher", "dpo_ref": "the teacher's log-ratio is taken against --base",
+    "token_reward_weight": "the teacher's weight is --scale", "token_reward_alpha": "the teacher is --teacher",
+    "online": "the teacher stays as it is; rto-fast rto has --online",
+}  # fmt: skip
+"""Setting -> what to pass instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +30,19 @@ class DistillConfig(RTOConfig):
     """
 
     teacher: str = ""
-    """Language model on the policy's tokens (folder or Hub id). token_reward and beta1 follow from it, scale and beta2:
-    what is given for them is not read."""
+    """Language model on the policy's tokens (folder or Hub id)."""
     base: str = ""
     """The model that the teacher's log-ratio and the KL are taken against; empty = the policy's start."""
     scale: float = 1.0
     """Weight of the teacher's log-ratio; above 1 the policy goes beyond the teacher, away from the base."""
+    reference: Annotated[str, Suppress] = follows("", "the KL's base is that of the teacher's log-ratio, pass --base")
+    """The base."""
+    token_reward: Annotated[tuple[str, ...], Suppress] = follows(
+        (), "the token reward is the teacher's log-ratio, pass --teacher"
+    )
+    """The teacher's log-ratio."""
+    beta1: Annotated[float, Suppress] = follows(0.0, "it is scale times beta2, pass --scale and --beta2")
+    """scale times beta2."""
     beta2: float = 1.0
     """Scale of the KL against the base, and so of the whole objective; beta1 is scale times it."""
     beta3: float = 0.0
@@ -45,7 +63,7 @@ class DistillConfig(RTOConfig):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if self.teacher:
             object.__setattr__(self, "token_reward", (f"logratio:{self.teacher}",))
-        object.__setattr__(self, "reference", self.base or self.reference)
+        object.__setattr__(self, "reference", self.base)
         object.__setattr__(self, "beta1", self.scale * self.beta2)
 
     def validate(self) -> None:
@@ -53,6 +71,9 @@ class DistillConfig(RTOConfig):
         require(":" not in self.teacher, f"teacher: {self.teacher!r} must not have a colon")
         require(self.scale > 0, f"scale: must be positive, got {self.scale}")
         require(self.beta2 > 0, f"beta2: scales the whole objective, must be positive, got {self.beta2}")
+        plain = RTOConfig()
+        for name, instead in UNREAD_BY_DISTILL.items():
+            require(getattr(self, name) == getattr(plain, name), f"{name}: distillation does not read it; {instead}")
         super().validate()
 
 

@@ -115,6 +115,22 @@ class RTOConfig(RTOSettings):
             f"dpo_pessimism: a deviation over DPO models needs at least 2 of them, got {models}",
         )
         require(self.token_reward_alpha > 0, f"token_reward_alpha: must be positive, got {self.token_reward_alpha}")
+        self._check_token_rewards_read()
+
+    def _check_token_rewards_read(self) -> None:
+        """Without a DPO model as the source nothing reads its settings; beta1 = 0 leaves them as they are."""
+        kinds, fields = {spec.kind for spec, _ in self.token_sources}, type(self).__dataclass_fields__
+        for name, read, reader in (
+            ("dpo_weight", "dpo" in kinds or not self.beta1, "--token-reward dpo"),
+            ("dpo_pessimism", "dpo" in kinds or not self.beta1, "--token-reward dpo"),
+            ("dpo_ref", "dpo" in kinds or not self.beta1, "--token-reward dpo"),
+            ("token_reward_alpha", "endogenous" in kinds, "--token-reward endogenous"),
+            ("segment_entropy", self.credit == "segment", "--credit segment"),
+            ("delimiters", self.credit == "sentence", "--credit sentence"),
+            ("rebel_eta", self.policy_update == "rebel", "--policy-update rebel"),
+        ):
+            value = getattr(self, name)
+            require(read or value == fields[name].default, f"{name}: {value!r} is not read without {reader}")
 
     def _check_online(self) -> None:
         fields, pairs = type(self).__dataclass_fields__, self.online == "dpo"

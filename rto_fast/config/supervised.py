@@ -169,7 +169,17 @@ class DPOConfig(PreferenceConfig):
             "kto_undesirable_weight",
         ):
             require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        self._check_read()
         self._check_guide()
+
+    def _check_read(self) -> None:
+        for name, readers in READERS.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            more = "; its scale is --simpo-beta" if (name, self.objective) == ("beta", "simpo") else ""
+            require(
+                self.objective in readers or value == default,
+                f"{name}: {value!r} is not read with --objective {self.objective}{more}",
+            )
 
     def _check_guide(self) -> None:
         guided = self.objective in ("tgdpo", "tis_dpo")
@@ -180,3 +190,13 @@ class DPOConfig(PreferenceConfig):
             require(fits, f"{name}: is for --objective {' or '.join(wanted)}, not {self.objective}")
         bounds = f"[{self.tis_low}, {self.tis_high}]"
         require(self.tis_low < self.tis_high, f"tis_low: must be below tis_high, got {bounds}")
+
+
+READERS = {
+    "beta": ("dpo", "r_dpo", "tdpo1", "tdpo2", "tgdpo", "tis_dpo", "kto", "ipo", "mpo"),
+    "r_dpo_alpha": ("r_dpo",), "mpo_keep": ("mpo",),
+    "simpo_beta": ("simpo",), "simpo_gamma": ("simpo",), "tdpo_alpha": ("tdpo2",), "tgdpo_alpha": ("tgdpo",),
+    "tis_low": ("tis_dpo",), "tis_high": ("tis_dpo",), "kto_desirable_weight": ("kto",),
+    "kto_undesirable_weight": ("kto",), "completion_key": ("kto",), "label_key": ("kto",),
+}  # fmt: skip
+"""Setting of some objectives -> those objectives."""

@@ -3,7 +3,8 @@
 Errors name the file and the line.
 
 JSON, JSON lines and CSV are read here line by line, so that a message can name the line and a column may hold
-text in one row and messages in the next. Parquet, saved folders and the Hub go through `datasets`.
+text in one row and messages in the next. Parquet, saved folders and the Hub go through `datasets`. Of a data set with
+several configurations one is named behind a colon, as in `openai/gsm8k:main`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
     A file is hashed here and parsed by the reader alone. `split` is that of a Hub data set or saved folder.
     Both raise DataError.
     """
-    path = Path(name).expanduser()
+    place, config = _parts(name)
+    path = Path(place).expanduser()
     try:
         is_file = path.is_file()
         if is_file:
@@ -69,6 +71,8 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
     except OSError as e:
         raise DataError(f"{argument}: {name!r} cannot be read: {e.strerror}") from e
     if is_file:
+        if config:
+            raise DataError(f"{argument}: {place!r} is a file, which has no configuration {config!r}")
         if path.suffix.lower() not in SUFFIXES:
             expected = ", ".join(SUFFIXES)
             raise DataError(f"{argument}: {name!r} has unknown file type {path.suffix!r}; expected {expected}")
@@ -78,25 +82,63 @@ def open_source(argument: str, name: str, split: str) -> tuple[str, Callable[[in
             digest = hashlib.file_digest(f, "sha256").hexdigest() + path.suffix.lower()
         return digest, lambda max_rows: _read_file(argument, name, path, max_rows)
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if path.is_dir():
+    if _is_repository(path):
+        data = _repository(argument, name, str(path), config, split)
+    elif path.is_dir():
+        if config:
+            raise DataError(f"{argument}: folder {place!r} has no README.md that names configurations like {config!r}")
         data = _saved_folder(argument, name, path, split)
     elif local or path.suffix.lower() in SUFFIXES:
         raise DataError(f"{argument}: no file or folder {name!r}{near_names(path)}")
     else:
-        try:
-            data = datasets.load_dataset(name, split=split)
-        except Exception as e:  # datasets and huggingface_hub raise many unrelated types here
-            raise DataError(
-                f"{argument}: {name!r} is no local file or folder{near_names(path)}, and the Hub gave no "
-                f"data set of this name with split {split!r}: {_one_line(e)}"
-            ) from e
+        data = _repository(argument, name, place, config, split)
     return data._fingerprint, lambda max_rows: _typed(argument, name, data, max_rows)
 
 
 def has_splits(name: str) -> bool:
     """Whether a split can be chosen: of a Hub data set or a saved dictionary of them; a file has none."""
-    path = Path(name).expanduser()
-    return (path / datasets.config.DATASETDICT_JSON_FILENAME).exists() if path.exists() else True
+    path = Path(_parts(name)[0]).expanduser()
+    saved = (path / datasets.config.DATASETDICT_JSON_FILENAME).exists()
+    return saved or _is_repository(path) or not path.exists()
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """(the data set, the configuration behind its last colon or "")."""
+    place, _, config = name.rpartition(":")
+    one = bool(place) and bool(config) and "/" not in config and not Path(name).expanduser().exists()
+    return (place, config) if one else (name, "")
+
+
+def _is_repository(path: Path) -> bool:
+    """Whether a folder is a copy of a data set's repository, which its README.md describes."""
+    saved = (datasets.config.DATASETDICT_JSON_FILENAME, datasets.config.DATASET_STATE_JSON_FILENAME)
+    return (path / "README.md").is_file() and not any((path / name).exists() for name in saved)
+
+
+def _repository(argument: str, name: str, place: str, config: str, split: str) -> datasets.Dataset:
+    """A split of a data set on the Hub, or in a copy of its repository; name: as the user gave it."""
+    settings = {"name": config} if config else {}
+    try:
+        return datasets.load_dataset(place, split=split, **settings)
+    except Exception as e:  # datasets and huggingface_hub raise many unrelated types here
+        there = _configurations(place) if isinstance(e, ValueError) else []
+        if config not in there and (config or len(there) > 1):
+            why = f"has no configuration {config!r}" if config else "has several configurations"
+            choices = f"it has {', '.join(there)}; name one as {place}:{there[0]}" if there else _one_line(e)
+            raise DataError(f"{argument}: {place!r} {why}: {choices}") from e
+        path = Path(place)
+        where = "" if path.exists() else f"is no local file or folder{near_names(path)}, and the Hub "
+        raise DataError(
+            f"{argument}: {name!r} {where}gave no data set of this name with split {split!r}: {_one_line(e)}"
+        ) from e
+
+
+def _configurations(place: str) -> list[str]:
+    """Those of a repository; empty where they cannot be read."""
+    try:
+        return datasets.get_dataset_config_names(place)
+    except Exception:  # as above: what went wrong first is the message
+        return []
 
 
 def _saved_folder(argument: str, name: str, path: Path, split: str) -> datasets.Dataset:

@@ -167,7 +167,9 @@ def fields_of(recipe: str, monkeypatch) -> list[tuple[str, object, str]]:
         for field, after in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
                 meanings[field.target.id] = after.value.value
-    return [(f.name, getattr(defaults, f.name), meanings.get(f.name, "")) for f in dataclasses.fields(defaults)]
+    return [
+        (f.name, getattr(defaults, f.name), meanings.get(f.name, "")) for f in dataclasses.fields(defaults) if f.init
+    ]
 
 
 def test_servers_that_ranks_elsewhere_could_not_reach(refused, monkeypatch):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 import runpy
 import sys
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from loop_helpers import ROOT
 
 from rto_fast import __main__, cli, commands
-from rto_fast.errors import REFUSED
+from rto_fast.errors import REFUSED, ConfigError
 
 
 def test_it_lists_its_commands(capsys):
@@ -69,6 +71,84 @@ def test_a_recipe_is_its_command(recipe, name, monkeypatch):
     assert by_recipe == by_command
     assert by_recipe[0] is space["DEFAULTS"]
     assert (own_name, prog) == (None, f"rto-fast {name}")
+
+
+def changed(value, kind):
+    """Another value of a field's type, and the words that give it on the command line."""
+    if get_origin(kind) is Literal:
+        value = next(choice for choice in get_args(kind) if choice != value)
+    elif get_origin(kind) is tuple:
+        value = tuple(0.25 if get_args(kind)[0] is float else f"other{i}" for i in range(2))
+    elif isinstance(value, bool):
+        value = not value
+    elif kind is str:
+        value = "other"
+    else:
+        value = (value or 0) + 1
+    return value, [str(v) for v in (value if isinstance(value, tuple) else (value,))]
+
+
+STAGES = [name for name, command in commands.COMMANDS.items() if isinstance(command, commands.Stage)]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_command_overrides_what_a_flag_says(name):
+    """Every field: its flag's value stands in the config, or it has no flag and the message says what to pass."""
+    defaults = commands.COMMANDS[name].defaults
+    defaults = pkgutil.resolve_name(defaults)() if isinstance(defaults, str) else defaults
+    kinds = get_type_hints(type(defaults))
+    values, flags = {}, []
+    for field in dataclasses.fields(defaults):
+        value, words = changed(getattr(defaults, field.name), kinds[field.name])
+        flag = "--" + field.name.replace("_", "-")
+        if field.init:
+            values[field.name] = value
+            flags += [flag, *words]
+        else:
+            with pytest.raises(ConfigError, match=f"^{flag}: this command does not read it; .* pass --"):
+                cli.parse(defaults, [flag, *words])
+    config = cli.parse(defaults, flags)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("distill", "--dpo-model x", "dpo_model: distillation does not read it; the teacher is --teacher"),
+        ("distill", "--dpo-ref x", "dpo_ref: .* taken against --base"),
+        ("distill", "--token-reward-weight 2", "token_reward_weight: .* is --scale"),
+        ("distill", "--token-reward-alpha 2", "token_reward_alpha: "),
+        ("distill", "--online prime", "online: distillation does not read it; the teacher stays as it is"),
+        ("rto", "--token-reward-alpha 2", "token_reward_alpha: 2.0 is not read without --token-reward endogenous"),
+        ("rto", "--token-reward endogenous --dpo-ref x", "dpo_ref: 'x' is not read without --token-reward dpo"),
+        ("rto", "--token-reward endogenous --dpo-weight 2", r"dpo_weight: \(2.0,\) is not read without --token-rewar"),
+        ("rto", "--segment-entropy 1", "segment_entropy: 1.0 is not read without --credit segment"),
+        ("rto", "--delimiters x", r"delimiters: \('x',\) is not read without --credit sentence"),
+        ("rto", "--rebel-eta 2", "rebel_eta: 2.0 is not read without --policy-update rebel"),
+        ("dpo", "--r-dpo-alpha 1", "r_dpo_alpha: 1.0 is not read with --objective dpo"),
+        ("dpo", "--objective simpo --beta 2", "beta: 2.0 is not read with --objective simpo; its scale is --simpo-"),
+        ("dpo", "--objective tdpo1 --tdpo-alpha 1", "tdpo_alpha: 1.0 is not read with --objective tdpo1"),
+        ("dpo", "--tis-high 2", "tis_high: 2.0 is not read"),
+        ("dpo", "--tgdpo-alpha 2", "tgdpo_alpha: 2.0 is not read"),
+        ("dpo", "--label-key good", "label_key: 'good' is not read"),
+        ("audit", "--run r --beta1 0.2", "beta1: 0.2 is not read of --run, for it has its own"),
+        ("audit", "--run r --max-rows 9", "max_rows: 9 is not read of --run"),
+        ("audit", "--run r --score-key s", "score_key: 's' is not read of --run"),
+        ("audit", "--run r --dtype fp32", "dtype: 'fp32' is not read of --run, for no --reward-model reads its respon"),
+        ("generate", "--model m --data d --output o --greedy True --temperature 0.5", "temperature: 0.5 is not read"),
+        ("generate", "--model m --data d --output o --packing off", "packing: is for forwards for log-probs"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_nothing_reads_is_refused(name, flags, message):
+    defaults = commands.COMMANDS[name].defaults
+    defaults = pkgutil.resolve_name(defaults)() if isinstance(defaults, str) else defaults
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        cli.parse(defaults, flags.split()).validate()
+
+
+def test_what_follows_from_other_flags_follows_from_those_given():
+    config = cli.parse(commands.DISTILL, ["--teacher", "t", "--scale", "1.5", "--beta2", "2", "--base", "b"])
+    assert (config.beta1, config.token_reward, config.reference) == (3.0, ("logratio:t",), "b")
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):

@@ -96,6 +96,6 @@ def test_the_same_on_two_ranks(tiny, tmp_path):
 def test_a_negative_cut_is_refused():
     base = {"policy": "p", "dpo_model": "d", "reward_model": ("r",), "data": "x"}
     with pytest.raises(ConfigError, match="segment_entropy: must not be negative"):
-        RTOConfig(**base, segment_entropy=-0.1).validate()
+        RTOConfig(**base, credit="segment", segment_entropy=-0.1).validate()
     with pytest.raises(ConfigError, match="credit: beta1 = 0 has no token rewards for 'segment'"):
         RTOConfig(**base, credit="segment", beta1=0.0).validate()

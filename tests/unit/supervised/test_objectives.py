@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rto_fast.algo import preference
 from rto_fast.config import DPOConfig
+from rto_fast.config.supervised import READERS
 from rto_fast.demo.tiny_task import make_task
 from rto_fast.errors import ConfigError
 from rto_fast.supervised import reference_cache
@@ -40,7 +41,9 @@ def small(tiny, output_dir, **settings) -> DPOConfig:
         "batch": 8, "lr": 1e-3, "max_rows": 24, "max_length": 64, "gradient_checkpointing": False,
         "data_cache": False, "data_workers": 1, "epochs": 1.0,
     }  # fmt: skip
-    return DPOConfig(**(base | SETTINGS | settings))
+    objective = settings.get("objective", "dpo")
+    own = {k: v for k, v in SETTINGS.items() if objective in READERS[k]}
+    return DPOConfig(**(base | own | settings))
 
 
 def make_stage(config: DPOConfig):
