@@ -66,7 +66,9 @@ def targets_of(
         dense = dense + paid_by(scores.tokens, scales, coefficients.dpo_clip)
     placed = credit(dense, cu, ends)
     rewards = reward.rewards + (placed - reward.dpo_reward)  # the same bits where nothing moves
-    estimated = estimate(rewards, scores, cu)
+    bound = coefficients.score_clip or math.inf
+    score = coefficients.beta3 * scores.score.clamp(-bound, bound)
+    estimated = estimate(rewards, dataclasses.replace(scores, score=score), cu)
     return Targets(
         rewards=rewards,
         dpo_reward=reward.dpo_reward,

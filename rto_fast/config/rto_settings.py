@@ -169,9 +169,9 @@ class RTOSettings(RunConfig):
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
 
     # Policy and critic
-    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "gae"
-    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
-    reward still to come as it is."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns", "q"] = "gae"
+    """Estimator; only gae has a critic, grpo, rloo and q compare responses_per_prompt >= 2 responses, returns takes the
+    reward still to come as it is, q each token's own reward, and the score less the other responses'."""
     policy_update: Literal["ppo", "p3o", "rebel"] = "ppo"
     """p3o and rebel compare two responses to each prompt, without a critic."""
     p3o_clip: Literal["joint", "separate"] = "joint"
