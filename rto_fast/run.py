@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rto_fast import distributed
-from rto_fast.algo.targets import KLController
+from rto_fast.algo.targets import KLController, RunningScale
 from rto_fast.backend.checkpoints import Checkpoints, checkpoint_bytes
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.backend.weight_average import WeightAverage
@@ -51,6 +51,8 @@ class State:
     bad_in_a_row: int = 0
     wrong_in_a_row: int = 0
     """Iterations in a row whose online token reward was wrong more often than right."""
+    scale: RunningScale = field(default_factory=RunningScale)
+    """Of all scores so far where `score_scale` is running."""
 
 
 @dataclass
@@ -171,6 +173,8 @@ class Run:
                      "bad_in_a_row": self.state.bad_in_a_row}  # fmt: skip
             if self.online:
                 state["wrong_in_a_row"] = self.state.wrong_in_a_row
+            if self.config.score_scale == "running":
+                state["score_scale"] = dataclasses.asdict(self.state.scale)
             if self.critic:
                 state["critic_normalisation"] = (self.critic.model.mean, self.critic.model.std)
             ahead = self.ahead and vars(self.ahead)
@@ -194,8 +198,9 @@ class Run:
         torch.set_rng_state(tensors["rng"].clone())
         self.ahead = Rollout(**copy.deepcopy(tensors["ahead"])) if tensors.get("ahead") else None
         self.state = State(
-            step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"], state.get("wrong_in_a_row", 0)
-        )
+            step, KLController(**state["kl"]), state["bad_steps"], state["bad_in_a_row"],
+            state.get("wrong_in_a_row", 0), RunningScale(**state.get("score_scale", {})),
+        )  # fmt: skip
         self.sync.push(version=step)
 
     def export(self, folder: Path) -> None:

@@ -109,11 +109,12 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
         scores, dpo_steps = learn_token_reward(run, iteration, rollout, scores)
         if wrong := not_finite(scores):
             return seen | bad_step(run, f"rollout {iteration + 1} gave {wrong}")
-        targets = compute_targets(rollout, scores, run.config, beta2, run.delimiters)
+        paid, seen_scale = scale_scores(run, scores)
+        targets = compute_targets(rollout, paid, run.config, beta2, run.delimiters)
         run.state.kl.update(targets.mean_kl, len(rollout))
         run.keep_samples(iteration, rollout, scores, targets, texts)
         learnt = updates(run, iteration, rollout, scores, targets, dpo_steps)
-    return of_iteration(seen, targets, len(rollout), beta2, learnt, push(run))
+    return of_iteration(seen | seen_scale, targets, len(rollout), beta2, learnt, push(run))
 
 
 def draw(run: Run, iteration: int) -> Rollout:
@@ -218,6 +219,15 @@ def check_token_reward(run: Run, steps: list[UpdateStats[OnlineStats]]) -> None:
             f"(accuracy {accuracy:.2f} in the last). The last checkpoint is whole. Look at --online-lr, --online-beta, "
             "the outcomes and where the DPO model started; --online-patience 0 goes on all the same"
         )
+
+
+def scale_scores(run: Run, scores: Scores) -> tuple[Scores, dict[str, float]]:
+    """The scores over the deviation of all so far, these included, and its metric; as they are where that is off."""
+    if run.config.score_scale == "off":
+        return scores, {}
+    run.state.scale.update(scores.score)
+    deviation = run.state.scale.deviation
+    return replace(scores, score=scores.score / deviation), {"reward/score_deviation": deviation}
 
 
 def compute_targets(

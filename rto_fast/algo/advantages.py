@@ -1,7 +1,7 @@
 """From token rewards to advantages, one estimator a function.
 
 rewards  [R] fp32 token rewards of the global rollout, whose responses to a prompt stand side by side
-scores   its Scores (values are zeros in a run without a critic)
+scores   its Scores (values are zeros in a run without a critic), the score as it is paid: scaled and clipped
 cu       [B + 1] int64 boundaries of the responses
 gamma    discount a token
 lam      GAE's lambda
@@ -63,6 +63,23 @@ def rloo(rewards: Tensor, scores: Scores, cu: Tensor, *, gamma: float, lam: floa
     return Estimate(to_go - _per_token(baseline, cu), to_go, _identity(rewards))
 
 
+def q(rewards: Tensor, scores: Scores, cu: Tensor, *, gamma: float, lam: float, group: int) -> Estimate:
+    """Token rewards as advantages, and the score less the mean score of the prompt's other responses.
+
+    beta * log(pi_dpo / pi_ref) is r + V*(s') - V*(s), an advantage already (arXiv 2404.12358; RTO's Eq. 3.3), so that
+    a token answers for its own reward alone; the score, which no token has earned alone, is RLOO's. Nothing is
+    discounted. An empty response is paid nothing and counts 0.
+    """
+    some = cu.diff() > 0
+    final = torch.where(some, scores.score, 0)
+    own = rewards.clone()
+    own[cu[1:][some] - 1] -= final[some]
+    totals = final.view(-1, group)
+    centred = totals - (totals.sum(1, keepdim=True) - totals) / (group - 1)
+    to_go, _ = _returns(rewards, cu, gamma, group)
+    return Estimate(own + _per_token(centred, cu), to_go, _identity(rewards))
+
+
 def grpo(rewards: Tensor, scores: Scores, cu: Tensor, *, gamma: float, lam: float, group: int) -> Estimate:
     """Group-relative (arXiv 2402.03300, Sec. 4.1): return-to-go less the prompt's mean return, by its deviation.
 
@@ -88,6 +105,7 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     "rloo": rloo,
     "grpo": grpo,
     "returns": returns,
+    "q": q,
 }
 
 

@@ -6,6 +6,7 @@ Nothing else in the trainer does arithmetic on rewards.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,9 @@ def targets_of(
         dense = dense + paid_by(scores.tokens, scales, coefficients.dpo_clip)
     placed = credit(dense, cu, ends)
     rewards = reward.rewards + (placed - reward.dpo_reward)  # the same bits where nothing moves
-    estimated = estimate(rewards, scores, cu)
+    bound = coefficients.score_clip or math.inf
+    score = coefficients.beta3 * scores.score.clamp(-bound, bound)
+    estimated = estimate(rewards, dataclasses.replace(scores, score=score), cu)
     return Targets(
         rewards=rewards,
         dpo_reward=reward.dpo_reward,
@@ -75,6 +78,33 @@ def targets_of(
         returns=estimated.returns,
         whiten=estimated.whiten,
     )
+
+
+@dataclass
+class RunningScale:
+    """Mean and deviation of every score so far (PPO-max, arXiv 2307.04964); scores are divided by the deviation.
+
+    Nothing is subtracted, as in the authors' code: advantages take the mean away.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of squared differences from the mean."""
+
+    def update(self, scores: Tensor) -> None:
+        """scores: [B] of a rollout, all finite (Chan, Golub, LeVeque 1983, Eq. 2.1, in fp64)."""
+        scores = scores.double()
+        number, mean = scores.numel(), float(scores.mean())
+        total, gap = self.count + number, mean - self.mean
+        self.squares += float((scores - mean).square().sum()) + gap**2 * self.count * number / total
+        self.mean += gap * number / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """Of the sample; 1 before there are two scores that differ."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 and self.squares else 1.0
 
 
 @dataclass

@@ -49,7 +49,7 @@ class DistillConfig(RTOConfig):
     """Scale of the response's score at its last token; 0 = no reward model."""
     dpo_clip: float = 0.0
     """Bound on |beta1 * log(pi_teacher / pi_base)| of a token (reward units); 0 = off."""
-    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "returns"
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns", "q"] = "returns"
     """Estimator; returns takes the reward still to come as it is, without a critic and without whitening."""
     gamma: float = 0.0
     """Discount a token. 0: a token answers for its own log-ratio; 1: for all that follow, the whole KL's gradient."""
@@ -92,7 +92,7 @@ class RLVRConfig(RTOConfig):
     """Scale of the token rewards; 0 = 0.05 where --dpo-model or --token-reward names one, else none."""
     beta2: float = 0.001
     """Scale of the KL penalty log(pi / pi_ref); 0 = off."""
-    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "rloo"
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns", "q"] = "rloo"
     """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
     reward still to come as it is."""
     rollout_batch: int = 128

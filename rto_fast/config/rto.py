@@ -201,7 +201,7 @@ class RTOConfig(RTOSettings):
             require(not (fault := _fault_of(url)), f"vllm_url: {without_credentials(url)!r} {fault}")
 
     def _check_variants(self) -> None:
-        grouped, pairs = self.advantage in ("grpo", "rloo"), self.policy_update in ("p3o", "rebel")
+        grouped, pairs = self.advantage in ("grpo", "rloo", "q"), self.policy_update in ("p3o", "rebel")
         for wrong, message in (
             (self.credit != "token" and not self.beta1, f"credit: beta1 = 0 has no token rewards for {self.credit!r}"),
             (bool(self.beta1) and not self.token_sources, "token_reward: no source; for none pass --beta1 0"),
@@ -209,6 +209,10 @@ class RTOConfig(RTOSettings):
             (self.credit == "sentence" and not self.delimiters, "delimiters: credit 'sentence' needs at least one"),
             (self.segment_entropy < 0, f"segment_entropy: must not be negative, got {self.segment_entropy}"),
             (grouped and self.responses_per_prompt < 2, f"responses_per_prompt: {self.advantage} needs at least 2"),
+            (
+                self.advantage == "q" and self.gamma != 1,
+                f"gamma: q discounts nothing; leave it at 1, got {self.gamma}",
+            ),
             (pairs and self.responses_per_prompt != 2, f"responses_per_prompt: {self.policy_update} needs exactly 2"),
             (pairs and self.train_batch % 2, f"train_batch: must be even, {self.policy_update} takes pairs"),
             (pairs and self.advantage != "gae", f"advantage: {self.policy_update} compares responses and uses none"),

@@ -62,7 +62,9 @@ class RTOSettings(RunConfig):
     dpo_clip: float = 0.05
     """Bound on |beta1 * log(pi_dpo / pi_ref)| of a token, and on every other source's (reward units); 0 = off."""
     score_clip: float = 10.0
-    """Bound on |score|; 0 = off."""
+    """Bound on |score|, after `score_scale`; 0 = off."""
+    score_scale: Literal["off", "running"] = "off"
+    """running: divide the score by the deviation of all scores of the run so far, as PPO-max does."""
     kl_target: float = 0.0
     """Adaptive KL: beta2 is steered to this mean KL of a token (nats); 0 = beta2 stays fixed."""
     kl_horizon: int = 10000
@@ -167,9 +169,9 @@ class RTOSettings(RunConfig):
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
 
     # Policy and critic
-    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns"] = "gae"
-    """Estimator; only gae has a critic, grpo and rloo compare responses_per_prompt >= 2 responses, returns takes the
-    reward still to come as it is."""
+    advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns", "q"] = "gae"
+    """Estimator; only gae has a critic, grpo, rloo and q compare responses_per_prompt >= 2 responses, returns takes the
+    reward still to come as it is, q each token's own reward, and the score less the other responses'."""
     policy_update: Literal["ppo", "p3o", "rebel"] = "ppo"
     """p3o and rebel compare two responses to each prompt, without a critic."""
     p3o_clip: Literal["joint", "separate"] = "joint"

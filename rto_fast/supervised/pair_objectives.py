@@ -104,7 +104,7 @@ class MPO(PairStage):
     def judge(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Tensor, Tensor]:
         logp, config = batch.sequence_sums(model(batch.packed)), self.config
         kept = logp.sum(1) / batch.lengths.sum(1)
-        loss = preference.mpo_loss(*logp.unbind(1), kept, beta=config.beta, keep=config.mpo_keep)
+        loss = preference.mpo_loss(logp[:, 0], logp[:, 1], kept, beta=config.beta, keep=config.mpo_keep)
         chosen, rejected = (config.beta * logp).unbind(1)
         return loss, chosen, rejected
 

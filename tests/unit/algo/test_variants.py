@@ -301,6 +301,7 @@ VARIANTS = {
     "rs_ppo": {"credit": "shaped"},
     "reinforce_pp": {"advantage": "reinforce_pp"},
     "rloo": {"advantage": "rloo", "responses_per_prompt": 2},
+    "q": {"advantage": "q", "responses_per_prompt": 2},
     "grpo": {"advantage": "grpo", "responses_per_prompt": 4, "credit": "sentence"},
     "p3o": {"policy_update": "p3o", "responses_per_prompt": 2},
     "p3o_separate": {"policy_update": "p3o", "p3o_clip": "separate", "responses_per_prompt": 2},
