@@ -17,7 +17,7 @@ from loop_helpers import TinyModels, small_run, watched_gradients
 
 from rto_fast import build, distributed, trainer
 from rto_fast.backend.train_engine import TrainEngine
-from rto_fast.config import DPOConfig, RTOConfig
+from rto_fast.config import DPOConfig, RMConfig, RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.attention import PACKED
@@ -29,7 +29,7 @@ from rto_fast.supervised.loop import train_step
 from rto_fast.supervised.pair_objectives import Referenced
 from rto_fast.supervised.prepare import prepare
 from rto_fast.supervised.reference_cache import reference_logps
-from rto_fast.supervised.reward_model import RewardModel
+from rto_fast.supervised.reward_model import RewardModel, TokenRewardModel
 from rto_fast.supervised.sft import SFT
 from rto_fast.supervised.stage import Row
 from rto_fast.trainer import compute_targets
@@ -108,6 +108,7 @@ def supervised(paths: dict[str, str], stage: int, budget: int, folder: Path) -> 
     makes = {
         "sft": lambda: SFT(load_policy(paths["policy"], **loading), single, []),
         "rm": lambda: RewardModel(load_scalar(paths["reward"], **loading), rows, []),
+        "q_rm": lambda: TokenRewardModel(load_scalar(paths["reward"], **loading), rows, [], RMConfig(objective="q_rm")),
         "dpo": lambda: Referenced(
             load_policy(paths["policy"], **loading), rows, [], config, OBJECTIVES["dpo"].loss, (table, table[:0])
         ),
@@ -132,10 +133,12 @@ GUIDED_ROWS = 11
 
 def guided_settings(paths: dict[str, str], objective: str) -> dict[str, object]:
     """Settings of a step of such an objective; both bounds of TIS-DPO are met."""
-    own = {"tgdpo_alpha": 0.6} if objective == "tgdpo" else {"guide_base": paths["policy"], "tis_low": -0.3}
+    own: dict[str, object] = {"tgdpo_alpha": 0.6}
+    if objective == "tis_dpo":
+        own = {"guide_base": paths["policy"], "tis_low": -0.3, "tis_high": 0.4}
     return {
         "model": paths["policy"], "reference": paths["dpo_ref"], "guide_model": paths["dpo"], "data": paths["pairs"],
-        "objective": objective, "beta": 0.3, "tis_high": 0.4, "batch": GUIDED_ROWS, "max_rows": GUIDED_ROWS,
+        "objective": objective, "beta": 0.3, "batch": GUIDED_ROWS, "max_rows": GUIDED_ROWS,
         "eval_fraction": 0.0, "dtype": "fp32", "max_length": 64, "gradient_checkpointing": False, "max_grad_norm": 0.0,
         "data_cache": False, "data_workers": 1,
     } | own  # fmt: skip

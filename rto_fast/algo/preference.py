@@ -22,6 +22,14 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None =
     return -F.logsigmoid(chosen - rejected if margin is None else chosen - rejected - margin)
 
 
+def q_rm_loss(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta * (mean Z_chosen - mean Z_rejected) - gamma), Z a head's number at each response token.
+
+    Q-RM's objective (arXiv 2505.23363; the mean-score strategy of github.com/homzer/Q-RM): Z stands for the token's Q.
+    """
+    return -F.logsigmoid(beta * (chosen_mean - rejected_mean) - gamma)
+
+
 def dpo_loss(
     chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, *, beta: float,
     label_smoothing: float = 0.0,

@@ -81,18 +81,31 @@ class PreferenceConfig(SupervisedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RMConfig(PreferenceConfig):
-    """Bradley-Terry reward model (sequence classification, one output)."""
+    """Reward model (sequence classification, one output), of whole responses or of tokens."""
 
     lr: float = 1e-6
     lora_lr: float = 1e-5
     batch: int = 128
+    objective: Literal["bradley_terry", "q_rm"] = "bradley_terry"
+    """bradley_terry: the number at the last token is the response's score. q_rm (arXiv 2505.23363): the mean of the
+    numbers at all response tokens is compared, which makes a token reward, --token-reward scalar:MODEL."""
+    q_rm_beta: float = 0.2
+    """q_rm: scale of the difference of means."""
+    q_rm_gamma: float = 2.0
+    """q_rm: margin by which chosen should win; 0 = off."""
     margin_weight: float = 0.0
     """Weight of the margin by which the data say that chosen should win: column `margin`, else `score_chosen` -
     `score_rejected`; 0 = off."""
 
     def validate(self) -> None:
         super().validate()
-        require(self.margin_weight >= 0, f"margin_weight: must not be negative, got {self.margin_weight}")
+        require(self.q_rm_beta > 0, f"q_rm_beta: must be positive, got {self.q_rm_beta}")
+        for name in ("margin_weight", "q_rm_gamma"):
+            require(getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}")
+        for name in ("margin_weight",) if self.objective == "q_rm" else ("q_rm_beta", "q_rm_gamma"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            more = "; its margin is --q-rm-gamma" if name == "margin_weight" else ""
+            require(value == default, f"{name}: {value!r} is not read with --objective {self.objective}{more}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,14 +41,18 @@ class RewardModel(Stage):
         loss = preference.bradley_terry_loss(chosen, rejected, margin)
         return loss.sum(), {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
 
+    def numbers(self, model: Callable[..., Any], batch: RowBatch) -> Tensor:
+        """What a user of the model reads of the batch: scores of whole responses here, fp32."""
+        return model(batch.packed, batch.packed.last_positions)
+
     @torch.no_grad()
     def finish(self, model: Callable[..., Any], placement: Placement) -> dict[str, float]:
-        """Mean and std of all held-out scores, so that a user of the model can normalise its output."""
+        """Mean and std of all held-out numbers, so that a user of the model can normalise its output."""
         if not self.held_out:
             return {}
         moments = torch.zeros(3, dtype=torch.float64)
         for batch in held_out_batches(self.held_out, placement):
-            scores = model(batch.packed, batch.packed.last_positions).double().cpu()
+            scores = self.numbers(model, batch).double().cpu()
             if batch.index:
                 moments += torch.stack([torch.tensor(float(scores.numel())), scores.sum(), scores.square().sum()])
         count, total, square = distributed.sum_over_ranks(moments).tolist()
@@ -56,6 +60,24 @@ class RewardModel(Stage):
         std = max(square / count - mean**2, 1e-12) ** 0.5
         self.model.mean, self.model.std = mean, std
         return {"eval/score_mean": mean, "eval/score_std": std}
+
+
+class TokenRewardModel(RewardModel):
+    """Q-RM on the means of the numbers at all response tokens; leaves the tokens' mean and std in the model."""
+
+    name = "token reward model"
+
+    def __init__(self, model: nn.Module, train: Sequence[Row], held_out: Sequence[Row], config: RMConfig) -> None:
+        super().__init__(model, train, held_out)
+        self.config = config
+
+    def loss(self, model: Callable[..., Any], batch: RowBatch) -> tuple[Tensor, Sums]:
+        chosen, rejected = (batch.sequence_sums(self.numbers(model, batch)) / batch.lengths).unbind(1)
+        loss = preference.q_rm_loss(chosen, rejected, beta=self.config.q_rm_beta, gamma=self.config.q_rm_gamma)
+        return loss.sum(), {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
+
+    def numbers(self, model: Callable[..., Any], batch: RowBatch) -> Tensor:
+        return model(batch.packed, batch.packed.state_positions + 1)
 
 
 @alone
@@ -69,7 +91,10 @@ def train_rm(config: RMConfig) -> Path:
         print("warning: no pair is held out: the scores are not measured, their mean and std stay 0 and 1", flush=True)
 
     torch.manual_seed(config.seed)
-    return run_stage(config, common, RewardModel(start_of(config.model, common.loading), train, held_out, margins))
+    model = start_of(config.model, common.loading)
+    if config.objective == "q_rm":
+        return run_stage(config, common, TokenRewardModel(model, train, held_out, config))
+    return run_stage(config, common, RewardModel(model, train, held_out, margins))
 
 
 def _margins(weight: float, train: PreferenceData, held_out: PreferenceData) -> tuple[Tensor, Tensor]:

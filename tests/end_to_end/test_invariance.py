@@ -19,7 +19,7 @@ from rto_fast.config import DPOConfig
 
 pytestmark = pytest.mark.slow
 
-OBJECTIVES = ("policy", "critic", "ptx", "prime", "online dpo", "sft", "rm", "dpo", *GUIDED)
+OBJECTIVES = ("policy", "critic", "ptx", "prime", "online dpo", "sft", "rm", "q_rm", "dpo", *GUIDED)
 
 
 @pytest.fixture(scope="module")

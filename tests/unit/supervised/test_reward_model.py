@@ -67,6 +67,68 @@ def test_loss_and_gradient_with_margins_equal_the_fp64_formula(weight, tiny, tmp
     assert gap < 5e-5 * size
 
 
+def truth_numbers(model, row):
+    """[tokens] fp64 of each response: the head's number at each of its tokens."""
+    return [
+        model.score(model.model(input_ids=torch.tensor([row.prompt + r])).last_hidden_state[0])[len(row.prompt) :, 0]
+        for r in row.responses
+    ]
+
+
+def test_q_rm_equals_the_fp64_formula_and_leaves_the_tokens_moments(tiny, tmp_path, one_rank, monkeypatch):
+    """Its mean and std are of single tokens: what `--token-reward scalar:MODEL` reads."""
+    settings = {"objective": "q_rm", "q_rm_beta": 0.7, "q_rm_gamma": 0.4, "eval_fraction": 0.2}
+    stage, placement = stage_of(small(tiny, tmp_path / "run", **settings), monkeypatch)
+    index = [4, 1, 3, 2, 5]
+    rows = [stage.train[i] for i in index]
+    assert len({len(r) for row in rows for r in row.responses}) > 2
+    total, metrics = stage.loss(stage.model, RowBatch(rows, index, False, placement))
+    total.backward()
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny.reward, dtype=torch.float64)
+    truth, right = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        chosen, rejected = (z.mean() for z in truth_numbers(model, row))
+        right += int(chosen > rejected)
+        truth = truth + torch.log1p(torch.exp(-(0.7 * (chosen - rejected) - 0.4)))
+    truth.backward()
+    assert total.item() == pytest.approx(truth.item(), rel=2e-5)
+    assert metrics["accuracy"].item() == right
+    ours = [p.grad.double() for p in stage.model.parameters() if p.grad is not None]
+    theirs = [p.grad for p in model.parameters() if p.grad is not None]
+    size = sum(float(g.square().sum()) for g in theirs) ** 0.5
+    gap = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True)) ** 0.5
+    assert gap < 5e-5 * size
+
+    found = stage.finish(stage.model, placement)
+    with torch.no_grad():
+        tokens = torch.cat([z for i in range(len(stage.held_out)) for z in truth_numbers(model, stage.held_out[i])])
+    assert found["eval/score_mean"] == pytest.approx(tokens.mean().item(), rel=1e-4, abs=1e-5)
+    assert found["eval/score_std"] == pytest.approx(tokens.std(correction=0).item(), rel=1e-4)
+    assert (stage.model.mean, stage.model.std) == tuple(found.values())
+
+
+def test_q_rm_trains(tiny, tmp_path, one_rank):
+    folder = train_rm(small(tiny, tmp_path / "run", objective="q_rm", zero_stage=2, epochs=4.0, q_rm_gamma=0.0))
+    losses = [json.loads(x)["train/loss"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert AutoModelForSequenceClassification.from_pretrained(folder).num_labels == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "q_rm", "margin_weight": 1.0}, "margin_weight: 1.0 is not read with --objective q_rm; its mar"),
+        ({"q_rm_beta": 1.0}, "q_rm_beta: 1.0 is not read with --objective bradley_terry"),
+        ({"objective": "q_rm", "q_rm_beta": 0.0}, "q_rm_beta: must be positive"),
+        ({"objective": "q_rm", "q_rm_gamma": -1.0}, "q_rm_gamma: must not be negative"),
+    ],
+)
+def test_what_q_rm_refuses(settings, message, tiny, tmp_path):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        small(tiny, tmp_path, **settings).validate()
+
+
 def test_held_out_rows_have_their_own_margins(tiny, tmp_path, one_rank, monkeypatch):
     """A margin follows its row through skipped rows and the held-out share; scores stand for a margin."""
     scores = [{"score_chosen": 2.0 * i, "score_rejected": 1.0 * i} for i in range(12)]
