@@ -173,6 +173,58 @@ def unpacked(tiny: TinyModels, folder: Path) -> None:
     loop(tiny, folder, packing="off", rollout_oversample=0.25)
 
 
+@case
+def online_prime(tiny: TinyModels, folder: Path) -> None:
+    loop(tiny, folder, online="prime", dpo_ref=tiny.dpo_ref, online_order="before")
+
+
+@case
+def online_pairs(tiny: TinyModels, folder: Path) -> None:
+    loop(tiny, folder, online="dpo", responses_per_prompt=2, rollout_batch=4, online_order="after")
+
+
+def places(token_ids: list[list[int]]) -> list[list[float]]:
+    """A function of token rewards."""
+    return [[i / 7 for i in range(len(ids))] for ids in token_ids]
+
+
+@case
+def token_rewards(tiny: TinyModels, folder: Path) -> None:
+    sources = (
+        f"logratio:{tiny.dpo_ref}:{tiny.dpo}", "endogenous", f"scalar:{tiny.reward}", f"scalar-diff:{tiny.reward}",
+        "fn:dry_run:places",
+    )  # fmt: skip
+    loop(
+        tiny, folder, token_reward=("dpo", *sources), dpo_model=(tiny.dpo, tiny.dpo_ref), dpo_pessimism=0.5,
+        credit="segment", park_frozen=True,
+    )  # fmt: skip
+
+
+@case
+def distill(tiny: TinyModels, folder: Path) -> None:
+    from rto_fast.config import DistillConfig
+    from rto_fast.trainer import train
+
+    common = {"report": False, "save_minutes": 0.0, "iterations": 1, "sync_proof": False}
+    settings = small_run(tiny, folder, **common)
+    settings = {name: value for name, value in settings.items() if name not in ("dpo_model", "reward_model")}
+    train(DistillConfig(**settings, teacher=tiny.dpo, base=tiny.dpo_ref))
+
+
+@case
+def rlvr(tiny: TinyModels, folder: Path) -> None:
+    from rto_fast.config import RLVRConfig
+    from rto_fast.trainer import train
+
+    rows = [{"question": f"A fox had {i}.", "answer": f"#### {i}"} for i in range(16)]
+    common = {"report": False, "save_minutes": 0.0, "iterations": 1, "sync_proof": False, "rollout_batch": 4}
+    settings = small_run(tiny, folder / "run", **common) | {
+        "data": write_rows(folder / "rows.jsonl", rows), "reward_model": (), "responses_per_prompt": 2,
+        "reward_fn": ("rto_fast.scoring.math_answers:last_number",),
+    }  # fmt: skip
+    train(RLVRConfig(**settings))
+
+
 def supervised(tiny: TinyModels, folder: Path, **settings: Any) -> dict[str, Any]:
     return {
         "model": tiny.policy, "data": tiny.pairs, "output_dir": str(folder / "run"), "dtype": "fp32", "batch": 8,
@@ -198,6 +250,14 @@ def rm(tiny: TinyModels, folder: Path) -> None:
     train_rm(RMConfig(**supervised(tiny, folder, data=write_rows(folder / "rows.jsonl", rows), margin_weight=0.5)))
 
 
+@case
+def q_rm(tiny: TinyModels, folder: Path) -> None:
+    from rto_fast.config import RMConfig
+    from rto_fast.supervised.reward_model import train_rm
+
+    train_rm(RMConfig(**supervised(tiny, folder, objective="q_rm")))
+
+
 def preference(objective: str, tiny: TinyModels, folder: Path, **settings: Any) -> None:
     from rto_fast.config import DPOConfig
     from rto_fast.supervised.dpo import train_dpo
@@ -212,6 +272,16 @@ def dpo(tiny: TinyModels, folder: Path) -> None:
 
 for objective in ("r_dpo", "ipo", "tdpo1", "tdpo2", "kto", "simpo", "mpo", "mppo"):
     CASES[objective] = partial(preference, objective)
+
+
+@case
+def tgdpo(tiny: TinyModels, folder: Path) -> None:
+    preference("tgdpo", tiny, folder, guide_model=tiny.dpo)
+
+
+@case
+def tis_dpo(tiny: TinyModels, folder: Path) -> None:
+    preference("tis_dpo", tiny, folder, guide_model=tiny.dpo, guide_base=tiny.dpo_ref)
 
 
 @case
