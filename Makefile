@@ -7,7 +7,7 @@ VLLM ?= 0.32.0
 VLLM_VENV := .venv-vllm$(if $(filter-out 0.32.0,$(VLLM)),-$(VLLM))
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve mutants fuzz docs lint bench clean
+.PHONY: install install-vllm try-vllm demo test test-quick test-interpreted test-vllm test-vllm-serve mutants fuzz claim docs lint bench clean
 
 # torch first, at the tested version, so that no other package chooses one.
 TORCH ?= torch==2.13.0
@@ -91,6 +91,11 @@ fuzz: SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 fuzz: $(VENV)/installed-dev
 	@echo "seed $(SEED)"
 	RTO_FUZZ=full $(BIN)/pytest tests/fuzz -s --timeout 7200 -n auto --maxprocesses 4 --dist loadfile --hypothesis-seed=$(SEED)
+
+# Designs A and B of docs/results/protocol.md, two cells at a time on two cores; started again, it goes on where it stopped.
+claim: export OMP_NUM_THREADS := 1
+claim: $(VENV)/installed-dev
+	$(BIN)/python -m bench.claim $(ARGS)
 
 # The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
 docs: $(VENV)/installed-dev

@@ -128,8 +128,8 @@ def main(config: SeedsConfig) -> None:
         seeds = ", ".join(map(str, config.seeds))
         section = (
             f"\n`make demo` on seeds {seeds} (`{command}`), judged by the task's true token reward on\n"
-            f"{settings['eval_prompts']} fresh prompts. RTO and PPO draw {samples:,} samples each and differ in beta1\n"
-            f"alone; DPO draws none. True reward of a response:\n\n{text}\n\n"
+            f"{settings['eval_prompts']} newly drawn prompts. RTO and PPO draw {samples:,} samples each and differ in\n"
+            f"beta1 alone; DPO draws none. True reward of a response:\n\n{text}\n\n"
             f"![True reward against samples and against KL]({os.path.relpath(out, page.parent)}.svg)\n"
         )
         write_atomic(page, head + start + section + end + rest.split(end)[1])

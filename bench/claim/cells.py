@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,14 +21,17 @@ from typing import Any, Protocol
 import torch
 import transformers
 from rich.console import Console
+from torch import Tensor
 
+from bench.claim import tilting
+from bench.claim.tilting import Source
 from rto_fast import distributed, trainer
-from rto_fast.config import DPOConfig, RTOConfig
+from rto_fast.config import DPOConfig, RMConfig, RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo.config import DemoConfig
-from rto_fast.demo.judge import Judge, Judgement, Truth, task_judge
-from rto_fast.demo.pipeline import dpo_config, prepare, rl_config
-from rto_fast.demo.tiny_task import make_task
+from rto_fast.demo.judge import Judge, Judgement, Truth, sample, task_judge
+from rto_fast.demo.pipeline import dpo_config, prepare, rl_config, rm_config
+from rto_fast.demo.tiny_task import TinyTask, make_task
 from rto_fast.errors import Diverged
 from rto_fast.logs.files import METRICS, finite_or_none, read_metrics, write_atomic
 from rto_fast.models.attention import resolve_attention
@@ -36,6 +39,7 @@ from rto_fast.models.load import load_policy, load_scalar
 from rto_fast.models.packing import Placement
 from rto_fast.scoring.reward_model import ModelReward
 from rto_fast.supervised.dpo import train_dpo
+from rto_fast.supervised.reward_model import train_rm
 
 PREFERENCE = {
     "DPO": "dpo", "R-DPO": "r_dpo", "SimPO": "simpo", "TDPO1": "tdpo1", "TDPO2": "tdpo2", "KTO": "kto", "IPO": "ipo",
@@ -43,12 +47,19 @@ PREFERENCE = {
 }  # fmt: skip
 """Method -> `objective`."""
 
+SECOND, SECOND_SEED = "rm2", 10_000
+"""The second reward model's folder, and what its seed is away from the first one's."""
+
+TWO_RMS = "PPO on two RMs"
+"""PPO on the sum of two reward models that differ in their seed alone: a second opinion without any token reward."""
+
 RL: dict[str, dict[str, Any]] = {
     "PPO": {},
     "RTO": {},
     "Semi-RTO": {"credit": "sentence"},
     "DDPO": {"credit": "response"},
     "RS-PPO": {"credit": "shaped"},
+    TWO_RMS: {},
     "REINFORCE++": {"advantage": "reinforce_pp"},
     "RTO with REINFORCE++": {"advantage": "reinforce_pp"},
     "GRPO": {"advantage": "grpo", "responses_per_prompt": 4},
@@ -56,10 +67,12 @@ RL: dict[str, dict[str, Any]] = {
     "P3O": {"policy_update": "p3o", "responses_per_prompt": 2},
     "REBEL": {"policy_update": "rebel", "responses_per_prompt": 2},
 }
-"""Method -> what it changes in PPO's settings (RTO's where it pays token rewards)."""
+"""Method -> what it changes in PPO's settings (RTO's where it pays token rewards); TWO_RMS has a second model."""
 
 PAYS_TOKENS = ("RTO", "Semi-RTO", "DDPO", "RS-PPO", "RTO with REINFORCE++")
 METHODS = ("SFT", *PREFERENCE, *RL)
+ORACLE = "oracle"
+"""The method of a cell that trains nothing: the lines of bench/claim/tilting.py."""
 NO_TEXTS = ResponseTexts([], [], [])
 """Reward models that read tokens need no text."""
 
@@ -88,8 +101,16 @@ class Cell:
         return f"{self.task}/seed{self.seed}/" + "_".join(words)
 
 
-class World(Protocol):
+def oracle_cell(task: str, seed: int, prompts: int, each: int) -> Cell:
+    """The tilting oracle's lines, from 2 * each responses to each of `prompts` evaluation prompts."""
+    return Cell(task, seed, ORACLE, change=(("prompts", prompts), ("each", each)))
+
+
+class World(Source, Protocol):
     """What the methods of one task and seed share."""
+
+    root: Path
+    """Folder of its models: sft, rm, rm2 (the second reward model), dpo."""
 
     def prepare(self) -> dict[str, float]:
         """Trains what they share, or finds it there; returns the quality of the learnt rewards."""
@@ -108,22 +129,24 @@ class World(Protocol):
 
 
 class TinyWorld:
-    """The embedded task."""
+    """The embedded task; models are judged on openings that no stage has seen."""
 
-    def __init__(self, root: Path, config: DemoConfig) -> None:
+    def __init__(self, root: Path, config: DemoConfig, task: TinyTask | None = None) -> None:
+        """task: another one than the seed's at the config's difficulty."""
         self.root, self.config = root, config
-        self.task = make_task(config.seed, config.difficulty)
+        self.task = dataclasses.replace(task or make_task(config.seed, config.difficulty), openings="training")
 
     @functools.cached_property
     def judge_one(self) -> Judge:
-        return task_judge(self.task, self.config, self.root)
+        return task_judge(dataclasses.replace(self.task, openings="held_out"), self.config, self.root)
 
     def prepare(self) -> dict[str, float]:
         prepare(self.task, self.config, self.root, Console())
+        train_rm(second_rm(rm_config(self.config, self.root)))
         base = self.judge_one.base
         pairs = zip(base.prompts(), base.responses(), strict=True)
         token_truth = [r for p, a in pairs for r in self.task.token_rewards(p.tolist(), a.tolist())]
-        learnt, ratios = learnt_rewards(self.judge_one, self.root)
+        learnt, ratios = learnt_rewards(self.judge_one, self.root, self.rl(True))
         return learnt | {"dpo_token": correlation(ratios, torch.tensor(token_truth))}
 
     def preference(self) -> DPOConfig:
@@ -138,16 +161,65 @@ class TinyWorld:
     def truth(self) -> Truth:
         return Truth(self.task)
 
+    def respond(self, model: str, prompts: int, each: int, run_seed: int) -> Rollout:
+        asked = dataclasses.replace(self.task, openings="held_out").prompts(prompts, seed=4)
+        repeated = [row["prompt"] for row in asked for _ in range(each)]
+        return sample(self.task, self.config, self.root / model / "model", repeated, run_seed)
 
-def learnt_rewards(judge: Judge, root: Path) -> tuple[dict[str, float], torch.Tensor]:
-    """How the learnt rewards correlate with the truth over the SFT model's samples: the reward model's score and the
-    DPO model's summed log-ratio; and the log-ratio of each token, [R] fp32."""
-    truth = torch.tensor(judge.base_rewards)
+    def opinions(self, rollout: Rollout) -> dict[str, Tensor]:
+        return opinions(self.judge_one, self.root, self.rl(True), rollout)
+
+
+def second_rm(config: RMConfig) -> RMConfig:
+    """A reward model like the first on the same pairs: another seed draws head, order and held-out rows."""
+    return dataclasses.replace(
+        config, output_dir=str(Path(config.output_dir).parent / SECOND), seed=config.seed + SECOND_SEED
+    )
+
+
+def token_logps(judge: Judge, root: Path, rollout: Rollout) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs of each response's tokens, fp32: (the SFT model's, the DPO model's)."""
     dpo = load_policy(str(root / "dpo" / "model"), argument="dpo", **judge.loading).eval()
-    ratios = [a - b for a, b in zip(judge.logps(dpo, judge.base), judge.logps(judge.sft, judge.base), strict=True)]
+    return judge.logps(judge.sft, rollout), judge.logps(dpo, rollout)
+
+
+def paid(ratios: Sequence[Tensor], settings: RTOConfig) -> Tensor:
+    """[B] what RTO pays a response for its tokens' log-ratios in all, each scaled and clipped."""
+    return torch.stack([bounded(settings.beta1 * r, settings.dpo_clip).sum() for r in ratios])
+
+
+def bounded(value: Tensor, bound: float) -> Tensor:
+    """Clipped to +-bound; 0 = not at all."""
+    return value.clamp(-bound, bound) if bound else value
+
+
+def opinions(judge: Judge, root: Path, settings: RTOConfig, rollout: Rollout) -> dict[str, Tensor]:
+    """As `Source.opinions`."""
+    sft, dpo = token_logps(judge, root, rollout)
+    score = reward_model(root / "rm" / "model").score(rollout, NO_TEXTS)
+    return {
+        "sft_logp": torch.stack([a.double().sum() for a in sft]),
+        "dpo_logp": torch.stack([a.double().sum() for a in dpo]),
+        "rm": settings.beta3 * bounded(score, settings.score_clip),
+        "dpo": paid([d - s for d, s in zip(dpo, sft, strict=True)], settings),
+        "truth": torch.tensor(judge.reward(rollout)),
+    }
+
+
+def learnt_rewards(judge: Judge, root: Path, settings: RTOConfig) -> tuple[dict[str, float], Tensor]:
+    """How the learnt rewards correlate with the truth over the SFT model's samples: the reward model's score, the DPO
+    model's summed log-ratio as it is and as RTO pays it, each token clipped; and the log-ratio of each token, [R]
+    fp32."""
+    truth = torch.tensor(judge.base_rewards)
+    sft, dpo = token_logps(judge, root, judge.base)
+    ratios = [a - b for a, b in zip(dpo, sft, strict=True)]
+    first, second = (reward_model(root / name / "model").score(judge.base, NO_TEXTS) for name in ("rm", SECOND))
     quality = {
-        "rm": correlation(reward_model(root / "rm" / "model").score(judge.base, NO_TEXTS), truth),
+        "rm": correlation(first, truth),
+        "rm2": correlation(second, truth),
+        "rm_rm2": correlation(first, second),
         "dpo": correlation(torch.stack([r.sum() for r in ratios]), truth),
+        "dpo_paid": correlation(paid(ratios, settings), truth),
     }
     return quality, torch.cat(ratios)
 
@@ -159,7 +231,7 @@ def reward_model(folder: Path) -> ModelReward:
     return ModelReward("rm", model, Placement(distributed.device(), kernel, lockstep=False, micro_tokens=8192))
 
 
-def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's; NaN where one of them is constant."""
     return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
 
@@ -173,11 +245,14 @@ def preference_settings(world: World, cell: Cell, folder: Path) -> DPOConfig:
 def rl_settings(world: World, cell: Cell, folder: Path) -> RTOConfig:
     """The method's settings; whatever it compares, each rollout has as many responses."""
     base, own = world.rl(cell.method in PAYS_TOKENS), RL[cell.method]
-    return dataclasses.replace(
-        base, policy_lr=cell.lr, iterations=base.iterations // cell.part, output_dir=str(folder),
-        rollout_batch=base.rollout_batch // own.get("responses_per_prompt", 1), save_every=0, report=False,
-        report_samples=0, **own | dict(cell.change),
-    )  # fmt: skip
+    if cell.method == TWO_RMS:
+        base = dataclasses.replace(base, reward_model=(*base.reward_model, str(world.root / SECOND / "model")))
+    ours = {
+        "policy_lr": cell.lr, "iterations": base.iterations // cell.part, "output_dir": str(folder),
+        "rollout_batch": base.rollout_batch // own.get("responses_per_prompt", 1), "save_every": 0, "report": False,
+        "report_samples": 0,
+    }  # fmt: skip
+    return dataclasses.replace(base, **ours | own | dict(cell.change))
 
 
 def train(world: World, cell: Cell, folder: Path) -> tuple[Path, dict[str, list[float | None]]]:
@@ -200,6 +275,8 @@ def run_cell(cell: Cell, make_world: Callable[[str, int], World], runs: Path, co
     if cell.method == "SFT":
         found["quality"] = world.prepare()
         found["judgement"] = dataclasses.asdict(world.judge(None))
+    elif cell.method == ORACLE:
+        found["oracle"] = tilting.lines(world, **dict(cell.change))
     else:
         shutil.rmtree(folder, ignore_errors=True)
         try:

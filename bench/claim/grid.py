@@ -16,9 +16,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,14 +31,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.claim import report, stories
-from bench.claim.cells import METHODS, Cell, TinyWorld, World, run_cell, start_worker
+from bench.claim import other_tasks, report, stories
+from bench.claim.cells import METHODS, TWO_RMS, Cell, TinyWorld, World, oracle_cell, run_cell, start_worker
 from rto_fast.demo.config import DemoConfig
+from rto_fast.demo.tiny_task import HELD_OUT
 from rto_fast.errors import ConfigError, require, shown
 from rto_fast.logs.files import write_atomic
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("fractions", "difficulty", *stories.TASKS, "ablations")
+PARTS = ("fractions", "difficulty", *stories.TASKS, "ablations", "oracle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,9 @@ class ClaimConfig:
     """The grid."""
 
     parts: tuple[str, ...] = PARTS
-    """What to run beside the table, of fractions, difficulty, stories-rule, stories-taste, ablations."""
-    methods: tuple[str, ...] = tuple(m for m in METHODS if m != "RLOO")
-    """Rows of the table; RLOO, too, can be one."""
+    """What to run beside the table, of fractions, difficulty, stories-rule, stories-taste, ablations, oracle."""
+    methods: tuple[str, ...] = tuple(m for m in METHODS if m not in ("RLOO", TWO_RMS))
+    """Rows of the table; RLOO and PPO on two RMs, too, can be some."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the report: task, data, initial weights, samples."""
     tuning_seeds: tuple[int, ...] = (100,)
@@ -73,7 +74,9 @@ class ClaimConfig:
     other_pairs: tuple[int, ...] = (250, 4000)
     """Pairs of the ablation that changes the reward model's and DPO's quality."""
     eval_prompts: int = 512
-    """Fresh prompts that every model is judged on."""
+    """Prompts that every model is judged on, with openings that no stage has seen."""
+    oracle_samples: tuple[int, int] = (32, 512)
+    """Of the tilting oracle: evaluation prompts, and responses to each of the SFT and of the DPO model."""
 
     workers: int = 0
     """Cells at the same time, each in a process with one thread; 0 = one a core."""
@@ -102,9 +105,9 @@ class ClaimConfig:
 
 
 QUICK: dict[str, Any] = {
-    "parts": ("fractions",), "methods": ("SFT", "DPO", "PPO", "RTO"), "seeds": (0, 1), "tuning_seeds": (100,),
-    "ablation_seeds": (0,), "learning_rates": (5e-4,), "story_learning_rates": (3e-4,), "fractions": (4,),
-    "iterations": 16, "corpus_rows": 2000, "eval_prompts": 128, "runs": "runs/claim_quick",
+    "parts": ("fractions", "oracle"), "methods": ("SFT", "DPO", "PPO", "RTO"), "seeds": (0, 1), "tuning_seeds": (100,),
+    "oracle_samples": (8, 64), "ablation_seeds": (0,), "learning_rates": (5e-4,), "story_learning_rates": (3e-4,),
+    "fractions": (4,), "iterations": 16, "corpus_rows": 2000, "eval_prompts": 128, "runs": "runs/claim_quick",
     "out": "runs/claim_quick/results",
 }  # fmt: skip
 
@@ -117,15 +120,18 @@ def quickened(config: ClaimConfig) -> ClaimConfig:
 
 @functools.lru_cache(maxsize=4)
 def make_world(runs: Path, config: ClaimConfig, task: str, seed: int) -> World:
-    """The world of a task: easy, medium, hard, medium-N with N pairs, or one of the stories'."""
+    """The world of a task: easy, medium, hard, whole, long, TASK-N with N pairs, or one of the stories'."""
     root = runs / task / f"seed{seed}" / "world"
     if task in stories.TASKS:
         return stories.StoryWorld(root, task, seed, config.iterations, config.eval_prompts)
-    difficulty, _, pairs = task.partition("-")
-    return TinyWorld(root, DemoConfig(
-        output_dir=str(root), seed=seed, difficulty=difficulty, corpus_rows=config.corpus_rows,
-        pairs=int(pairs or config.pairs), eval_prompts=config.eval_prompts, iterations=config.iterations,
-    ))  # fmt: skip
+    name, _, pairs = task.partition("-")
+    settings = DemoConfig(
+        output_dir=str(root), seed=seed, corpus_rows=config.corpus_rows, pairs=int(pairs or config.pairs),
+        eval_prompts=config.eval_prompts, iterations=config.iterations,
+    )  # fmt: skip
+    if name in other_tasks.TASKS:
+        return TinyWorld(root, *other_tasks.make(name, settings))
+    return TinyWorld(root, dataclasses.replace(settings, difficulty=name))
 
 
 EXTENSIONS = 1
@@ -177,8 +183,8 @@ class Grid:
         self.found[cell] = result
         self.progress.advance(self.bar)
         judged = result.get("judgement")
-        what = f"true reward {judged['true_reward']:.2f}, KL {judged['kl']:.1f}" if judged else result["failed"]
-        line = f"{len(self.found):4d}  {title}: {cell.name}: {what}, {result['cpu_s']:.0f} s"
+        what = f"true reward {judged['true_reward']:.2f}, KL {judged['kl']:.1f}" if judged else result.get("failed", "")
+        line = f"{len(self.found):4d}  {title}: {cell.name}: {what or 'done'}, {result['cpu_s']:.0f} s"
         self.progress.console.print(line, highlight=False, soft_wrap=True)
 
     def tune(self, task: str, methods: Iterable[str], seeds: Iterable[int], grid: Iterable[float]) -> dict[str, float]:
@@ -227,6 +233,8 @@ def experiment(config: ClaimConfig, grid: Grid) -> dict[str, dict[str, float]]:
         grid.run("fractions", [c for n in config.fractions for c in cells("medium", both, config.seeds, part=n)])
     if "difficulty" in config.parts:
         grid.run("difficulty", [c for task in ("easy", "hard") for c in cells(task, few, config.ablation_seeds)])
+    if "oracle" in config.parts:
+        grid.run("oracle", [oracle_cell("medium", s, *config.oracle_samples) for s in config.seeds])
     for task in stories.TASKS:
         if task in config.parts and stories.available():
             chosen[task] = grid.tune(task, few, config.tuning_seeds[:1], config.story_learning_rates)
@@ -245,8 +253,9 @@ def open_runs(config: ClaimConfig, runs: Path) -> None:
     """Makes the folder of runs, or checks that its cells have these sizes."""
     sizes = {k: getattr(config, k) for k in ("iterations", "corpus_rows", "pairs", "eval_prompts")}
     path = runs / "sizes.json"
+    sizes["held_out"] = HELD_OUT
     theirs = json.loads(path.read_text()) if path.exists() else sizes
-    changed = [f"{k}={theirs[k]} (now {v})" for k, v in sizes.items() if theirs[k] != v]
+    changed = [f"{k}={theirs.get(k)} (now {v})" for k, v in sizes.items() if theirs.get(k) != v]
     require(not changed, f"runs: {runs} holds cells of other sizes: {', '.join(changed)}; use another --runs")
     write_atomic(path, json.dumps(sizes) + "\n")
 
@@ -259,13 +268,10 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def main(config: ClaimConfig) -> None:
-    config = quickened(config) if config.quick else config
-    config.validate()
-    runs, out, console = ROOT / config.runs, ROOT / config.out, Console()
+@contextmanager
+def opened(config: ClaimConfig, runs: Path) -> Iterator[Grid]:
+    """A grid whose cells lie below `runs`, with its workers; none where only what is there is reported."""
     open_runs(config, runs)
-    if set(stories.TASKS) & set(config.parts) and not stories.available():
-        console.print(f"stories: no model at {stories.MODEL}; they are left out")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -275,12 +281,21 @@ def main(config: ClaimConfig) -> None:
     )
     workers = config.workers or len(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(*columns, console=console))
+        progress = stack.enter_context(Progress(*columns, console=Console()))
         pool = None
         if not config.report_only:
             pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker, initargs=(runs,))
             stack.enter_context(pool)
-        grid = Grid(config, runs, pool, progress)
+        yield Grid(config, runs, pool, progress)
+
+
+def main(config: ClaimConfig) -> None:
+    config = quickened(config) if config.quick else config
+    config.validate()
+    runs, out, console = ROOT / config.runs, ROOT / config.out, Console()
+    if set(stories.TASKS) & set(config.parts) and not stories.available():
+        console.print(f"stories: no model at {stories.MODEL}; they are left out")
+    with opened(config, runs) as grid:
         chosen = experiment(config, grid)
     flags = [a for a in sys.argv[1:] if a != "--report-only"]
     command = f"python -m bench.claim.grid {shlex.join(flags)}"

@@ -7,37 +7,25 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib
 from rich.console import Console
 
-from bench.claim.cells import METHODS, PAYS_TOKENS, PREFERENCE, RL
+from bench.claim.cells import METHODS, ORACLE, PAYS_TOKENS, PREFERENCE, RL
+from bench.claim.estimates import interval
 from rto_fast.logs.files import finite_or_none, write_atomic
 
 matplotlib.use("svg")
 from matplotlib import pyplot
-
-T975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5 % quantile of Student's t with 1, 2, ... 30 degrees of freedom."""
+from matplotlib.axes import Axes
 
 COLOURS = {"SFT": "#888888", "DPO": "#2a9d5c", "PPO": "#d1690f", "RTO": "#1f5fbf"}
 WINDOW = 4
 """Iterations that a point of a curve averages."""
 
 Result = dict[str, Any]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half the width of its 95 % t interval); the half width is NaN for one value."""
-    if len(values) < 2:
-        return mean(values), math.nan
-    quantile = T975[len(values) - 2] if len(values) - 2 < len(T975) else 1.96
-    return mean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
 def shown(values: Sequence[float], sign: str = "") -> str:
@@ -68,7 +56,12 @@ class Results:
 
     def changes(self) -> list[tuple[str, tuple]]:
         """The ablations: (method, what is changed)."""
-        return list(dict.fromkeys((c["method"], tuple(map(tuple, c["change"]))) for c in self.cells if c["change"]))
+        changed = [c for c in self.cells if c["change"] and c["method"] != ORACLE]
+        return list(dict.fromkeys((c["method"], tuple(map(tuple, c["change"]))) for c in changed))
+
+    def oracles(self, task: str = "medium") -> list[Result]:
+        """The tilting oracle's cells."""
+        return [c for c in self.cells if c["method"] == ORACLE and c["task"] == task]
 
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(c["task"] for c in self.cells))
@@ -135,19 +128,25 @@ TASKS = {
 }  # fmt: skip
 
 
+QUALITY = {"rm": "RM", "dpo": "DPO's raw sum", "dpo_paid": "its clipped sum, as paid"}
+"""The learnt rewards of a response whose correlation with the truth is given, where it was measured."""
+
+
 def task_table(results: Results) -> str:
     """Each task: the learnt rewards' quality, and four models."""
     rows = []
     for task in sorted(results.tasks(), key=lambda t: list(TASKS).index(t) if t in TASKS else len(TASKS)):
         sft, dpo, ppo, rto = (results.of(m, task) for m in ("SFT", "DPO", "PPO", "RTO"))
         if sft and ppo and rto:
-            quality = ", ".join(f"{mean(c['quality'][k] for c in sft):.2f}" for k in ("rm", "dpo"))
+            known = [k for k in QUALITY if all(k in c["quality"] for c in sft)]
+            quality = ", ".join(f"{mean(c['quality'][k] for c in sft):.2f}" for k in known)
             cells = (sft, dpo, ppo, rto)
             kl = ", ".join(f"{mean(figures(c, 'kl')):.1f}" for c in (ppo, rto))
             row = [shown(rewards(c)) if c else "" for c in cells]
             rows.append([TASKS.get(task, task), quality, *row, shown(versus(rto, ppo), "+"), kl, f"{len(rto)}"])
     names = ("SFT", "DPO", "PPO", "RTO", "RTO − PPO", "KL (PPO, RTO)", "seeds")
-    return markdown(("task", "correlation with the truth (RM, DPO)", *names), rows)
+    sums = ", ".join(label for k, label in QUALITY.items() if all(k in c.get("quality", {k: 0}) for c in results.cells))
+    return markdown(("task", f"correlation with the truth ({sums})", *names), rows)
 
 
 def ablation_table(results: Results) -> str:
@@ -187,13 +186,32 @@ def style(method: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+ORACLE_STYLES = {
+    "rm": ("SFT, tilted by the RM", ":"),
+    "rm + dpo": ("by RM + DPO", "-."),
+    "truth": ("by the truth", "--"),
+}
+
+
+def draw_oracle(axis: Axes, cells: Sequence[Result]) -> None:
+    """The tilting oracle's lines on an axis of KL, as far as all seeds' go: means and 95 % t intervals over the seeds;
+    nothing where it was not asked."""
+    for name, (label, stroke) in ORACLE_STYLES.items() if cells else ():
+        columns = list(zip(*(c["oracle"][name] for c in cells), strict=False))
+        kl = [mean(p["kl"] for p in column) for column in columns]
+        middle, half = zip(*(interval([p["true_reward"] for p in column]) for column in columns), strict=True)
+        axis.plot(kl, middle, stroke, color="black", linewidth=1, label=label)
+        low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
+        axis.fill_between(kl, low, high, color="black", alpha=0.08, linewidth=0)
+
+
 def draw_curves(results: Results, path: Path) -> None:
     """True reward against samples and against KL."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for method in RL:
         if cells := results.of(method):
             left.plot(*mean_curve(cells, "samples"), label=method, **style(method))
-            right.plot(*mean_curve(cells, "kl"), **style(method))
+            right.plot(*mean_curve(cells, "kl"), label="_", **style(method))
     for method in ("SFT", "DPO"):
         if cells := results.of(method):
             left.axhline(mean(rewards(cells)), color=COLOURS[method], linestyle=":", label=method)
@@ -203,6 +221,9 @@ def draw_curves(results: Results, path: Path) -> None:
             right.plot(*point, "o", color=COLOURS["DPO"], markersize=4)
             right.annotate(method, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
     left.set(xlabel="responses drawn", ylabel="true reward")
+    draw_oracle(right, results.oracles())
+    if results.oracles():
+        right.legend(fontsize=7, frameon=False)
     right.set(xlabel="KL to SFT, nats a response", ylabel="true reward", xscale="symlog")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     save(figure, path)
@@ -237,6 +258,8 @@ def draw_scale(results: Results, path: Path) -> None:
         points = [results.of(method, change=c, seeds=results.ablation_seeds) for c in [(), *changes]]
         xy = sorted((mean(figures(c, "kl")), mean(rewards(c))) for c in points if c)
         right.plot(*zip(*xy, strict=True), "o-", color=COLOURS[method], label=method)
+    draw_oracle(right, results.oracles())
+    right.legend(fontsize=7)
     right.set(xlabel="KL to SFT, nats a response", ylabel="true reward", title="At several beta2")
     save(figure, path)
 
@@ -256,8 +279,8 @@ def section(record: dict[str, Any], folder: str) -> str:
         f"`{record['command']}`, seeds {seeds}, medium difficulty. All methods share the SFT model, "
         f"{settings['pairs']:,} pairs,\nthe reward model, the DPO model and the prompts; every RL method draws "
         f"{samples:,} samples. Each method's learning rate is the best\nof one grid on other seeds ({tuning}). Judged "
-        f"by the true reward on {settings['eval_prompts']} fresh prompts; mean ± 95 % t interval\nover seeds, "
-        "differences seed by seed."
+        f"by the true reward on {settings['eval_prompts']} prompts that no stage has seen; mean ± 95 % t\n"
+        "interval over seeds, differences seed by seed."
         + (f" {len(record['missing'])} cells of the grid had not run." if record["missing"] else ""),
         main_table(results),
         f"![True reward against samples and against KL]({folder}/curves.svg)",

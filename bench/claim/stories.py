@@ -5,6 +5,7 @@ stories-taste   preferences come from a file whose rule is unknown; a reward mod
                 models, whose own reward model, DPO and prompts come from the other half
 
 Both start from the pretrained model fine-tuned on the first sentences of one half's stories, so that stories end.
+Models are judged on openings that neither half has.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from bench.claim.cells import NO_TEXTS, learnt_rewards, reward_model
+from bench.claim.cells import NO_TEXTS, learnt_rewards, opinions, reward_model, second_rm
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo.judge import Judge, Judgement, draw
+from rto_fast.demo.tiny_task import held_out
 from rto_fast.logs.files import METRICS, json_line, read_metrics, read_rows, write_atomic
 from rto_fast.rollout.engine import sample_seed
 from rto_fast.scoring.reward_model import ModelReward
@@ -62,14 +65,16 @@ def available() -> bool:
     return MODEL.is_dir() and PAIRS.is_file()
 
 
-def halves(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The file's pairs, shuffled, stories cut to whole sentences: (for the models, for the judge)."""
+def parts(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]], list[str]]:
+    """The file's pairs, shuffled, stories cut to whole sentences: (for the models, for the judge), and openings of
+    neither, which models are judged on."""
     rows = [
         {"prompt": r["prompt"]} | {k: whole_sentences(r[k]) for k in ("chosen", "rejected")} for r in read_rows(PAIRS)
     ]
     rows = [r for r in rows if r["chosen"] and r["rejected"] and r["chosen"] != r["rejected"]]
     random.Random(f"halves/{seed}").shuffle(rows)
-    return rows[:ROWS], rows[ROWS : 2 * ROWS]
+    training = [r for r in rows if not held_out(r["prompt"])]
+    return training[:ROWS], training[ROWS : 2 * ROWS], [r["prompt"] for r in rows if held_out(r["prompt"])]
 
 
 class StoryWorld:
@@ -77,8 +82,8 @@ class StoryWorld:
 
     def __init__(self, root: Path, task: str, seed: int, iterations: int, eval_prompts: int) -> None:
         self.root, self.task, self.seed, self.iterations = root, task, seed, iterations
-        self.ours, self.theirs = halves(seed)
-        self.eval_prompts = [r["prompt"] for r in self.theirs[:eval_prompts]]
+        self.ours, self.theirs, openings = parts(seed)
+        self.eval_prompts = openings[:eval_prompts]
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
         self.sft = root / "sft" / "model"
 
@@ -112,14 +117,23 @@ class StoryWorld:
         length = {"max_length": MAX_PROMPT + MAX_RESPONSE}
         train_sft(SFTConfig(model=str(MODEL), lr=5e-4, batch=32, **length, **self._files("sft", "corpus")))
         self._write("pairs", self._sampled_pairs() if self.task == "stories-rule" else self.ours)
-        train_rm(RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("rm", "pairs")))
+        first = RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("rm", "pairs"))
+        train_rm(first)
+        train_rm(second_rm(first))
         train_dpo(self.preference())
         quality = {}
         if self.task == "stories-taste":
             self._write("held_out", self.theirs)
             train_rm(RMConfig(lr=5e-4, batch=16, epochs=3.0, **self._learns("judge", "held_out")))
             quality["judge_accuracy"] = read_metrics(self.root / "judge" / METRICS)[-1]["eval/accuracy"]
-        return quality | learnt_rewards(self.judge_one, self.root)[0]
+        return quality | learnt_rewards(self.judge_one, self.root, self.rl(True))[0]
+
+    def respond(self, model: str, prompts: int, each: int, run_seed: int) -> Rollout:
+        repeated = [p for p in self.eval_prompts[:prompts] for _ in range(each)]
+        return self.draw(self.root / model / "model", repeated, run_seed)
+
+    def opinions(self, rollout: Rollout) -> dict[str, Tensor]:
+        return opinions(self.judge_one, self.root, self.rl(True), rollout)
 
     def preference(self) -> DPOConfig:
         return DPOConfig(lr=3e-4, batch=32, epochs=2.0, beta=0.1, **self._learns("dpo", "pairs"))

@@ -66,7 +66,7 @@ def prepared(config: LagConfig, seed: int) -> tuple[DemoConfig, Path]:
 
 
 def run_arm(config: DemoConfig, root: Path, out: Path, url: tuple[str, ...], lag: int) -> dict[str, float]:
-    """Trains an arm; its true reward on fresh prompts, its mean over the last quarter of training, and seconds."""
+    """Trains an arm; true reward on newly drawn prompts, mean over the last quarter of training, seconds."""
     task = make_task(config.seed, config.difficulty)
     settings = dataclasses.replace(
         rl_config(config, root, "RTO"), output_dir=str(out / f"lag{lag}"), rollout_engine="vllm-serve",

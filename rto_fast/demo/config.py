@@ -31,7 +31,8 @@ class DemoConfig:
     prompts: int = 2000
     """Prompts that RTO and PPO draw from."""
     eval_prompts: int = 512
-    """Prompts that all models are judged on, in none of the training data by construction of their seed."""
+    """Prompts that all models are judged on, drawn with a seed of their own; there are so few openings that most of
+    them stand in the training data too."""
     max_response_length: int = 48
     """Tokens sampled at most."""
 

@@ -76,7 +76,7 @@ def draw(
 
 
 def judge(task: TinyTask, config: DemoConfig, root: Path) -> dict[str, Judgement]:
-    """SFT, DPO and both arms on fresh prompts, by the truth. Rank 0 alone computes it; others get {}."""
+    """SFT, DPO and both arms on newly drawn prompts, by the truth. Rank 0 alone computes it; others get {}."""
     if distributed.rank() != 0:
         return {}
     judge_one = task_judge(task, config, root)
@@ -86,7 +86,7 @@ def judge(task: TinyTask, config: DemoConfig, root: Path) -> dict[str, Judgement
 
 
 def task_judge(task: TinyTask, config: DemoConfig, root: Path) -> Judge:
-    """By the true reward, on prompts that no stage has drawn."""
+    """By the true reward, on prompts with a seed of their own; no stage saw them where `task` has held-out openings."""
     prompts = [row["prompt"] for row in task.prompts(config.eval_prompts, seed=4)]
     return Judge(
         root / "sft" / "model",

@@ -24,7 +24,7 @@ from rto_fast import distributed, trainer
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.demo.config import ARMS, DemoConfig
 from rto_fast.demo.judge import Judgement, Truth, judge, sample
-from rto_fast.demo.tiny_task import TinyTask, make_task
+from rto_fast.demo.tiny_task import POSITIONS, TinyTask, make_task
 from rto_fast.errors import ConfigError
 from rto_fast.logs.files import METRICS, SAMPLES, json_line, read_metrics, write_atomic
 from rto_fast.report.charts import Chart, Curve
@@ -33,6 +33,9 @@ from rto_fast.report.samples import read_samples
 from rto_fast.supervised.dpo import train_dpo
 from rto_fast.supervised.reward_model import train_rm
 from rto_fast.supervised.sft import train_sft
+
+MAX_PROMPT = 32
+"""Tokens."""
 
 
 def run(config: DemoConfig) -> dict[str, Judgement]:
@@ -62,7 +65,7 @@ def prepare(task: TinyTask, config: DemoConfig, root: Path, console: Console) ->
         ("a random model and a corpus", "data", lambda: _first_data(task, config, root)),
         ("supervised fine-tuning", "sft", lambda: train_sft(_sft(config, root))),
         ("preference pairs from the SFT model's own samples", "pairs", lambda: _pairs(task, config, root)),
-        ("reward model", "rm", lambda: train_rm(_rm(config, root))),
+        ("reward model", "rm", lambda: train_rm(rm_config(config, root))),
         ("DPO, the token reward's source", "dpo", lambda: train_dpo(dpo_config(config, root))),
     ), 1):  # fmt: skip
         _stage(console, root, number, title, name, make)
@@ -81,6 +84,11 @@ def _stage(console: Console, root: Path, number: int, title: str, name: str, mak
     distributed.barrier()
 
 
+def max_length(config: DemoConfig) -> int:
+    """Tokens of a prompt and a response at most, the models' positions."""
+    return max(POSITIONS, MAX_PROMPT + config.max_response_length)
+
+
 def _common(config: DemoConfig, root: Path, name: str) -> dict[str, Any]:
     return {
         "output_dir": str(root / name), "seed": config.seed, "dtype": "fp32", "gradient_checkpointing": False,
@@ -91,14 +99,15 @@ def _common(config: DemoConfig, root: Path, name: str) -> dict[str, Any]:
 def _sft(config: DemoConfig, root: Path) -> SFTConfig:
     return SFTConfig(
         model=str(root / "data" / "model"), data=str(root / "data" / "corpus.jsonl"), lr=config.sft_lr, batch=32,
-        epochs=config.stage_epochs, max_length=128, log_every=25, **_common(config, root, "sft"),
+        epochs=config.stage_epochs, max_length=max_length(config), log_every=25, **_common(config, root, "sft"),
     )  # fmt: skip
 
 
-def _rm(config: DemoConfig, root: Path) -> RMConfig:
+def rm_config(config: DemoConfig, root: Path) -> RMConfig:
+    """The settings of the reward model."""
     return RMConfig(
         model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.rm_lr,
-        batch=config.rm_batch, epochs=config.rm_epochs, max_length=128, eval_fraction=0.1, log_every=25,
+        batch=config.rm_batch, epochs=config.rm_epochs, max_length=max_length(config), eval_fraction=0.1, log_every=25,
         **_common(config, root, "rm"),
     )  # fmt: skip
 
@@ -107,7 +116,8 @@ def dpo_config(config: DemoConfig, root: Path) -> DPOConfig:
     """The settings of the token reward's source."""
     return DPOConfig(
         model=str(root / "sft" / "model"), data=str(root / "pairs" / "pairs.jsonl"), lr=config.dpo_lr, batch=32,
-        epochs=config.stage_epochs, max_length=128, eval_fraction=0.1, log_every=25, beta=config.dpo_beta,
+        epochs=config.stage_epochs, max_length=max_length(config), eval_fraction=0.1, log_every=25,
+        beta=config.dpo_beta,
         **_common(config, root, "dpo"),
     )  # fmt: skip
 
@@ -118,7 +128,7 @@ def rl_config(config: DemoConfig, root: Path, arm: str) -> RTOConfig:
     return RTOConfig(
         policy=str(root / "sft" / "model"), reward_model=(str(root / "rm" / "model"),),
         data=str(root / "data" / "prompts.jsonl"), iterations=config.iterations,
-        rollout_batch=config.rollout_batch, train_batch=config.train_batch, max_prompt_length=32,
+        rollout_batch=config.rollout_batch, train_batch=config.train_batch, max_prompt_length=MAX_PROMPT,
         max_response_length=config.max_response_length, policy_lr=config.policy_lr, critic_lr=config.critic_lr,
         dpo_clip=config.dpo_clip, beta2=config.beta2, save_every=max(1, config.iterations // 4), keep_last=1,
         log_every=5, rollout_engine="transformers",  # faster for tiny models: bench/iteration/bench_rollout.py
@@ -146,7 +156,7 @@ def _open(root: Path, config: DemoConfig) -> None:
 
 def _first_data(task: TinyTask, config: DemoConfig, root: Path) -> None:
     if distributed.rank() == 0:
-        task.save_model(root / "data" / "model", config.seed, config.heads)
+        task.save_model(root / "data" / "model", config.seed, config.heads, max_length(config))
         _write(root / "data" / "corpus.jsonl", task.texts(config.corpus_rows, seed=1))
         _write(root / "data" / "prompts.jsonl", task.prompts(config.prompts, seed=2))
 
@@ -206,7 +216,7 @@ def _show(console: Console, config: DemoConfig, root: Path, found: dict[str, Jud
         subtitle=f"Seed {config.seed}, {config.difficulty}, {samples:,} samples each; the same reward model, "
         "learning rates and prompts.",
         summary={f"{n}: true reward": f"{j.true_reward:.2f}" for n, j in found.items()},
-        tables=[Table("Judged by the true reward on fresh prompts", columns, rows,
+        tables=[Table("Judged by the true reward on newly drawn prompts", columns, rows,
                       "DPO draws no samples.", best=max(range(len(rows)), key=lambda i: float(rows[i][1])))],
         comparison=charts, metrics=curves["RTO"], samples=shown, settings=dataclasses.asdict(config),
     )  # fmt: skip

@@ -19,6 +19,7 @@ Nothing is downloaded: vocabulary, grammar and table are in this file and the se
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import random
@@ -150,6 +151,18 @@ def _reward_table(rng: random.Random, difficulty: Difficulty) -> dict[tuple[str,
     return table
 
 
+POSITIONS = 128
+"""Tokens that a model of the embedded tasks takes, unless more are asked for."""
+
+HELD_OUT = 4
+"""Where openings are split, one in so many is held out."""
+
+
+def held_out(opening: str) -> bool:
+    """Whether a split keeps this opening from training: by its SHA-256, the same for every seed."""
+    return int.from_bytes(hashlib.sha256(opening.encode()).digest()[:8], "big") % HELD_OUT == 0
+
+
 @dataclass(frozen=True)
 class TinyTask:
     """One task: all share the grammar, the reward table is the seed's. Build it with `make_task`."""
@@ -161,12 +174,17 @@ class TinyTask:
     table: dict[tuple[str, str], float]
     """(context word, word) -> reward."""
     tokenizer: PreTrainedTokenizerFast
+    openings: Literal["all", "training", "held_out"] = "all"
+    """Which openings prompts and texts have."""
 
     def _rng(self, purpose: str, seed: int) -> random.Random:
         return random.Random(f"{self.seed} {purpose} {seed}")
 
     def _opening(self, rng: random.Random) -> str:
-        return _fill(rng.choice(OPENINGS), rng)
+        while True:
+            opening = _fill(rng.choice(OPENINGS), rng)
+            if self.openings == "all" or held_out(opening) == (self.openings == "held_out"):
+                return opening
 
     def prompts(self, n: int, seed: int) -> list[dict[str, str]]:
         """n rows {prompt}, drawn with replacement."""
@@ -227,12 +245,14 @@ class TinyTask:
         chosen, rejected = (response_a, response_b) if a_wins else (response_b, response_a)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
-    def save_model(self, folder: str | Path, seed: int, heads: int = 4) -> None:
+    def save_model(self, folder: str | Path, seed: int, heads: int = 4, positions: int = POSITIONS) -> None:
         """As `save_llama`."""
-        save_llama(self.tokenizer, folder, seed, heads)
+        save_llama(self.tokenizer, folder, seed, heads, positions)
 
 
-def save_llama(tokenizer: PreTrainedTokenizerFast, folder: str | Path, seed: int, heads: int = 4) -> None:
+def save_llama(
+    tokenizer: PreTrainedTokenizerFast, folder: str | Path, seed: int, heads: int = 4, positions: int = POSITIONS
+) -> None:
     """Writes a random Llama (2 layers, 64 wide), the tokenizer and a generation_config to `folder`.
 
     The global random state of torch is left as it was.
@@ -249,7 +269,7 @@ def save_llama(tokenizer: PreTrainedTokenizerFast, folder: str | Path, seed: int
         num_hidden_layers=2,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         **ids,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import runpy
 import sys
@@ -16,30 +15,15 @@ from loop_helpers import ROOT
 from recipe_helpers import flags_of
 
 from bench.claim import report, stories
-from bench.claim.cells import PAYS_TOKENS, RL, Cell, TinyWorld, correlation, rl_settings, run_cell
+from bench.claim.cells import PAYS_TOKENS, RL, TWO_RMS, Cell, TinyWorld, correlation, rl_settings, run_cell, second_rm
 from bench.claim.grid import QUICK, ClaimConfig, Grid, quickened
-from bench.claim.report import Results, interval, shown
+from bench.claim.report import Results
 from rto_fast.demo.config import DemoConfig
+from rto_fast.demo.pipeline import rm_config
 from rto_fast.errors import ConfigError
+from rto_fast.logs.files import read_rows
 
 pytestmark = pytest.mark.slow
-
-
-def test_interval_is_students_t():
-    middle, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert middle == 3
-    assert half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-3)
-    assert math.isnan(interval([1.0])[1])
-    assert shown([2.0, 4.0], "+") == "+3.00 ± 12.71"
-    assert shown([2.0]) == "2.00"
-
-
-def test_quantiles_agree_with_their_closed_forms():
-    p = 0.975
-    assert report.T975[0] == pytest.approx(math.tan(math.pi * (p - 0.5)), abs=1e-3)
-    assert report.T975[1] == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), abs=1e-3)
-    assert list(report.T975) == sorted(report.T975, reverse=True)
-    assert report.T975[-1] > 1.96
 
 
 def cell(method: str, seed: int, reward: float, lr: float = 1e-3, part: int = 1, change: tuple = (), **more) -> dict:
@@ -147,13 +131,26 @@ def test_methods_differ_from_ppo_in_what_they_are(method, tmp_path):
     ours.validate()
     differ = {k for k, v in dataclasses.asdict(ours).items() if v != getattr(ppo, k)}
     token_reward = {"beta1", "dpo_model"} if method in PAYS_TOKENS else set()
-    assert differ - {"rollout_batch"} == token_reward | set(RL[method])
+    second = {"reward_model"} if method == TWO_RMS else set()
+    assert differ - {"rollout_batch"} == token_reward | second | set(RL[method])
     assert ours.responses == ppo.responses
+
+
+def test_two_reward_models_differ_in_their_seed_alone(tmp_path):
+    world = TinyWorld(tmp_path, DemoConfig(output_dir=str(tmp_path)))
+    one, two = (rl_settings(world, Cell("medium", 0, m, 1e-3), tmp_path).reward_model for m in ("PPO", TWO_RMS))
+    assert two == (*one, str(tmp_path / "rm2" / "model"))
+    first = rm_config(world.config, tmp_path)
+    second = dataclasses.asdict(second_rm(first))
+    differ = {k: v for k, v in second.items() if v != getattr(first, k)}
+    assert differ == {"seed": 10_000, "output_dir": str(tmp_path / "rm2")}
 
 
 def test_a_share_of_the_samples_has_its_own_schedule(tmp_path):
     world = TinyWorld(tmp_path, DemoConfig(output_dir=str(tmp_path), iterations=32))
     assert rl_settings(world, Cell("medium", 0, "RTO", 1e-3, part=16), tmp_path).iterations == 2
+    longer = Cell("medium", 0, "RTO", 1e-3, change=(("beta2", 0.1), ("iterations", 128)))
+    assert rl_settings(world, longer, tmp_path).iterations == 128
 
 
 class FakeGrid(Grid):
@@ -195,7 +192,8 @@ def test_correlation():
 
 
 TINY = {
-    "seeds": 0, "learning_rates": 1e-3, "iterations": 2, "fractions": 2, "corpus_rows": 320, "pairs": 96,
+    "seeds": 0, "learning_rates": 1e-3, "iterations": 2, "fractions": 2, "oracle_samples": (8, 64),
+    "corpus_rows": 320, "pairs": 96,
     "eval_prompts": 32, "workers": 1,
 }  # fmt: skip
 
@@ -228,13 +226,20 @@ def test_quick_grid_end_to_end(grid):
     judged = {(c["method"], c["seed"], c["part"]): c for c in record["cells"] if "judgement" in c}
     assert {k[0] for k in judged if k[1] == 0} == {"SFT", "DPO", "PPO", "RTO"}
     assert judged["SFT", 0, 1]["judgement"]["win_rate"] == 0.5
-    assert set(judged["SFT", 0, 1]["quality"]) == {"rm", "dpo", "dpo_token"}
+    assert set(judged["SFT", 0, 1]["quality"]) == {"rm", "rm2", "rm_rm2", "dpo", "dpo_paid", "dpo_token"}
     ppo, rto = (judged[m, 0, 1] for m in ("PPO", "RTO"))
     assert ppo["curve"]["samples"] == rto["curve"]["samples"] == [64, 128]
     assert ppo["curve"]["reward"][0] == rto["curve"]["reward"][0], "the first rollouts are the same samples"
     assert ppo["judgement"] != rto["judgement"]
     assert judged["RTO", 0, 2]["curve"]["samples"] == [64]
     assert len([p for p in (grid / "out").iterdir() if p.suffix == ".svg"]) == 2
+    [oracle] = [c for c in record["cells"] if c["method"] == "oracle"]
+    assert set(oracle["oracle"]) == {"rm", "rm + dpo", "truth"}
+    ends = {name: points[-1]["true_reward"] for name, points in oracle["oracle"].items()}
+    assert ends["truth"] == max(ends.values())
+    assert oracle["oracle"]["rm"][0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert "SFT, tilted by the RM" in (grid / "out" / "curves.svg").read_text()
+    assert "its clipped sum, as paid" in (grid / "out" / "tables.md").read_text()
     assert re.search(r"\| \*\*RTO\*\* \| 0\.00\d+ \| -?\d+\.\d\d ", (grid / "out" / "tables.md").read_text())
 
 
@@ -272,6 +277,29 @@ def test_a_cell_knows_nothing_of_the_cells_before_it(grid, tmp_path, one_rank):
     assert alone["curve"] == there["curve"]
 
 
+def test_no_prompt_that_models_are_judged_on_is_in_a_training_set(grid, one_rank):
+    root = grid / "medium" / "seed0" / "world"
+    world = TinyWorld(root, DemoConfig(output_dir=str(root), seed=0, eval_prompts=TINY["eval_prompts"]))
+    asked = {world.task.tokenizer.decode(p, skip_special_tokens=True) for p in world.judge_one.base.prompts()}
+    assert len(asked) > TINY["eval_prompts"] / 2
+    for file in ("data/corpus", "data/prompts", "pairs/pairs"):
+        seen = {r["prompt"] for r in read_rows(root / f"{file}.jsonl")}
+        assert len(seen) > 50, "openings as the tokenizer writes them"
+        assert all(world.task.tokenizer.decode(world.task.encode(p)) == p for p in seen)
+        assert not asked & seen, file
+
+
+def test_runs_that_were_judged_on_seen_openings_are_refused(grid, monkeypatch, capsys):
+    sizes = json.loads((grid / "sizes.json").read_text())
+    old = {k: v for k, v in sizes.items() if k != "held_out"}
+    (grid / "sizes.json").write_text(json.dumps(old))
+    try:
+        assert run_claim_here(monkeypatch, grid) == 2
+        assert "held_out=None (now 4)" in capsys.readouterr().err
+    finally:
+        (grid / "sizes.json").write_text(json.dumps(sizes))
+
+
 def test_other_sizes_are_refused(grid, monkeypatch, capsys):
     assert run_claim_here(monkeypatch, grid, pairs=97) == 2
     assert "pairs=96 (now 97)" in capsys.readouterr().err
@@ -292,16 +320,22 @@ def test_story_is_cut_behind_a_sentence():
 @pytest.mark.skipif(not stories.available(), reason=f"no {stories.MODEL}")
 @pytest.mark.parametrize("task", stories.TASKS)
 def test_story_world(task, tmp_path, monkeypatch, one_rank):
-    """Trained on a few rows: halves are disjoint, all parts are there, RTO runs and is judged."""
-    ours, theirs = stories.halves(0)
+    """Trained on a few rows: parts are disjoint, all parts are there, RTO runs and is judged."""
+    ours, theirs, openings = stories.parts(0)
     assert not {r["prompt"] for r in ours} & {r["prompt"] for r in theirs}
-    monkeypatch.setattr(stories, "halves", lambda seed: (ours[:48], theirs[:48]))
+    assert len(openings) >= ClaimConfig().eval_prompts
+    monkeypatch.setattr(stories, "parts", lambda seed: (ours[:48], theirs[:48], openings[:48]))
     world = stories.StoryWorld(tmp_path / "world", task, 0, 1, 16)
     found = run_cell(Cell(task, 0), lambda *_: world, tmp_path, "")
     assert found["judgement"]["win_rate"] == 0.5
     assert 0 < found["judgement"]["length"] <= stories.MAX_RESPONSE
     assert -1 <= found["quality"]["rm"] <= 1
     assert ("judge_accuracy" in found["quality"]) == (task == "stories-taste")
+    assert found["quality"]["rm_rm2"] < 0.999, "two reward models"
     rto = run_cell(Cell(task, 0, "RTO", 1e-4), lambda *_: world, tmp_path, "")
     assert rto["judgement"]["kl"] != 0
     assert rto["curve"]["samples"] == [64]
+    asked = set(openings[:16])
+    assert asked == set(world.eval_prompts), "the prompts that models are judged on"
+    for name in ("corpus", "pairs", "prompts", *(["held_out"] if task == "stories-taste" else [])):
+        assert not asked & {r["prompt"] for r in read_rows(world.root / f"{name}.jsonl")}, name

@@ -148,6 +148,17 @@ def test_seeds_decide_everything():
     assert a.texts(9, 0)[:5] == a.texts(5, 0)
 
 
+def test_openings_are_split_in_two_and_all_by_default():
+    task = make_task(SEED)
+    parts = {o: dataclasses.replace(task, openings=o) for o in ("training", "held_out")}
+    openings = {o: {r["prompt"] for r in t.prompts(1500, 0) + t.texts(1500, 1)} for o, t in parts.items()}
+    assert not openings["training"] & openings["held_out"]
+    assert 0.18 < len(openings["held_out"]) / len(openings["training"] | openings["held_out"]) < 0.32
+    both = {r["prompt"] for r in task.prompts(1500, 0)}
+    assert both & openings["training"], "the demo draws from both"
+    assert both & openings["held_out"], "the demo draws from both"
+
+
 def test_preferences_are_bradley_terry():
     task = make_task(SEED)
     rows = task.texts(200, 0)

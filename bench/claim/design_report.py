@@ -1,0 +1,304 @@
+"""The designs' results: designs.json, tables, figures, and the page docs/results/designs.md."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from bench.claim.cells import TWO_RMS, Cell
+from bench.claim.designs import MAIN, METHODS, Choice, Design, DesignConfig, as_json
+from bench.claim.estimates import (
+    Points,
+    at_kl,
+    bootstrap_factor,
+    differences,
+    holm,
+    interval,
+    mean_differences,
+    sign_flip_p,
+)
+from bench.claim.report import COLOURS, compact, draw_oracle, markdown, save, shown
+from rto_fast.logs.files import finite_or_none, write_atomic
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+CONTRASTS: dict[str, tuple[str, str]] = {
+    "RTO − PPO": ("RTO", "PPO"),
+    "credit: RTO − DDPO": ("RTO", "DDPO"),
+    "credit: RS-PPO − PPO": ("RS-PPO", "PPO"),
+    "second opinion: DDPO − PPO on two RMs": ("DDPO", TWO_RMS),
+}
+"""Name -> (ours, theirs). On MAIN, Holm's rule takes their means over the range together: the four hypotheses."""
+STYLES = COLOURS | {"DDPO": "#8e44ad", "RS-PPO": "#c0392b", TWO_RMS: "#b7950b"}
+
+Contrast = dict[str, Any]
+
+
+def contrasts(design: Design) -> list[Contrast]:
+    """Design A's differences at equal KL: at each level and over the range; p values over the range."""
+    config, points = design.config, {m: design.matched(m) for m in METHODS}
+    rows = []
+    for name, (ours, theirs) in CONTRASTS.items():
+        at = {kl: differences(points[ours], points[theirs], kl) for kl in design.kl_levels}
+        over = mean_differences(points[ours], points[theirs], *design.kl_range, config.least)
+        rows.append({"name": name, "at": at, "over": over, "p": sign_flip_p(list(over.values()))})
+    tested = {r["name"]: r["p"] for r in rows if not math.isnan(r["p"])}
+    adjusted = holm(tested) if design.task == MAIN else {}
+    return [r | {"holm": adjusted.get(r["name"])} for r in rows]
+
+
+def factors(design: Design) -> list[dict[str, Any]]:
+    """Design B's factors at each share of PPO's plateau, as it is and with RTO at PPO's KL."""
+    rows = []
+    for held in (False, True):
+        ppo, rto = design.curves(held)
+        for share in design.config.shares if ppo else ():
+            middle, low, high = bootstrap_factor(ppo, rto, share, design.config.draws)
+            rows.append({"held": held, "share": share, "factor": middle, "low": low, "high": high, "seeds": len(ppo)})
+    return rows
+
+
+# Tables
+
+
+def with_seeds(values: Sequence[float], wanted: int) -> str:
+    """A difference with its interval, and how many of the seeds it has where that is not all."""
+    if not values:
+        return ""
+    return shown(values, "+") + (f" ({len(values)})" if len(values) < wanted else "")
+
+
+def contrast_table(design: Design, rows: Sequence[Contrast]) -> str:
+    seeds = len(design.scale.seeds)
+    low, high = design.kl_range
+    header = ["difference", *(f"{kl:g} nats" for kl in design.kl_levels), f"mean of {low:g} to {high:g}", "p"]
+    header += ["p, Holm"] if any(r["holm"] is not None for r in rows) else []
+    lines = []
+    for r in rows:
+        line = [r["name"], *(with_seeds(list(d.values()), seeds) for d in r["at"].values())]
+        line += [with_seeds(list(r["over"].values()), seeds), "" if math.isnan(r["p"]) else f"{r['p']:.3f}"]
+        lines.append(line + ([f"{r['holm']:.3f}"] if r["holm"] is not None else [""] * (len(header) > len(line))))
+    return markdown(header, lines)
+
+
+def method_table(design: Design) -> str:
+    """Every method at every penalty: true reward and KL."""
+    lines = []
+    for method in METHODS:
+        for beta2 in design.scale.penalties(method):
+            found = [design.judged(design.matched_cell(s, method, beta2)) for s in design.scale.seeds]
+            there = [f for f in found if f]
+            if there:
+                kl = shown([k for k, _ in there])
+                lines.append([method, f"{beta2:g}", shown([r for _, r in there]), kl, f"{len(there)}"])
+    return markdown(("method", "beta2", "true reward", "KL, nats", "seeds"), lines)
+
+
+def choice_table(choices: Sequence[Choice]) -> str:
+    """Chosen rates, and the true reward on the tuning seeds at the truth's own choice."""
+    lines = [
+        [c.method, f"{c.iterations}", f"{c.rate:g}", f"{c.tried[c.rate]['reward']:.2f}", f"{c.truth_rate:g}",
+         f"{c.tried[c.truth_rate]['reward']:.2f}", ", ".join(f"{r:g}" for r in c.tried)]
+        for c in choices if math.isfinite(c.tried[c.rate]["score"])
+    ]  # fmt: skip
+    header = ("method", "rollouts", "rate", "true reward", "the truth's rate", "its true reward", "tried")
+    return markdown(header, lines)
+
+
+def budget_table(design: Design) -> str:
+    ppo, rto = design.curves()
+    _, held = design.curves(held=True)
+    lines = []
+    for i, (samples, _) in enumerate(ppo[0]):
+        found = [shown([c[i][1] for c in curves]) if curves else "" for curves in (ppo, rto, held)]
+        lines.append([f"{samples:,.0f}", *found])
+    return markdown(("samples", "PPO", "RTO", "RTO at PPO's KL"), lines)
+
+
+def factor_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The factors; the verdict on the paper's stands at the highest level alone, with RTO as it is."""
+    highest = max(r["share"] for r in rows)
+    lines = [
+        [f"{100 * r['share']:g} %", "RTO at PPO's KL" if r["held"] else "RTO",
+         f"{r['factor']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
+         verdict(r["low"], r["high"]) if r["share"] == highest and not r["held"] else "", f"{r['seeds']}"]
+        for r in rows
+    ]  # fmt: skip
+    return markdown(("level, of PPO's plateau", "", "n(PPO) / n(RTO), 95 %", "a factor of 8", "seeds"), lines)
+
+
+def verdict(low: float, high: float, claimed: float = 8.0) -> str:
+    """What an interval says of the paper's factor."""
+    if math.isnan(high):
+        return "no plateau"
+    return "refuted" if high < claimed else "reached" if low >= claimed else "unresolved"
+
+
+# Figures
+
+
+def draw_matched(design: Design, path: Path) -> None:
+    """True reward against KL with the oracle's lines, and the contrasts' differences; bands are 95 % t intervals."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    grid = np.linspace(0.25, 1.2 * max(design.kl_levels), 40)
+    points = {m: design.matched(m) for m in METHODS}
+    for method, of_seeds in points.items():
+        values = {kl: [v for p in of_seeds.values() if not math.isnan(v := at_kl(p, kl))] for kl in grid}
+        band(left, values, len(of_seeds), method, STYLES[method])
+        for of_seed in of_seeds.values():
+            there = [p for p in of_seed[1:] if p[0] <= grid[-1]] or [(math.nan, math.nan)]
+            left.plot(*zip(*there, strict=True), ".", color=STYLES[method], markersize=3, alpha=0.4)
+    oracles = [design.grid.found[c] for s in design.scale.seeds if (c := design.oracle(s)) in design.grid.found]
+    draw_oracle(left, oracles)
+    left.set(xlabel="KL to SFT, nats a response", ylabel="true reward", xlim=(0, 1.2 * grid[-1]))
+    left.legend(fontsize=7, frameon=False)
+    for (name, (ours, theirs)), colour in zip(CONTRASTS.items(), pyplot.colormaps["tab10"].colors, strict=False):
+        values = {kl: list(differences(points[ours], points[theirs], kl).values()) for kl in grid}
+        band(right, values, len(points[ours]), name, colour)
+    right.axhline(0, color="black", linewidth=0.7)
+    right.set(xlabel="KL to SFT, nats a response", ylabel="difference of true rewards at equal KL")
+    right.legend(fontsize=7, frameon=False)
+    save(figure, path)
+
+
+def band(axis: Axes, values: Mapping[float, Sequence[float]], seeds: int, label: str, colour: Any) -> None:
+    """Mean and 95 % t interval where at least two and half of the seeds are."""
+    there = {x: interval(v) for x, v in values.items() if len(v) >= max(2, seeds / 2)}
+    if there:
+        middle, half = (np.array(v) for v in zip(*there.values(), strict=True))
+        axis.plot(list(there), middle, color=colour, label=label)
+        axis.fill_between(list(there), middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_budgets(design: Design, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """True reward against samples, and the factors with their intervals."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    (ppo, rto), (_, held) = design.curves(), design.curves(held=True)
+    arms = (("PPO", ppo, STYLES["PPO"]), ("RTO", rto, STYLES["RTO"]), ("RTO at PPO's KL", held, "#7fb3d5"))
+    for label, curves, colour in arms:
+        if curves:
+            band(left, at_budgets(curves), len(curves), label, colour)
+    left.set(xlabel="samples of the whole run", ylabel="true reward", xscale="log")
+    budgets = design.scale.budgets
+    left.set_xticks(budgets, [f"{n:,}" for n in budgets])
+    left.minorticks_off()
+    left.legend(fontsize=7, frameon=False)
+    for i, r in enumerate(rows):
+        right.plot([r["low"], r["high"]], [-i, -i], color="black", linewidth=1)
+        right.plot(r["factor"], -i, "o", color="#7fb3d5" if r["held"] else STYLES["RTO"])
+    right.axvline(1, color="black", linewidth=0.7)
+    right.axvline(8, color=STYLES["PPO"], linestyle=":", label="the paper's 8")
+    right.set_yticks([-i for i in range(len(rows))],
+                     [f"{100 * r['share']:g} %" + (", PPO's KL" if r["held"] else "") for r in rows])  # fmt: skip
+    right.set(xlabel="samples of PPO / samples of RTO", ylabel="level, of PPO's plateau")
+    right.legend(fontsize=7, frameon=False)
+    save(figure, path)
+
+
+def at_budgets(curves: Sequence[Points]) -> dict[float, list[float]]:
+    """Samples -> the seeds' rewards, without the SFT model's."""
+    return {x: [c[i][1] for c in curves] for i, (x, _) in enumerate(curves[0]) if x}
+
+
+# What is written
+
+
+def task_record(design: Design) -> dict[str, Any]:
+    """All figures of a task, as JSON."""
+    by_name = lambda d: {str(k): v for k, v in d.items()}  # noqa: E731
+    rows = contrasts(design) if "A" in design.config.designs else []
+    return {
+        "choices": [as_json(c) | {"design": key[0]} for key, c in design.choices.items()],
+        "contrasts": [r | {"at": {str(k): by_name(v) for k, v in r["at"].items()}, "over": by_name(r["over"])}
+                      for r in rows],
+        "factors": factors(design) if "B" in design.config.designs else [],
+    }  # fmt: skip
+
+
+def task_section(design: Design, found: Mapping[str, Any], folder: str) -> list[str]:
+    """A task's tables and figures."""
+    scale, config = design.scale, design.config
+    text = [f"## {design.task}"]
+    if "A" in config.designs:
+        text += [
+            f"Design A, seeds {span(scale.seeds)}: differences of true rewards at equal KL, paired by seed, mean ±\n"
+            "95 % t interval; the number of seeds in brackets where not all reach. p: all changes of signs, two-sided.",
+            contrast_table(design, contrasts(design)),
+            f"![True reward against KL, and differences at equal KL]({folder}/matched-{design.task}.svg)",
+            f"<details><summary>Every method at every penalty, and the rates (tuned on {span(scale.tuning_seeds)})"
+            "</summary>",
+            method_table(design),
+            choice_table([c for k, c in design.choices.items() if k[0] == "A"]),
+            "</details>",
+        ]
+    if "B" in config.designs and found["factors"]:
+        text += [
+            f"Design B, seeds {span(scale.budget_seeds)}: true reward by budget, and by how many times fewer samples\n"
+            "RTO reaches a level of PPO's plateau (bootstrap over seeds).",
+            factor_table(found["factors"]),
+            budget_table(design),
+            f"![True reward against samples, and factors]({folder}/budgets-{design.task}.svg)",
+            f"<details><summary>The rates (tuned on {span(scale.budget_tuning_seeds)})</summary>",
+            choice_table([c for k, c in design.choices.items() if k[0] == "B"]),
+            "</details>",
+        ]
+    return text
+
+
+def span(seeds: Sequence[int]) -> str:
+    """`200–211`, or the seeds one by one."""
+    whole = list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))) and len(seeds) > 2
+    return f"{seeds[0]}–{seeds[-1]}" if whole else ", ".join(map(str, seeds))
+
+
+HEAD = """# Designs A and B
+
+[The protocol](protocol.md) was written before these runs; this page is made by the command.
+"""
+
+
+def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str, Any], root: Path) -> str:
+    """designs.json, tables.md and the figures; the page where it is asked for. Returns the tables."""
+    pyplot.rcParams.update({"svg.hashsalt": "claim", "font.size": 9, "axes.spines.top": False,
+                            "axes.spines.right": False})  # fmt: skip
+    out, page = root / config.out, root / "docs" / "results" / "designs.md"
+    record["tasks"] = {task: task_record(d) for task, d in designs.items()}
+    for task, design in designs.items():
+        if "A" in config.designs and any(design.matched(m) for m in METHODS):
+            draw_matched(design, out / f"matched-{task}.svg")
+        if record["tasks"][task]["factors"]:
+            draw_budgets(design, record["tasks"][task]["factors"], out / f"budgets-{task}.svg")
+    write_atomic(out / "designs.json", compact(finite_or_none(record)))
+    tables = section(designs, record, ".")
+    write_atomic(out / "tables.md", tables)
+    if config.page:
+        write_atomic(page, HEAD + "\n" + section(designs, record, Path(os.path.relpath(out, page.parent)).as_posix()))
+    return tables
+
+
+def section(designs: Mapping[str, Design], record: Mapping[str, Any], folder: str) -> str:
+    missing = f" {len(record['missing'])} cells had not run." if record["missing"] else ""
+    text = [f"`{record['command']}`: {len(record['cells'])} cells, {record['cpu_s']:,.0f} CPU seconds.{missing}"]
+    for task, design in designs.items():
+        text += task_section(design, record["tasks"][task], folder)
+    return "\n\n".join(text) + "\n"
+
+
+def seconds_by_kind(cells: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """Markdown: mean CPU seconds of each kind of cell."""
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for cell, found in cells.items():
+        change = dict(cell.change)
+        kind = f"{cell.method}, {n} rollouts" if (n := change.get("iterations")) else cell.method
+        kinds.setdefault((cell.task, kind), []).append(found["cpu_s"])
+    rows = [[task, kind, f"{mean(v):.0f}", f"{len(v)}"] for (task, kind), v in sorted(kinds.items())]
+    return markdown(("task", "cell", "CPU seconds", "cells"), rows)
