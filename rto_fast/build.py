@@ -37,7 +37,8 @@ from rto_fast.data.tokenizer import (
 from rto_fast.errors import ConfigError, require
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.memory.fit import check_device
-from rto_fast.models.heads import ScalarModel
+from rto_fast.models.adapters import check_adapter
+from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.load import (
     DTYPES,
     check_reward_head,
@@ -48,6 +49,7 @@ from rto_fast.models.load import (
     new_scalar,
     place,
 )
+from rto_fast.models.one_base import OneBase
 from rto_fast.models.packing import Placement
 from rto_fast.models.router import check_router, watch_router
 from rto_fast.models.save import rehearse_export
@@ -186,7 +188,8 @@ def check(config: RTOConfig) -> Inputs:
     template = load_template(config.chat_template, tokenizer, config.template_date)
     written = load_written(config, tokenizer, columns)
     _check_models(config, tokenizer, template)
-    check_device(config, device, distributed.world_size())
+    if not config.lora:  # whose memory it cannot foretell yet
+        check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
     check_min_length(config.min_response_length, stop_ids, load_config(config.policy, "policy"))
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids, config.min_response_length)
@@ -229,16 +232,20 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     partitioned = partitions(config, distributed.world_size(), inputs.device.type)
     placement, loading = place(config, inputs.device, config.score_tokens, longest, lockstep=partitioned)
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
-    policy_model = load_policy(config.policy, argument="policy", **loading)
+    policy_model = load_policy(config.policy, argument="policy", lora=config.lora, **loading)
+    one_base = OneBase(policy_model, config.policy) if config.lora and config.zero_stage < 3 else None
     watch_router(policy_model, config.router_aux_coef)
+    rates = {name: getattr(config, f"lora_{name}" if config.lora else name) for name in RATES}
     steps = max(1, (iterations - config.critic_warmup) * updates)
-    policy = TrainEngine(policy_model, config, peak_lr=config.policy_lr, total_steps=steps)
+    policy = TrainEngine(policy_model, config, peak_lr=rates["policy_lr"], total_steps=steps)
     critic, origin = None, "none, the advantages need none"
     if config.uses_critic:
-        critic_model, origin = _critic(config, inputs, loading)
-        critic = TrainEngine(critic_model, config, peak_lr=config.critic_lr, total_steps=iterations * updates)
+        critic_model, origin = _critic(config, inputs, loading, one_base if config.lora_critic == "shared" else None)
+        critic = TrainEngine(critic_model, config, peak_lr=rates["critic_lr"], total_steps=iterations * updates)
 
-    online = _online(config, iterations, loading) if config.online != "off" else None
+    online = None
+    if config.online != "off":
+        online = _online(config, iterations, loading, one_base, rates["online_lr"])
     trained = [engine for engine in (policy, critic, online) if engine]
     models = [engine.model for engine in trained]
     rehearse_export(models, inputs.tokenizer, inputs.template)
@@ -253,18 +260,26 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         kept.append(frozen(model, config, parks=config.park_frozen, partitioned=partitioned))
         return kept[-1]
 
-    def once(loader: Callable[..., torch.nn.Module]) -> Callable[[str, str], FrozenModel]:
+    def once(
+        loader: Callable[..., torch.nn.Module], on_base: Callable[[str, str], torch.nn.Module | None]
+    ) -> Callable[[str, str], FrozenModel]:
         """Of a path and the setting that names it: the model, the same one for the same path."""
         seen: dict[str, FrozenModel] = {}
 
         def load_once(path: str, argument: str) -> FrozenModel:
             if path not in seen:
-                seen[path] = keep(loader(path, argument=argument, **loading))
+                shared = on_base(path, argument)
+                if shared:  # trained models stand on its weights, which therefore neither park nor are spread
+                    kept.append(frozen(shared, config, partitioned=False))
+                    seen[path] = kept[-1]
+                else:
+                    seen[path] = keep(loader(path, argument=argument, **loading))
             return seen[path]
 
         return load_once
 
-    language, scalar = once(load_policy), once(load_scalar)
+    language = once(load_policy, one_base.language if one_base else _nothing)
+    scalar = once(load_scalar, one_base.scalar if one_base else _nothing)
     reference = language(config.reference or config.policy, "reference")
     dpo: Model | Mixture | None = None
     dpo_ref = reference
@@ -289,16 +304,39 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         rewards=[*sources, *inputs.rewards], reward_weights=config.reward_weights, tokens=tokens,
         frozen=kept,
     )  # fmt: skip
-    return Loaded(placement, policy, critic, online, [f"critic: {origin}", *readings], tight, scorers)
+    origins = [f"critic: {origin}", *readings, *_adapters_said(config, policy_model, one_base)]
+    return Loaded(placement, policy, critic, online, origins, tight, scorers)
 
 
-def _online(config: RTOConfig, iterations: int, loading: dict[str, Any]) -> TrainEngine:
+RATES = ("policy_lr", "critic_lr", "online_lr")
+"""Settings of learning rates of whole weights; those of adapters are named with `lora_` before."""
+
+
+def _nothing(path: str, argument: str) -> None:
+    """No model on a shared base, where there is none."""
+
+
+def _adapters_said(config: RTOConfig, policy: PolicyModel, one_base: OneBase | None) -> list[str]:
+    """What is trained and what is shared, where adapters are."""
+    if not policy.adapter:
+        return []
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
+    of = "a new adapter" if policy.adapter.fresh else f"the adapter {config.policy}"
+    each = "each model has a base of its own, which ZeRO-3 takes apart"
+    return [f"policy: {of} of rank {config.lora_rank} on {policy.adapter.base}, {trained:,} numbers",
+            one_base.said() if one_base else each]  # fmt: skip
+
+
+def _online(
+    config: RTOConfig, iterations: int, loading: dict[str, Any], one_base: OneBase | None, rate: float
+) -> TrainEngine:
     """The DPO model in a training engine: one pass over each rollout."""
     (path,) = config.dpo_model
-    model = load_policy(path, argument="dpo_model", **loading)
+    model = one_base.language(path, "dpo_model", config.lora) if one_base else None
+    model = model or load_policy(path, argument="dpo_model", lora=config.lora, **loading)
     watch_router(model, config.router_aux_coef)
     steps = iterations * (config.responses // config.train_batch)
-    return TrainEngine(model, config, peak_lr=config.online_lr, total_steps=steps)
+    return TrainEngine(model, config, peak_lr=rate, total_steps=steps)
 
 
 def _delimiters(config: RTOConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -313,6 +351,9 @@ def _check_models(config: RTOConfig, tokenizer: PreTrainedTokenizerBase, templat
     """Vocabularies, positions and templates of all models, from their configs alone."""
     policy = load_config(config.policy, "policy")
     check_weights(config.policy, "policy")
+    check_adapter(config.policy, config.lora, "policy")
+    if config.online != "off":
+        check_adapter(config.dpo_model[0], config.lora, "dpo_model")
     check_vocabulary(tokenizer, policy, "policy")
     check_router(policy, config.router_aux_coef, "policy")
     check_template(config.policy, template, "policy")
@@ -349,14 +390,17 @@ def _difference(tokenizer: PreTrainedTokenizerBase, special_used: frozenset[str]
     return tokenizer_difference(tokenizer, load_tokenizer(path, "reward_model"), special_used)
 
 
-def _critic(config: RTOConfig, inputs: Inputs, loading: dict[str, Any]) -> tuple[ScalarModel, str]:
-    """The critic and where it came from."""
-    why = ""
+def _critic(
+    config: RTOConfig, inputs: Inputs, loading: dict[str, Any], one_base: OneBase | None
+) -> tuple[ScalarModel, str]:
+    """The critic and where it came from; one_base: what it may stand on."""
+    why, lora = "", config.lora
     if config.reward_model and config.critic != "policy":
         path = config.reward_model[0]
         difference = _difference(inputs.tokenizer, inputs.special_used, path)
         if not difference:
-            scalar = load_scalar(path, argument="reward_model", **loading)
+            shared = one_base.scalar(path, "critic", lora) if one_base else None
+            scalar = shared or load_scalar(path, argument="reward_model", lora=lora, **loading)
             return scalar, f"starts from the reward model {path}"
         require(
             config.critic == "auto",
@@ -364,7 +408,8 @@ def _critic(config: RTOConfig, inputs: Inputs, loading: dict[str, Any]) -> tuple
             "cannot read the policy's tokens; use --critic policy",
         )
         why = f", since the reward model {path} has another tokenizer ({difference})"
-    scalar = new_scalar(config.policy, argument="policy", **loading)
+    shared = one_base.scalar(config.policy, "critic", lora, new=True) if one_base else None
+    scalar = shared or new_scalar(config.policy, argument="policy", lora=lora, **loading)
     return scalar, f"starts from the policy's backbone {config.policy} with a zero head{why}"
 
 

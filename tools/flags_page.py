@@ -30,7 +30,7 @@ change nothing that is learnt, or its rounding alone.
 SECTIONS = (
     ("Every stage", config.RunConfig),
     ("SFT, reward model and DPO", config.SupervisedConfig),
-    ("SFT, reward model and DPO: adapters", config.LoraSettings),
+    ("Adapters: every stage that trains", config.LoraSettings),
     ("`rto-fast sft`", config.SFTConfig),
     ("Reward model and DPO", config.PreferenceConfig),
     ("`rto-fast rm`", config.RMConfig),

@@ -19,6 +19,7 @@ from rto_fast.backend.inputs import Contents, contents_of, difference
 from rto_fast.backend.output_lock import LOCK, OWNER
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.config import RunConfig, check_wandb
+from rto_fast.data.adapter_folder import ADAPTER
 from rto_fast.errors import ConfigError, StorageError, require
 from rto_fast.logs.files import METRICS, SAMPLES, fingerprint, fsync, read_rows, writing
 from rto_fast.redact import redacted
@@ -294,7 +295,11 @@ def open_output(config: RunConfig) -> Checkpoints:
         raise ConfigError(f"output_dir: {folder} already holds a run; pass --resume auto to go on with it, or another "
                           "--output-dir")  # fmt: skip
     if config.resume == "auto" and not checkpoint_steps(folder / CHECKPOINTS):
-        done = [name for name in ("policy", "model") if (folder / name / "config.json").exists()]
+        done = [
+            name
+            for name in ("policy", "model")
+            if any((folder / name / file).exists() for file in ("config.json", ADAPTER))
+        ]
         require(
             not done,
             f"resume: {folder} holds a finished run ({' and '.join(done)}) that kept no checkpoint: there is nothing "

@@ -102,7 +102,9 @@ class RLVRConfig(RTOConfig):
     train_batch: int = 256
     """Responses a policy update, over all ranks."""
     policy_lr: float = 1e-6
-    """Peak learning rate of the policy."""
+    """Peak learning rate of the policy's weights."""
+    lora_policy_lr: float = 1e-5
+    """Peak learning rate of the policy's adapter, in place of policy_lr."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,7 @@ class RTOConfig(RTOSettings):
     def validate(self) -> None:
         super().validate()
         require(bool(self.policy), "policy: no model given; pass --policy (folder or Hub id)")
+        self._check_adapters()
         self._check_token_rewards()
         self._check_online()
         require(
@@ -63,7 +64,7 @@ class RTOConfig(RTOSettings):
         require(0 < self.vllm_memory_share < 1, f"vllm_memory_share: must lie in (0, 1), got {self.vllm_memory_share}")
         for name in (
             "epochs", "temperature", "policy_lr", "critic_lr", "reward_timeout_s", "rollout_timeout_s",
-            "vllm_start_timeout_s", "online_lr", "online_beta",
+            "vllm_start_timeout_s", "online_lr", "online_beta", "lora_policy_lr", "lora_critic_lr", "lora_online_lr",
         ):  # fmt: skip
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
         require(0 < self.clip < 1, f"clip: must lie in (0, 1), got {self.clip}")
@@ -131,6 +132,17 @@ class RTOConfig(RTOSettings):
         ):
             value = getattr(self, name)
             require(read or value == fields[name].default, f"{name}: {value!r} is not read without {reader}")
+
+    def _check_adapters(self) -> None:
+        self.check_lora()
+        require(
+            not self.lora_dropout,
+            f"lora_dropout: {self.lora_dropout} would make PPO's first ratio another number than 1; use 0",
+        )
+        require(
+            not (self.lora_rank and self.ema_decay),
+            "ema_decay: averages whole weights, which adapters leave as they are; use 0 with --lora-rank",
+        )
 
     def _check_online(self) -> None:
         fields, pairs = type(self).__dataclass_fields__, self.online == "dpo"

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rto_fast.config.base import RunConfig, free
+from rto_fast.config.lora import LoraSettings
 from rto_fast.config.token_spec import TokenSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTOSettings(RunConfig):
+class RTOSettings(LoraSettings, RunConfig):
     """What RTOConfig holds."""
 
     # Models
@@ -29,6 +30,9 @@ class RTOSettings(RunConfig):
     """The DPO models' own reference, the token reward's denominator; empty = the KL reference."""
     critic: Literal["auto", "reward", "policy"] = "auto"
     """Critic's start: the reward model, the SFT backbone with a zero head, or auto (reward where tokenizers agree)."""
+    lora_critic: Literal["shared", "own"] = "shared"
+    """With lora_rank, the critic stands on the policy's base in memory (shared) where its weights are the same ones, or
+    on a copy."""
 
     # Rewards of whole responses
     reward_model: tuple[str, ...] = ()
@@ -82,7 +86,9 @@ class RTOSettings(RunConfig):
     """Train the DPO model on every rollout: prime on each response's outcome (arXiv 2502.01456), dpo on each prompt's
     best response against its worst by score. It may then start from the SFT model. off: it stays as it is."""
     online_lr: float = 1e-6
-    """online: peak learning rate of the DPO model."""
+    """online: peak learning rate of the DPO model's weights."""
+    lora_online_lr: float = 1e-5
+    """online: peak learning rate of the DPO model's adapter, in place of online_lr."""
     online_beta: float = 0.05
     """online: beta of its loss, the scale of a response's log(pi_dpo / pi_ref)."""
     online_order: Literal["before", "after"] = "before"
@@ -183,9 +189,13 @@ class RTOSettings(RunConfig):
     ppo_epochs: int = 1
     """Passes over each rollout."""
     policy_lr: float = 5e-7
-    """Peak learning rate of the policy."""
+    """Peak learning rate of the policy's weights."""
+    lora_policy_lr: float = 5e-6
+    """Peak learning rate of the policy's adapter, in place of policy_lr; ten times that, see lora_lr."""
     critic_lr: float = 9e-6
-    """Peak learning rate of the critic."""
+    """Peak learning rate of the critic's weights."""
+    lora_critic_lr: float = 9e-5
+    """Peak learning rate of the critic's adapter and head, in place of critic_lr."""
     gamma: float = 1.0
     """Discount a token."""
     lam: float = 0.95

@@ -167,15 +167,25 @@ def twin(model: Any) -> Any:
 
     An adapter that changes nothing yet is left out. For a model that DeepSpeed has not seen.
     """
-    shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
-    found = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    if model.adapter.fresh:
-        for name, layer in list(_layers(found.inner).items()):
+    return bare(model) if model.adapter and model.adapter.fresh else _beside(model)
+
+
+def bare(model: Any) -> Any:
+    """The model without its adapter, in modules of its own on the same weights. For one that DeepSpeed has not seen."""
+    found = _beside(model)
+    if found.adapter:
+        for name, layer in _layers(found.inner).items():
             parent, _, own = name.rpartition(".")
             setattr(found.inner.get_submodule(parent), own, layer.get_base_layer())
         del found.inner.peft_config
         found.adapter = None
     return found
+
+
+def _beside(model: Any) -> Any:
+    """A copy that shares what is not trained: the base's tensors, not its modules."""
+    shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def adapter_settings(model: Any) -> str:

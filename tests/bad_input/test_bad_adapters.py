@@ -170,3 +170,22 @@ def test_export_of_an_adapter_asks_what_is_meant(adapter, tmp_path, capfd):
     assert export_main([str(adapter), "--to", str(tmp_path / "out")]) == REFUSED
     assert "is an adapter already; pass --merge" in message_of(capfd.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_rank": 4, "lora_dropout": 0.1}, "lora_dropout: 0.1 would make PPO's first ratio another number than 1"),
+        ({"lora_rank": 4, "ema_decay": 0.9}, "ema_decay: averages whole weights"),
+        ({"lora_rank": 4, "lora_policy_lr": 0.0}, "lora_policy_lr: must be positive"),
+        ({"lora_dora": True}, "lora_dora: is for adapters; pass --lora-rank"),
+    ],
+)
+def test_flags_of_the_loop_that_cannot_work(refused, flags, message):
+    for recipe in ("rto_llama3.py", "ppo_llama3.py"):
+        refused(recipe, message, **flags)
+
+
+def test_a_policy_of_another_rank(refused, adapter):
+    refused("rto_llama3.py", r"policy: '.*adapter' is an adapter with r 4, and --lora-rank 8 is", policy=adapter,
+            lora_rank=8)  # fmt: skip
