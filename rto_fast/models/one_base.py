@@ -1,4 +1,4 @@
-"""Models of one run on one base in memory: the same frozen weights, each with an adapter and modules of its own.
+"""Models of one run on the same frozen weights, each with its own adapter.
 
 Nothing is switched between forwards, and a gradient of one cannot reach another: they share tensors that are never
 trained, and no module.
