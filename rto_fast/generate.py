@@ -342,16 +342,18 @@ def _sampler(config: GenerateConfig, rollouts: RTOConfig, device: torch.device, 
     from rto_fast.rollout.transformers_engine import TransformersEngine
 
     loading = (device, DTYPES[config.dtype], pad, config.rollout_tokens)
-    reference = "" if config.guide_ref == config.model else config.guide_ref
-    own = (
-        GuidedEngine(base_of(config.model), *loading, guide=base_of(config.guide_model), scale=config.guide_scale,
-                     reference=base_of(reference) if reference else "")
-        if config.guided else TransformersEngine(base_of(config.model), *loading)
-    )  # fmt: skip
-    _push_merged(own, config.model, "model", config)
-    if config.guided:
-        for guide, name in zip(own.guides, ("guide_model", "guide_ref"), strict=False):
+    own: TransformersEngine
+    if not config.guided:
+        own = TransformersEngine(base_of(config.model), *loading)
+    else:
+        reference = "" if config.guide_ref == config.model else config.guide_ref
+        own = guided = GuidedEngine(
+            base_of(config.model), *loading, guide=base_of(config.guide_model), scale=config.guide_scale,
+            reference=base_of(reference) if reference else "",
+        )  # fmt: skip
+        for guide, name in zip(guided.guides, ("guide_model", "guide_ref"), strict=False):
             _push_merged(guide, getattr(config, name), name, config)
+    _push_merged(own, config.model, "model", config)
     if not config.beams:
         return own, own.generate
     return own, lambda requests, sampling, progress: beam_search(
