@@ -70,12 +70,12 @@ class Whole:
     def was_step_applied(self) -> bool:
         return True
 
-    def save_checkpoint(self, folder: str, tag: str) -> None:
+    def save_checkpoint(self, folder: str, tag: str, exclude_frozen_parameters: bool) -> None:
         (Path(folder) / tag).mkdir(parents=True)
         state = {name: p.detach().cpu() for name, p in self.module.named_parameters()}
         torch.save(state, Path(folder) / tag / "state.pt")
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, None]:
+    def load_checkpoint(self, folder: str, tag: str, load_module_strict: bool) -> tuple[str, None]:
         state = torch.load(Path(folder) / tag / "state.pt")
         with torch.no_grad():
             for name, p in self.module.named_parameters():

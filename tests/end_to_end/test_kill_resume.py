@@ -140,9 +140,9 @@ def test_rto_on_two_ranks_killed(tiny, lives, tmp_path):
 def test_rto_killed_while_the_token_reward_learns(tiny, lives, tmp_path, online):
     """Once in the writing of a checkpoint of its three engines, once at a random moment."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    changes = SETTINGS | {"iterations": 5, "online": online, "online_lr": 1e-3, "responses_per_prompt": 2}
+    changes = SETTINGS | {"iterations": 9, "online": online, "online_lr": 1e-3, "responses_per_prompt": 2}
     assert lives.run("rto", small_run(tiny, whole, **changes)) == 0, lives.log.read_text()
-    s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / 5
+    s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / 9
     settings, rng = small_run(tiny, killed, **changes), random.Random(online)
     assert lives.run("rto", settings, die_at=SAVING_STEPS + rng.randint(1, 20)) == -signal.SIGKILL
     killed_at_random(lives, "rto", settings, rng, 2, s_a_row)

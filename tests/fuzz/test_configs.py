@@ -100,5 +100,6 @@ def test_any_settings_run_or_are_refused(tiny, tmp_path):
 
 
 def whole(folder: Path, stage: str) -> bool:
-    """Whether the run's model is there."""
-    return (folder / ("policy" if stage in ("rto", "ppo") else "model") / "model.safetensors").exists()
+    """Whether the run's model is there, or its adapter."""
+    model = folder / ("policy" if stage in ("rto", "ppo") else "model")
+    return any((model / name).exists() for name in ("model.safetensors", "adapter_model.safetensors"))

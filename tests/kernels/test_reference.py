@@ -16,6 +16,7 @@ ONLY_PUBLIC = {
     "save_share",
     "process_group",
     "vocab_start",
+    "gather",
     "inplace_backward",
     "group",
     "deterministic",
