@@ -48,6 +48,9 @@ class MemoryConfig(RTOConfig):
 
     def validate(self) -> None:
         super().validate()
+        require(
+            not self.lora_rank, "lora_rank: the memory of adapters is not computed yet; leave it out for whole weights"
+        )
         require(self.ranks >= 1, f"ranks: must be at least 1, got {self.ranks}")
         require(self.reserve_gib >= 0, f"reserve_gib: must not be negative, got {self.reserve_gib}")
         require(self.node_ranks >= 1, f"node_ranks: must be at least 1, got {self.node_ranks}")
