@@ -27,6 +27,11 @@ def free(default: T) -> T:
     return dataclasses.field(default=default, metadata={FREE: True})
 
 
+SMALL_MODEL = 300_000_000
+"""Parameters up to which `gradient_checkpointing` auto keeps the activations: some 10 GB of them at GPT-2 medium's size
+and the default micro_tokens."""
+
+
 FOLLOWS = "what it follows from"
 
 
@@ -85,8 +90,9 @@ class RunConfig:
     packing: Literal["on", "off"] = free("on")
     """on: sequences lie side by side in one row; a model that is not exact so is refused. off: one sequence a row,
     slower, and right for every family."""
-    gradient_checkpointing: bool = free(True)
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = free("auto")
+    """Recompute activations in the backward pass: less memory, about a third more time. auto: where a model has over
+    300 million parameters."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage; 0 only with dtype fp32."""
     offload: bool = False
@@ -172,6 +178,11 @@ class RunConfig:
         for name, value in dataclasses.asdict(self).items():
             for number in value if isinstance(value, tuple | list) else (value,):
                 require(not isinstance(number, float) or math.isfinite(number), f"{name}: must be finite, got {number}")
+
+    def recomputes(self, parameters: int) -> bool:
+        """Whether a trained model of so many parameters computes its activations again in the backward pass."""
+        auto = parameters > SMALL_MODEL
+        return auto if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
 
     def micro_budget(self, tokens: int) -> int:
         """Tokens that micro-batches of at most `tokens` are planned with: without packing every row goes alone."""

@@ -116,7 +116,7 @@ def _changes(config: RTOConfig, machine: Machine) -> Iterator[dict[str, Any]]:
     yield {}
     if machine.ranks > 1:
         yield {"partition_frozen": "yes", "park_frozen": False}
-    if not config.gradient_checkpointing:
+    if config.gradient_checkpointing is not True:
         yield {"gradient_checkpointing": True}
     if machine.ranks == 1:
         yield {"park_frozen": True, "partition_frozen": "no"}

@@ -245,7 +245,8 @@ def _update(config: RTOConfig, s: ModelShape, machine: Machine) -> dict[str, flo
     elif config.zero_stage < 2:
         gradients = {"gradients": b * s.parameters + (4 * s.parameters / ranks if config.zero_stage else 0)}
     layers = tokens * (_kept(config, s) + b * (3 * s.intermediate + 2 * s.hidden))
-    layers += tokens * (s.layers * b * s.hidden if config.gradient_checkpointing else (s.layers - 1) * _kept(config, s))
+    again = config.recomputes(s.parameters)
+    layers += tokens * (s.layers * b * s.hidden if again else (s.layers - 1) * _kept(config, s))
     bucket = min(BUCKET, s.parameters) if lazy else BUCKET
     backward = gradients | {"activations": layers}
     if config.zero_stage:

@@ -36,9 +36,9 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
     if partitions(config, machine.ranks, machine.kind):
         batches = math.ceil(tokens / config.score_tokens)
         score += sum(batches * width(config) * s.parameters for _, s in models.frozen) / rates.link
-    passes = 8 if config.gradient_checkpointing else 6
     out = {"rollout": _rollout(config, models.policy, machine, rates, sequences), "scoring": score}
     for name, s in models.trained:
+        passes = 8 if config.recomputes(s.parameters) else 6
         epochs = 1 if name == "online DPO" else config.ppo_epochs
         work = epochs * tokens * passes * _computed(s) / rates.flops
         if config.ptx_coef and name == "policy":  # as many supervised rows again

@@ -86,3 +86,14 @@ def test_weights_come_while_gpus_compute(tiny, tmp_path, monkeypatch, kind, stag
     monkeypatch.setattr(distributed, "device", lambda: torch.device(kind))
     config = RTOConfig(**small_run(tiny, tmp_path, zero_stage=stage))
     assert deepspeed_config(config)["zero_optimization"]["overlap_comm"] == overlaps
+
+
+@pytest.mark.parametrize(("setting", "limit", "recomputes"), [
+    ("auto", 0, True), ("auto", 10**6, False), (True, 10**6, True), (False, 0, False),
+])  # fmt: skip
+def test_only_large_models_compute_their_activations_again(tiny, tmp_path, monkeypatch, setting, limit, recomputes):
+    monkeypatch.setattr("rto_fast.config.base.SMALL_MODEL", limit)
+    config = RTOConfig(**small_run(tiny, tmp_path, gradient_checkpointing=setting))
+    policy = load_policy(tiny.policy, dtype=torch.float32, **LOADING)
+    TrainEngine(policy, config, peak_lr=1e-3, total_steps=1)
+    assert policy.inner.is_gradient_checkpointing == recomputes

@@ -139,6 +139,13 @@ def test_flags_that_save_memory_do(settings):
     assert gib(less)["policy update"] < gib(plain)["policy update"] - 5
 
 
+def test_activations_are_computed_again_where_the_run_does(monkeypatch):
+    auto, on, off = (gib(MemoryConfig(gradient_checkpointing=how)) for how in ("auto", True, False))
+    assert auto == on != off
+    monkeypatch.setattr("rto_fast.config.base.SMALL_MODEL", 10**10)
+    assert gib(MemoryConfig()) == off
+
+
 def test_parked_models_leave_the_device_outside_scoring():
     plain, parked = MemoryConfig(ranks=1), MemoryConfig(ranks=1, park_frozen=True)
     assert gib(plain)["policy update"] - gib(parked)["policy update"] == pytest.approx(32.2, abs=0.2)
