@@ -81,13 +81,29 @@ def contrast_table(design: Design, rows: Sequence[Contrast]) -> str:
     seeds = len(design.scale.seeds)
     low, high = design.kl_range
     header = ["difference", *(f"{kl:g} nats" for kl in design.kl_levels), f"mean of {low:g} to {high:g}", "p"]
-    header += ["p, Holm"] if any(r["holm"] is not None for r in rows) else []
+    tested = any(r["holm"] is not None for r in rows)
+    header += ["p, Holm", "decision"] if tested else []
     lines = []
     for r in rows:
         line = [r["name"], *(with_seeds(list(d.values()), seeds) for d in r["at"].values())]
         line += [with_seeds(list(r["over"].values()), seeds), "" if math.isnan(r["p"]) else f"{r['p']:.3f}"]
-        lines.append(line + ([f"{r['holm']:.3f}"] if r["holm"] is not None else [""] * (len(header) > len(line))))
+        if tested:
+            p = r["holm"]
+            line += ["", ""] if p is None else [f"{p:.3f}", decision(list(r["over"].values()), p)]
+        lines.append(line)
     return markdown(header, lines)
+
+
+SMALL = 0.5
+"""A difference below which nothing is lost, a sixth of what PPO gains."""
+
+
+def decision(values: Sequence[float], p: float) -> str:
+    """What the protocol's rule says of a hypothesis. values: differences by seed; p: adjusted."""
+    middle, half = interval(values)
+    if p < 0.05:
+        return "supported" if middle > 0 else "reversed"
+    return f"smaller than {SMALL:g}" if middle + half < SMALL else "unresolved"
 
 
 def method_table(design: Design) -> str:
@@ -260,14 +276,17 @@ def span(seeds: Sequence[int]) -> str:
     return f"{seeds[0]}–{seeds[-1]}" if whole else ", ".join(map(str, seeds))
 
 
-HEAD = """# Designs A and B
+MARKS = "<!-- designs -->", "<!-- /designs -->"
+HEAD = f"""# Designs A and B
 
-[The protocol](protocol.md) was written before these runs; this page is made by the command.
+[The protocol](protocol.md) was written before these runs.
+
+{MARKS[0]}{MARKS[1]}
 """
 
 
 def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str, Any], root: Path) -> str:
-    """designs.json, tables.md and the figures; the page where it is asked for. Returns the tables."""
+    """designs.json, tables.md and the figures; the page's section where it is asked for. Returns the tables."""
     pyplot.rcParams.update({"svg.hashsalt": "claim", "font.size": 9, "axes.spines.top": False,
                             "axes.spines.right": False})  # fmt: skip
     out, page = root / config.out, root / "docs" / "results" / "designs.md"
@@ -281,7 +300,9 @@ def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str,
     tables = section(designs, record, ".")
     write_atomic(out / "tables.md", tables)
     if config.page:
-        write_atomic(page, HEAD + "\n" + section(designs, record, Path(os.path.relpath(out, page.parent)).as_posix()))
+        text = section(designs, record, Path(os.path.relpath(out, page.parent)).as_posix())
+        head, rest = (page.read_text() if page.exists() else HEAD).split(MARKS[0])
+        write_atomic(page, f"{head}{MARKS[0]}\n{text}{MARKS[1]}{rest.split(MARKS[1])[1]}")
     return tables
 
 

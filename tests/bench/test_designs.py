@@ -170,7 +170,7 @@ def test_contrasts_at_equal_kl_are_the_gains_that_were_put_in():
         assert rows[name]["p"] == 2 / 8, "three seeds, all of one sign"
         assert rows[name]["holm"] == 1.0, "four times .25"
     table = design_report.contrast_table(design, list(rows.values()))
-    assert "| RTO − PPO | +1.00 ± 0.00 | +1.50 ± 0.00 | +1.00 ± 0.00 | 0.250 | 1.000 |" in table
+    assert "| RTO − PPO | +1.00 ± 0.00 | +1.50 ± 0.00 | +1.00 ± 0.00 | 0.250 | 1.000 | unresolved |" in table
 
 
 def test_a_seed_without_a_model_is_left_out_and_counted():
@@ -211,6 +211,29 @@ def test_verdicts():
     assert design_report.verdict(1.2, 9.0) == "unresolved"
     assert design_report.verdict(8.5, 9.0) == "reached"
     assert design_report.verdict(math.nan, math.nan) == "no plateau"
+
+
+@pytest.mark.parametrize(("values", "p", "says"), [
+    ([0.1, 0.2, 0.3], 0.04, "supported"), ([-0.1, -0.2, -0.3], 0.04, "reversed"),
+    ([0.1, 0.2, 0.1], 0.06, "smaller than 0.5"), ([-0.2, 0.9, 0.3], 0.06, "unresolved"), ([0.1], 1.0, "unresolved"),
+])  # fmt: skip
+def test_decisions(values, p, says):
+    assert design_report.decision(values, p) == says
+
+
+def test_the_page_keeps_what_stands_around_its_section(tmp_path):
+    page = tmp_path / "docs" / "results" / "designs.md"
+    page.parent.mkdir(parents=True)
+    design = design_of(FakeGrid(), designs=("A",), seeds=(200, 201, 202), page=True, out="results")
+    design.run()
+    record = {"cells": [], "missing": [], "command": "make claim", "cpu_s": 1.0}
+    design_report.write(design.config, {"medium": design}, dict(record), tmp_path)
+    first = page.read_text()
+    assert "| RTO − PPO |" in first
+    assert "## medium" in first
+    page.write_text("Before.\n\n" + first + "\nBehind.\n")
+    design_report.write(design.config, {"medium": design}, dict(record), tmp_path)
+    assert page.read_text() == "Before.\n\n" + first + "\nBehind.\n"
 
 
 @pytest.mark.parametrize(
