@@ -57,6 +57,7 @@ from rto_fast.updates.ppo import TrainBatch, UpdateStats
 from rto_fast.updates.sampler_corrected import SamplerBatch
 
 Observer = Callable[[Rollout, ResponseTexts], dict[str, float]]
+Values = Callable[[Run, Rollout], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,17 @@ ONLINE: dict[str, type[OnlineBatch]] = {"prime": OutcomeBatch, "dpo": BestWorstB
 
 
 @alone
-def train(config: RTOConfig, observe: Observer | None = None) -> Run:
+def train(config: RTOConfig, observe: Observer | None = None, value: Values | None = None) -> Run:
     """Runs RTO (PPO where beta1 = 0) and writes checkpoints, logs, the report and Hugging Face folders.
 
     observe: called with each global rollout and its texts; what it returns is logged (a known true reward, say).
+    value: [R] fp32 values of a rollout's states in place of the critic's (better ones, to see what a critic costs).
     """
     run = build.build(config)
     with Saving(config) as saving, closing(run.logger), closing(run.sync):
         run.logger.message(saving.plan(run.checkpoint_bytes))
         for iteration in range(run.state.iteration, run.iterations):
-            metrics = rto_iteration(run, iteration, observe)
+            metrics = rto_iteration(run, iteration, observe, value)
             run.state.iteration = iteration + 1
             run.logger.log(iteration + 1, metrics)
             run.export_if_due()
@@ -100,7 +102,9 @@ def train(config: RTOConfig, observe: Observer | None = None) -> Run:
     return run
 
 
-def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> dict[str, float]:
+def rto_iteration(
+    run: Run, iteration: int, observe: Observer | None = None, value: Values | None = None
+) -> dict[str, float]:
     """One turn of the loop; returns its metrics."""
     beta2 = run.state.kl.beta2
     rollout = draw(run, iteration)
@@ -109,6 +113,8 @@ def rto_iteration(run: Run, iteration: int, observe: Observer | None = None) -> 
         scores, dpo_steps = learn_token_reward(run, iteration, rollout, scores)
         if wrong := not_finite(scores):
             return seen | bad_step(run, f"rollout {iteration + 1} gave {wrong}")
+        if value:
+            scores = replace(scores, values=value(run, rollout).to(scores.values))
         paid, seen_scale = scale_scores(run, scores)
         targets = compute_targets(rollout, paid, run.config, beta2, run.delimiters)
         run.state.kl.update(targets.mean_kl, len(rollout))

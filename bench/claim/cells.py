@@ -23,7 +23,7 @@ import transformers
 from rich.console import Console
 from torch import Tensor
 
-from bench.claim import tilting
+from bench.claim import monte_carlo, tilting
 from bench.claim.tilting import Source
 from rto_fast import distributed, trainer
 from rto_fast.config import DPOConfig, RMConfig, RTOConfig
@@ -242,9 +242,33 @@ def preference_settings(world: World, cell: Cell, folder: Path) -> DPOConfig:
     )
 
 
+OTHER_PAIRS = {"rm_pairs": ("reward_model", "rm"), "dpo_pairs": ("dpo_model", "dpo")}
+"""Changes that take one model of the same task and seed with another number of pairs, whose `other_world` comes first;
+name -> (setting, the model's folder)."""
+VALUE_SAMPLES = "value_samples"
+"""The change that takes so many continuations of each token for its value (monte_carlo.py) in place of the critic."""
+
+
+def other_world(cell: Cell, pairs: int) -> Cell:
+    """What the methods share on a cell's task and seed, learnt from another number of pairs."""
+    return Cell(f"{cell.task}-{pairs}", cell.seed)
+
+
+def learnt_elsewhere(world: World, cell: Cell) -> dict[str, tuple[str, ...]]:
+    """The settings of OTHER_PAIRS that a cell changes."""
+    found, runs = {}, world.root.parents[2]
+    for name, pairs in cell.change:
+        if name in OTHER_PAIRS:
+            setting, folder = OTHER_PAIRS[name]
+            other = runs / other_world(cell, pairs).task / world.root.parent.name / world.root.name
+            found[setting] = (str(other / folder / "model"),)
+    return found
+
+
 def rl_settings(world: World, cell: Cell, folder: Path) -> RTOConfig:
     """The method's settings; whatever it compares, each rollout has as many responses."""
-    base, own = world.rl(cell.method in PAYS_TOKENS), RL[cell.method]
+    base = dataclasses.replace(world.rl(cell.method in PAYS_TOKENS), **learnt_elsewhere(world, cell))
+    own = RL[cell.method] | {k: v for k, v in cell.change if k not in (*OTHER_PAIRS, VALUE_SAMPLES)}
     if cell.method == TWO_RMS:
         base = dataclasses.replace(base, reward_model=(*base.reward_model, str(world.root / SECOND / "model")))
     ours = {
@@ -252,14 +276,16 @@ def rl_settings(world: World, cell: Cell, folder: Path) -> RTOConfig:
         "rollout_batch": base.rollout_batch // own.get("responses_per_prompt", 1), "save_every": 0, "report": False,
         "report_samples": 0,
     }  # fmt: skip
-    return dataclasses.replace(base, **ours | own | dict(cell.change))
+    return dataclasses.replace(base, **ours | own)
 
 
 def train(world: World, cell: Cell, folder: Path) -> tuple[Path, dict[str, list[float | None]]]:
     """The trained model's folder, and the figures of each rollout."""
     if cell.method in PREFERENCE:
         return train_dpo(preference_settings(world, cell, folder)), {}
-    trainer.train(rl_settings(world, cell, folder), world.truth())
+    samples = dict(cell.change).get(VALUE_SAMPLES)
+    value = functools.partial(monte_carlo.values, samples=samples) if samples else None
+    trainer.train(rl_settings(world, cell, folder), world.truth(), value)
     rows = read_metrics(folder / METRICS)
     names = {"samples": "samples", "kl": "kl/response", "reward": "true/reward", "score": "reward/score"}
     return folder / "policy", {short: [rounded(r[name]) for r in rows] for short, name in names.items()}

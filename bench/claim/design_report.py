@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from bench.claim.ablations import METHODS as ABLATED_METHODS
 from bench.claim.cells import TWO_RMS, Cell
 from bench.claim.designs import MAIN, METHODS, Choice, Design, DesignConfig, as_json
 from bench.claim.estimates import (
@@ -67,6 +68,23 @@ def factors(design: Design) -> list[dict[str, Any]]:
     return rows
 
 
+ABLATED = {n: c for n, c in CONTRASTS.items() if {*c} <= {*ABLATED_METHODS}} | {"DDPO − PPO": ("DDPO", "PPO")}
+"""Design C's differences."""
+
+
+def ablated(design: Design) -> list[dict[str, Any]]:
+    """Design C: of each ablation the differences at equal KL over the range, and each method's models."""
+    config, rows = design.config, []
+    for ablation in design.ablations:
+        points = {m: design.ablated(ablation, m) for m in ABLATED_METHODS}
+        over = {
+            name: mean_differences(points[ours], points[theirs], *design.kl_range, config.least)
+            for name, (ours, theirs) in ABLATED.items()
+        }
+        rows.append({"name": ablation.name, "over": over, "points": points})
+    return rows
+
+
 # Tables
 
 
@@ -117,6 +135,19 @@ def method_table(design: Design) -> str:
                 kl = shown([k for k, _ in there])
                 lines.append([method, f"{beta2:g}", shown([r for _, r in there]), kl, f"{len(there)}"])
     return markdown(("method", "beta2", "true reward", "KL, nats", "seeds"), lines)
+
+
+def ablation_table(design: Design, rows: Sequence[Mapping[str, Any]]) -> str:
+    seeds = len(design.config.ablation_seeds)
+    low, high = design.kl_range
+    header = ["changed", *(f"{name}, {low:g} to {high:g} nats" for name in ABLATED)]
+    header += [f"{m}: furthest, nats" for m in ABLATED_METHODS]
+    lines = []
+    for row in rows:
+        furthest = [[max(p)[0] for p in row["points"][m].values()] for m in ABLATED_METHODS]
+        lines.append([row["name"], *(with_seeds(list(d.values()), seeds) for d in row["over"].values()),
+                      *(shown(kl) if kl else "" for kl in furthest)])  # fmt: skip
+    return markdown(header, lines)
 
 
 def choice_table(choices: Sequence[Choice]) -> str:
@@ -237,6 +268,8 @@ def task_record(design: Design) -> dict[str, Any]:
         "contrasts": [r | {"at": {str(k): by_name(v) for k, v in r["at"].items()}, "over": by_name(r["over"])}
                       for r in rows],
         "factors": factors(design) if "B" in design.config.designs else [],
+        "ablations": [r | {"over": {n: by_name(d) for n, d in r["over"].items()},
+                           "points": {m: by_name(p) for m, p in r["points"].items()}} for r in ablated(design)],
     }  # fmt: skip
 
 
@@ -267,6 +300,11 @@ def task_section(design: Design, found: Mapping[str, Any], folder: str) -> list[
             choice_table([c for k, c in design.choices.items() if k[0] == "B"]),
             "</details>",
         ]
+    if any(p for r in found["ablations"] for p in r["points"].values()):
+        text += [
+            f"Design C, seeds {span(config.ablation_seeds)}: such differences with one part of the training changed.",
+            ablation_table(design, ablated(design)),
+        ]
     return text
 
 
@@ -277,7 +315,7 @@ def span(seeds: Sequence[int]) -> str:
 
 
 MARKS = "<!-- designs -->", "<!-- /designs -->"
-HEAD = f"""# Designs A and B
+HEAD = f"""# Designs A, B and C
 
 [The protocol](protocol.md) was written before these runs.
 

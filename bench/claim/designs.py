@@ -1,7 +1,8 @@
-"""Designs A and B: what is trained, and how learning rates are chosen. docs/results/protocol.md says why.
+"""Designs A, B and C: what is trained, and how learning rates are chosen. docs/results/protocol.md says why.
 
 A   rewards at equal KL: five methods, each at several penalties beta2, on fresh seeds
 B   efficiency: PPO and RTO with budgets of samples, the rate tuned for each method and budget
+C   A's differences with one part of the training changed (ablations.py), on the main task
 
 A learning rate is chosen by what a user has: the best reward-model score among rates whose KL is within a bound. The
 rate that the true reward would choose stands beside it and decides nothing.
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from bench.claim import other_tasks, stories
+from bench.claim import ablations, other_tasks, stories
+from bench.claim.ablations import Ablation
 from bench.claim.cells import TWO_RMS, Cell, oracle_cell
 from bench.claim.estimates import Points, at_kl
 from bench.claim.grid import ClaimConfig, Grid
@@ -38,9 +40,9 @@ ROLLOUT = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DesignConfig:
-    """Designs A and B of the claim: all cells, tables, figures and JSON."""
+    """Designs A, B and C of the claim: all cells, tables, figures and JSON."""
 
-    designs: tuple[str, ...] = ("A", "B")
+    designs: tuple[str, ...] = ("A", "B", "C")
     """Which to run."""
     tasks: tuple[str, ...] = (MAIN, "whole", "long", "stories-rule")
     """medium in full; whole, long, stories-rule and stories-taste in small."""
@@ -75,6 +77,14 @@ class DesignConfig:
     draws: int = 2000
     """Bootstrap samples of the seeds."""
 
+    # Design C, on medium
+    ablation_seeds: tuple[int, ...] = (200, 201, 202, 203)
+    """Its seeds."""
+    ablation_beta2: tuple[float, ...] = (0.025, 0.05)
+    """Its penalties."""
+    value_samples: int = 4
+    """Continuations of each token that give the oracle critic's values."""
+
     # In small: the tasks beside medium
     small_seeds: int = 4
     """Seeds, the first of `seeds`."""
@@ -107,18 +117,24 @@ class DesignConfig:
     """Train nothing; report the cells that are there."""
 
     def validate(self) -> None:
-        for name, known in (("designs", ("A", "B")), ("tasks", TASKS)):
+        for name, known in (("designs", ("A", "B", "C")), ("tasks", TASKS)):
             wrong = [v for v in getattr(self, name) if v not in known]
             require(not wrong, f"{name}: unknown {', '.join(wrong)}; choose from {', '.join(known)}")
             require(bool(getattr(self, name)), f"{name}: at least one is needed")
-        for name in ("learning_rates", "beta2", "few_beta2", "budgets", "small_budgets", "story_learning_rates"):
+        for name in ("learning_rates", "beta2", "few_beta2", "ablation_beta2", "budgets", "small_budgets",
+                     "story_learning_rates"):  # fmt: skip
             values = getattr(self, name)
             require(bool(values) and min(values) > 0, f"{name}: positive numbers are needed, got {values}")
         for name in ("beta2", "few_beta2"):
             require(CENTRE in getattr(self, name), f"{name}: {CENTRE:g}, where rates are tuned, must be among them")
-        for name in ("seeds", "budget_seeds", "tuning_seeds", "budget_tuning_seeds"):
+        require(self.value_samples >= 1, f"value_samples: must be at least 1, got {self.value_samples}")
+        for name in ("seeds", "budget_seeds", "ablation_seeds", "tuning_seeds", "budget_tuning_seeds"):
             require(bool(getattr(self, name)), f"{name}: at least one is needed")
-        shared = {*self.tuning_seeds, *self.budget_tuning_seeds} & {*self.seeds, *self.budget_seeds}
+        shared = {*self.tuning_seeds, *self.budget_tuning_seeds} & {
+            *self.seeds,
+            *self.budget_seeds,
+            *self.ablation_seeds,
+        }
         require(not shared, f"tuning_seeds: {sorted(shared)} are reported too; the report would be of tuned seeds")
         for name in ("budgets", "small_budgets"):
             wrong = [n for n in getattr(self, name) if n % ROLLOUT]
@@ -235,6 +251,22 @@ class Design:
                 for n in self.rollouts()
             ))  # fmt: skip
 
+        if self.ablations:
+            if "A" not in self.config.designs:
+                self.choose("A", ablations.METHODS, (self.config.iterations,), self.scale.tuning_seeds)
+            cells = [
+                self.ablated_cell(a, s, m, beta2) for a in self.ablations for s in self.config.ablation_seeds
+                for m in ablations.METHODS for beta2 in self.config.ablation_beta2
+            ]  # fmt: skip
+            self.grid.run(f"C on {self.task}: other models", ablations.worlds(cells))
+            self.grid.run(f"C on {self.task}", cells)
+
+    @property
+    def ablations(self) -> tuple[Ablation, ...]:
+        """Design C's, on the main task alone."""
+        asked = "C" in self.config.designs and self.task == MAIN
+        return ablations.ablations(self.config.value_samples) if asked else ()
+
     def rollouts(self) -> list[int]:
         return [n // ROLLOUT for n in self.scale.budgets]
 
@@ -247,6 +279,10 @@ class Design:
 
     def budget_cell(self, seed: int, method: str, beta2: float, iterations: int) -> Cell:
         return self.cell(seed, method, self.choices["B", method, iterations].rate, beta2, iterations)
+
+    def ablated_cell(self, ablation: Ablation, seed: int, method: str, beta2: float) -> Cell:
+        cell = self.matched_cell(seed, method, beta2)
+        return dataclasses.replace(cell, change=cell.change + ablation.changed(method))
 
     # What was found
 
@@ -266,10 +302,20 @@ class Design:
 
     def matched(self, method: str) -> dict[int, Points]:
         """Design A: seed -> (KL, true reward) of the SFT model and of the method at each penalty."""
+        return self._points(self.scale.seeds, lambda seed: [
+            self.matched_cell(seed, method, b) for b in self.scale.penalties(method)
+        ])  # fmt: skip
+
+    def ablated(self, ablation: Ablation, method: str) -> dict[int, Points]:
+        """Design C: the same, with a part of the training changed."""
+        return self._points(self.config.ablation_seeds, lambda seed: [
+            self.ablated_cell(ablation, seed, method, b) for b in self.config.ablation_beta2
+        ])  # fmt: skip
+
+    def _points(self, seeds: Sequence[int], cells: Callable[[int], list[Cell]]) -> dict[int, Points]:
         points = {}
-        for seed in self.scale.seeds:
-            found = [self.judged(self.matched_cell(seed, method, b)) for b in self.scale.penalties(method)]
-            there = [p for p in found if p]
+        for seed in seeds:
+            there = [p for c in cells(seed) if (p := self.judged(c))]
             if there and (start := self.judged(Cell(self.task, seed))):
                 points[seed] = [(0.0, start[1]), *there]
         return points

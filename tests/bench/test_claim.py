@@ -14,7 +14,7 @@ from launches import Launch
 from loop_helpers import ROOT
 from recipe_helpers import flags_of
 
-from bench.claim import report, stories
+from bench.claim import cells, report, stories
 from bench.claim.cells import PAYS_TOKENS, RL, TWO_RMS, Cell, TinyWorld, correlation, rl_settings, run_cell, second_rm
 from bench.claim.grid import QUICK, ClaimConfig, Grid, quickened
 from bench.claim.report import Results
@@ -144,6 +144,32 @@ def test_two_reward_models_differ_in_their_seed_alone(tmp_path):
     second = dataclasses.asdict(second_rm(first))
     differ = {k: v for k, v in second.items() if v != getattr(first, k)}
     assert differ == {"seed": 10_000, "output_dir": str(tmp_path / "rm2")}
+
+
+def test_design_cs_changes_are_the_runs_settings(tmp_path, monkeypatch):
+    world = TinyWorld(tmp_path / "medium" / "seed3" / "world", DemoConfig(output_dir=str(tmp_path)))
+
+    def settings(method, **change):
+        ours = rl_settings(world, Cell("medium", 3, method, 1e-3, change=tuple(change.items())), tmp_path)
+        ours.validate()
+        return ours
+
+    plain, poor = settings("RTO"), str(tmp_path / "medium-250" / "seed3" / "world")
+    assert settings("RTO", rm_pairs=250) == dataclasses.replace(plain, reward_model=(f"{poor}/rm/model",))
+    assert settings("RTO", dpo_pairs=250) == dataclasses.replace(plain, dpo_model=(f"{poor}/dpo/model",))
+    assert settings("RTO", value_samples=4) == plain
+    group = {"responses_per_prompt": 4, "rollout_batch": 16}
+    ours = settings("RTO", responses_per_prompt=4, advantage="q")
+    assert ours == dataclasses.replace(plain, advantage="q", **group), "as many responses as the others"
+
+    asked = []
+    monkeypatch.setattr(cells.trainer, "train", lambda *given: asked.append(given))
+    monkeypatch.setattr(cells, "read_metrics", lambda path: [])
+    for change in ((), (("value_samples", 4),)):
+        cells.train(world, Cell("medium", 3, "RTO", 1e-3, change=change), tmp_path)
+    assert asked[0][2] is None
+    assert asked[1][2].func is cells.monte_carlo.values
+    assert asked[1][2].keywords == {"samples": 4}
 
 
 def test_a_share_of_the_samples_has_its_own_schedule(tmp_path):

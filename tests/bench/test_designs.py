@@ -7,7 +7,9 @@ import json
 import math
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from launches import Launch
@@ -30,7 +32,7 @@ class FakeGrid(Grid):
     """Cells by formulas; nothing is trained.
 
     KL falls with beta2 and rises with the method's reach; the true reward is (GAIN + the seed's) * sqrt(KL), and in
-    design B saturates with the samples, twice as fast for RTO.
+    design B saturates with the samples, twice as fast for RTO. An oracle critic helps RTO alone.
     """
 
     def __init__(self, failed: frozenset[tuple[int, str]] = frozenset()) -> None:
@@ -51,9 +53,10 @@ class FakeGrid(Grid):
         if (c.seed, c.method) in self.failed:
             return {"failed": "diverged", "cpu_s": 1.0, "commit": "abc", "seed": c.seed, "method": c.method}
         change = dict(c.change)
+        gain = GAIN[c.method] + (0.4 if c.method == "RTO" and "value_samples" in change else 0.0)
         reach = 2.0 if c.method in ("RTO", "DDPO") else 1.0
         kl = reach * 0.3 / change["beta2"] * (c.lr / 1e-3)
-        reward = (GAIN[c.method] + 0.1 * (c.seed % 10)) * math.sqrt(kl)
+        reward = (gain + 0.1 * (c.seed % 10)) * math.sqrt(kl)
         if n := change.get("iterations"):
             reward *= 1 - math.exp(-n / (16 if c.method == "RTO" else 32))
         return result(c, kl, reward)
@@ -206,6 +209,35 @@ def test_factors_with_and_without_ppos_kl():
     assert "refuted" in design_report.factor_table(list(rows.values()))
 
 
+def test_design_c_changes_one_part_of_design_as_cells():
+    grid = FakeGrid()
+    design_of(grid, designs=("A",)).run()
+    before = len(grid.trained)
+    both = design_of(grid, designs=("A", "C"))
+    both.run()
+    new = grid.trained[before:]
+    assert len(new) == 4 * 2 * (3 + 3 + 3 + 2), "the first row is design A's; PPO has no DPO model"
+    assert {c.seed for c in new} == {200, 201, 202, 203}
+    assert {c for c in grid.found if c.task == "medium-250"} == {Cell("medium-250", s) for s in range(200, 204)}
+    plain = {replace(c, change=c.change[:1]) for c in new}
+    assert plain <= {*grid.trained[:before]}, "rates and penalties are A's"
+    assert len({c.change[1:] for c in new}) == 5
+
+    rows = {r["name"]: r["over"] for r in design_report.ablated(both)}
+    gain, helped = (mean(rows[name]["RTO − PPO"].values()) for name in ("as in design A",
+                                                                        "oracle critic, 4 continuations"))  # fmt: skip
+    assert helped == pytest.approx(gain * 0.9 / 0.5)
+    assert rows["oracle critic, 4 continuations"]["DDPO − PPO"] == rows["as in design A"]["DDPO − PPO"]
+    assert "| no critic | +" in design_report.ablation_table(both, design_report.ablated(both))
+
+
+def test_design_c_alone_tunes_its_methods_and_other_tasks_have_none():
+    grid = FakeGrid()
+    design_of(grid, designs=("C",)).run()
+    assert {c.method for c in grid.trained if c.seed < 200} == {"PPO", "RTO", "DDPO"}
+    assert not design_of(grid, "whole", designs=("C",)).ablations
+
+
 def test_verdicts():
     assert design_report.verdict(1.2, 3.0) == "refuted"
     assert design_report.verdict(1.2, 9.0) == "unresolved"
@@ -244,6 +276,8 @@ def test_the_page_keeps_what_stands_around_its_section(tmp_path):
         ({"tuning_seeds": (200,)}, r"tuning_seeds: \[200\] are reported too"),
         ({"budget_tuning_seeds": (205,)}, r"tuning_seeds: \[205\] are reported too"),
         ({"budgets": (100,)}, r"budgets: \[100\] are no multiples"),
+        ({"value_samples": 0}, "value_samples: must be at least 1"),
+        ({"ablation_seeds": (100,)}, r"tuning_seeds: \[100\] are reported too"),
         ({"few_beta2": (0.1,)}, "few_beta2: 0.05, where rates are tuned"),
         ({"beta2": (0.0, 0.05)}, "beta2: positive numbers"),
         ({"kl_range": (5.0, 3.0)}, "kl_range: the lower end first"),
@@ -260,7 +294,7 @@ TINY = {
     "seeds": (200, 201), "budget_seeds": (200, 201), "tuning_seeds": 100, "budget_tuning_seeds": 100,
     "learning_rates": 1e-3, "iterations": 1, "budgets": (64, 128), "beta2": (0.05, 0.1), "few_beta2": 0.05,
     "corpus_rows": 320, "pairs": 96, "eval_prompts": 32, "oracle_samples": (4, 64), "tasks": "medium",
-    "kl_levels": 0.001, "kl_range": (0.0, 0.002), "draws": 20, "workers": 1,
+    "kl_levels": 0.001, "kl_range": (0.0, 0.002), "draws": 20, "workers": 1, "designs": ("A", "B"),
 }  # fmt: skip
 
 
