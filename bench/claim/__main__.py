@@ -1,4 +1,4 @@
-"""Designs A, B and C of the claim, as docs/results/protocol.md has them: every cell, table and figure by one command.
+"""Designs A to D of the claim, as docs/results/protocol.md has them: every cell, table and figure by one command.
 
     python -m bench.claim                     # run again, it goes on where it stopped
     python -m bench.claim --tasks medium --designs A

@@ -30,10 +30,10 @@ from rto_fast.config import DPOConfig, RMConfig, RTOConfig
 from rto_fast.contract import ResponseTexts, Rollout
 from rto_fast.demo.config import DemoConfig
 from rto_fast.demo.judge import Judge, Judgement, Truth, sample, task_judge
-from rto_fast.demo.pipeline import dpo_config, prepare, rl_config, rm_config
+from rto_fast.demo.pipeline import dpo_config, prepare, rl_config, rm_config, sampled_pairs
 from rto_fast.demo.tiny_task import TinyTask, make_task
 from rto_fast.errors import Diverged
-from rto_fast.logs.files import METRICS, finite_or_none, read_metrics, write_atomic
+from rto_fast.logs.files import METRICS, finite_or_none, json_line, read_metrics, write_atomic
 from rto_fast.models.attention import resolve_attention
 from rto_fast.models.load import load_policy, load_scalar
 from rto_fast.models.packing import Placement
@@ -43,7 +43,7 @@ from rto_fast.supervised.reward_model import train_rm
 
 PREFERENCE = {
     "DPO": "dpo", "R-DPO": "r_dpo", "SimPO": "simpo", "TDPO1": "tdpo1", "TDPO2": "tdpo2", "KTO": "kto", "IPO": "ipo",
-    "MPPO": "mppo",
+    "MPPO": "mppo", "MPO": "mpo",
 }  # fmt: skip
 """Method -> `objective`."""
 
@@ -73,6 +73,8 @@ PAYS_TOKENS = ("RTO", "Semi-RTO", "DDPO", "RS-PPO", "RTO with REINFORCE++")
 METHODS = ("SFT", *PREFERENCE, *RL)
 ORACLE = "oracle"
 """The method of a cell that trains nothing: the lines of bench/claim/tilting.py."""
+MORE = "more DPO models"
+"""The method of a cell that trains what the changes "round" and "dpo_models" take."""
 NO_TEXTS = ResponseTexts([], [], [])
 """Reward models that read tokens need no text."""
 
@@ -148,6 +150,14 @@ class TinyWorld:
         token_truth = [r for p, a in pairs for r in self.task.token_rewards(p.tolist(), a.tolist())]
         learnt, ratios = learnt_rewards(self.judge_one, self.root, self.rl(True))
         return learnt | {"dpo_token": correlation(ratios, torch.tensor(token_truth))}
+
+    def prepare_more(self) -> None:
+        """dpo_b, a second DPO model that differs in its seed; dpo2, a second round of DPO on samples of the first."""
+        first = dpo_config(self.config, self.root)
+        train_dpo(dataclasses.replace(first, output_dir=str(self.root / "dpo_b"), seed=first.seed + SECOND_SEED))
+        model, rows = self.root / "dpo" / "model", self.root / "pairs" / "pairs2.jsonl"
+        write_atomic(rows, "".join(map(json_line, sampled_pairs(self.task, self.config, model, seed=5))))
+        train_dpo(dataclasses.replace(first, output_dir=str(self.root / "dpo2"), model=str(model), data=str(rows)))
 
     def preference(self) -> DPOConfig:
         return dpo_config(self.config, self.root)
@@ -245,6 +255,9 @@ def preference_settings(world: World, cell: Cell, folder: Path) -> DPOConfig:
 OTHER_PAIRS = {"rm_pairs": ("reward_model", "rm"), "dpo_pairs": ("dpo_model", "dpo")}
 """Changes that take one model of the same task and seed with another number of pairs, whose `other_world` comes first;
 name -> (setting, the model's folder)."""
+MODEL_CHANGES = (*OTHER_PAIRS, "dpo_models", "round", "extrapolate")
+"""The changes of which models are loaded: those, the mean of two DPO models, the one of the second round, and its
+log-ratio extrapolated away from the first round's by a factor; all but OTHER_PAIRS need the cell of MORE."""
 VALUE_SAMPLES = "value_samples"
 """The change that takes so many continuations of each token for its value (monte_carlo.py) in place of the critic."""
 
@@ -254,21 +267,28 @@ def other_world(cell: Cell, pairs: int) -> Cell:
     return Cell(f"{cell.task}-{pairs}", cell.seed)
 
 
-def learnt_elsewhere(world: World, cell: Cell) -> dict[str, tuple[str, ...]]:
-    """The settings of OTHER_PAIRS that a cell changes."""
+def other_models(world: World, cell: Cell) -> dict[str, tuple[Any, ...]]:
+    """The settings that MODEL_CHANGES stand for."""
+    change = dict(cell.change)
     found, runs = {}, world.root.parents[2]
-    for name, pairs in cell.change:
-        if name in OTHER_PAIRS:
-            setting, folder = OTHER_PAIRS[name]
-            other = runs / other_world(cell, pairs).task / world.root.parent.name / world.root.name
-            found[setting] = (str(other / folder / "model"),)
+    for name in OTHER_PAIRS.keys() & change.keys():
+        setting, folder = OTHER_PAIRS[name]
+        other = runs / other_world(cell, change[name]).task / world.root.parent.name / world.root.name
+        found[setting] = (str(other / folder / "model"),)
+    first, second, again = (str(world.root / name / "model") for name in ("dpo", "dpo_b", "dpo2"))
+    if change.get("dpo_models") == 2:
+        found["dpo_model"] = (first, second)
+    if change.get("round") == 2:
+        found["dpo_model"] = (again,)
+    if alpha := change.get("extrapolate"):
+        found |= {"dpo_model": (again, first), "dpo_weight": (1 + alpha, -alpha)}
     return found
 
 
 def rl_settings(world: World, cell: Cell, folder: Path) -> RTOConfig:
     """The method's settings; whatever it compares, each rollout has as many responses."""
-    base = dataclasses.replace(world.rl(cell.method in PAYS_TOKENS), **learnt_elsewhere(world, cell))
-    own = RL[cell.method] | {k: v for k, v in cell.change if k not in (*OTHER_PAIRS, VALUE_SAMPLES)}
+    base = dataclasses.replace(world.rl(cell.method in PAYS_TOKENS), **other_models(world, cell))
+    own = RL[cell.method] | {k: v for k, v in cell.change if k not in (*MODEL_CHANGES, VALUE_SAMPLES)}
     if cell.method == TWO_RMS:
         base = dataclasses.replace(base, reward_model=(*base.reward_model, str(world.root / SECOND / "model")))
     ours = {
@@ -301,6 +321,8 @@ def run_cell(cell: Cell, make_world: Callable[[str, int], World], runs: Path, co
     if cell.method == "SFT":
         found["quality"] = world.prepare()
         found["judgement"] = dataclasses.asdict(world.judge(None))
+    elif cell.method == MORE:
+        world.prepare_more()
     elif cell.method == ORACLE:
         found["oracle"] = tilting.lines(world, **dict(cell.change))
     else:

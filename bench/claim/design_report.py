@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.claim.ablations import METHODS as ABLATED_METHODS
 from bench.claim.cells import TWO_RMS, Cell
-from bench.claim.designs import MAIN, METHODS, Choice, Design, DesignConfig, as_json
+from bench.claim.designs import CENTRE, MAIN, METHODS, Choice, Design, DesignConfig, as_json
 from bench.claim.estimates import (
     Points,
     at_kl,
@@ -85,6 +85,19 @@ def ablated(design: Design) -> list[dict[str, Any]]:
     return rows
 
 
+def system_rows(design: Design) -> list[dict[str, Any]]:
+    """Design D: each system's judgements by seed, and its true reward less that of what it varies."""
+    rows, seeds = [], design.config.ablation_seeds
+    for system in design.systems:
+        found = {s: j for s in seeds if (j := design.judged(design.system_cell(system, s)))}
+        rows.append({"name": system.name, "against": system.against, "found": found})
+    rewards = {r["name"]: {s: reward for s, (_, reward) in r["found"].items()} for r in rows}
+    for r in rows:
+        ours, theirs = rewards[r["name"]], rewards.get(r["against"], {})
+        r["differences"] = {s: ours[s] - theirs[s] for s in ours if s in theirs}
+    return rows
+
+
 # Tables
 
 
@@ -148,6 +161,16 @@ def ablation_table(design: Design, rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append([row["name"], *(with_seeds(list(d.values()), seeds) for d in row["over"].values()),
                       *(shown(kl) if kl else "" for kl in furthest)])  # fmt: skip
     return markdown(header, lines)
+
+
+def system_table(design: Design, rows: Sequence[Mapping[str, Any]]) -> str:
+    seeds, lines = len(design.config.ablation_seeds), []
+    for r in rows:
+        if r["found"]:
+            kl, reward = zip(*r["found"].values(), strict=True)
+            lines.append([r["name"], shown(reward), with_seeds(list(r["differences"].values()), seeds), r["against"],
+                          shown(kl), f"{len(reward)}"])  # fmt: skip
+    return markdown(("", "true reward", "difference", "from", "KL, nats", "seeds"), lines)
 
 
 def choice_table(choices: Sequence[Choice]) -> str:
@@ -270,6 +293,8 @@ def task_record(design: Design) -> dict[str, Any]:
         "factors": factors(design) if "B" in design.config.designs else [],
         "ablations": [r | {"over": {n: by_name(d) for n, d in r["over"].items()},
                            "points": {m: by_name(p) for m, p in r["points"].items()}} for r in ablated(design)],
+        "systems": [r | {"found": by_name(r["found"]), "differences": by_name(r["differences"])}
+                    for r in system_rows(design)],
     }  # fmt: skip
 
 
@@ -305,6 +330,11 @@ def task_section(design: Design, found: Mapping[str, Any], folder: str) -> list[
             f"Design C, seeds {span(config.ablation_seeds)}: such differences with one part of the training changed.",
             ablation_table(design, ablated(design)),
         ]
+    if any(r["found"] for r in found["systems"]):
+        text += [
+            f"Design D, seeds {span(config.ablation_seeds)}: variants at beta2 {CENTRE:g}, paired by seed.",
+            system_table(design, system_rows(design)),
+        ]
     return text
 
 
@@ -315,7 +345,7 @@ def span(seeds: Sequence[int]) -> str:
 
 
 MARKS = "<!-- designs -->", "<!-- /designs -->"
-HEAD = f"""# Designs A, B and C
+HEAD = f"""# Designs A to D
 
 [The protocol](protocol.md) was written before these runs.
 

@@ -3,6 +3,7 @@
 A   rewards at equal KL: five methods, each at several penalties beta2, on fresh seeds
 B   efficiency: PPO and RTO with budgets of samples, the rate tuned for each method and budget
 C   A's differences with one part of the training changed (ablations.py), on the main task
+D   a row for each later variant (systems.py), there too
 
 A learning rate is chosen by what a user has: the best reward-model score among rates whose KL is within a bound. The
 rate that the true reward would choose stands beside it and decides nothing.
@@ -19,11 +20,13 @@ from typing import Any
 
 from bench.claim import ablations, other_tasks, stories
 from bench.claim.ablations import Ablation
-from bench.claim.cells import TWO_RMS, Cell, oracle_cell
+from bench.claim.cells import MORE, RL, TWO_RMS, Cell, oracle_cell
 from bench.claim.estimates import Points, at_kl
 from bench.claim.grid import ClaimConfig, Grid
+from bench.claim.systems import SYSTEMS, UNTUNED, System
 from rto_fast.errors import require
 
+DESIGNS = ("A", "B", "C", "D")
 MAIN = "medium"
 TASKS = (MAIN, *other_tasks.TASKS, *stories.TASKS)
 METHODS = ("PPO", "RTO", "DDPO", "RS-PPO", TWO_RMS)
@@ -40,9 +43,9 @@ ROLLOUT = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DesignConfig:
-    """Designs A, B and C of the claim: all cells, tables, figures and JSON."""
+    """Designs A to D of the claim: all cells, tables, figures and JSON."""
 
-    designs: tuple[str, ...] = ("A", "B", "C")
+    designs: tuple[str, ...] = DESIGNS
     """Which to run."""
     tasks: tuple[str, ...] = (MAIN, "whole", "long", "stories-rule")
     """medium in full; whole, long, stories-rule and stories-taste in small."""
@@ -77,12 +80,12 @@ class DesignConfig:
     draws: int = 2000
     """Bootstrap samples of the seeds."""
 
-    # Design C, on medium
+    # Designs C and D, on medium
     ablation_seeds: tuple[int, ...] = (200, 201, 202, 203)
-    """Its seeds."""
+    """Their seeds."""
     ablation_beta2: tuple[float, ...] = (0.025, 0.05)
-    """Its penalties."""
-    value_samples: int = 4
+    """Design C's penalties; D's is 0.05."""
+    value_samples: int = 2
     """Continuations of each token that give the oracle critic's values."""
 
     # In small: the tasks beside medium
@@ -117,7 +120,7 @@ class DesignConfig:
     """Train nothing; report the cells that are there."""
 
     def validate(self) -> None:
-        for name, known in (("designs", ("A", "B", "C")), ("tasks", TASKS)):
+        for name, known in (("designs", DESIGNS), ("tasks", TASKS)):
             wrong = [v for v in getattr(self, name) if v not in known]
             require(not wrong, f"{name}: unknown {', '.join(wrong)}; choose from {', '.join(known)}")
             require(bool(getattr(self, name)), f"{name}: at least one is needed")
@@ -251,15 +254,29 @@ class Design:
                 for n in self.rollouts()
             ))  # fmt: skip
 
-        if self.ablations:
+        if self.task == MAIN and {"C", "D"} & {*self.config.designs}:
             if "A" not in self.config.designs:
                 self.choose("A", ablations.METHODS, (self.config.iterations,), self.scale.tuning_seeds)
+            self.run_variants()
+
+    def run_variants(self) -> None:
+        """Designs C and D, at design A's rates."""
+        if self.ablations:
             cells = [
                 self.ablated_cell(a, s, m, beta2) for a in self.ablations for s in self.config.ablation_seeds
                 for m in ablations.METHODS for beta2 in self.config.ablation_beta2
             ]  # fmt: skip
             self.grid.run(f"C on {self.task}: other models", ablations.worlds(cells))
             self.grid.run(f"C on {self.task}", cells)
+        if self.systems:
+            seeds = self.config.ablation_seeds
+            self.grid.run(f"D on {self.task}: more models", [Cell(self.task, s, MORE) for s in seeds])
+            self.grid.run(f"D on {self.task}", [self.system_cell(system, s) for system in self.systems for s in seeds])
+
+    @property
+    def systems(self) -> tuple[System, ...]:
+        """Design D's rows, on the main task alone."""
+        return SYSTEMS if "D" in self.config.designs and self.task == MAIN else ()
 
     @property
     def ablations(self) -> tuple[Ablation, ...]:
@@ -283,6 +300,13 @@ class Design:
     def ablated_cell(self, ablation: Ablation, seed: int, method: str, beta2: float) -> Cell:
         cell = self.matched_cell(seed, method, beta2)
         return dataclasses.replace(cell, change=cell.change + ablation.changed(method))
+
+    def system_cell(self, system: System, seed: int) -> Cell:
+        if system.method not in UNTUNED:
+            cell = self.matched_cell(seed, system.method, CENTRE)
+            return dataclasses.replace(cell, change=cell.change + system.change)
+        penalty: tuple[tuple[str, Any], ...] = (("beta2", CENTRE),) if system.method in RL else ()
+        return Cell(self.task, seed, system.method, UNTUNED[system.method], change=penalty + system.change)
 
     # What was found
 

@@ -48,8 +48,8 @@ class ClaimConfig:
 
     parts: tuple[str, ...] = PARTS
     """What to run beside the table, of fractions, difficulty, stories-rule, stories-taste, ablations, oracle."""
-    methods: tuple[str, ...] = tuple(m for m in METHODS if m not in ("RLOO", TWO_RMS))
-    """Rows of the table; RLOO and PPO on two RMs, too, can be some."""
+    methods: tuple[str, ...] = tuple(m for m in METHODS if m not in ("RLOO", TWO_RMS, "MPO"))
+    """Rows of the table; RLOO, PPO on two RMs and MPO, too, can be some."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of the report: task, data, initial weights, samples."""
     tuning_seeds: tuple[int, ...] = (100,)

@@ -64,7 +64,7 @@ def prepare(task: TinyTask, config: DemoConfig, root: Path, console: Console) ->
     for number, (title, name, make) in enumerate((
         ("a random model and a corpus", "data", lambda: _first_data(task, config, root)),
         ("supervised fine-tuning", "sft", lambda: train_sft(_sft(config, root))),
-        ("preference pairs from the SFT model's own samples", "pairs", lambda: _pairs(task, config, root)),
+        ("preference pairs from the SFT model's own samples", "pairs", lambda: _first_pairs(task, config, root)),
         ("reward model", "rm", lambda: train_rm(rm_config(config, root))),
         ("DPO, the token reward's source", "dpo", lambda: train_dpo(dpo_config(config, root))),
     ), 1):  # fmt: skip
@@ -161,19 +161,24 @@ def _first_data(task: TinyTask, config: DemoConfig, root: Path) -> None:
         _write(root / "data" / "prompts.jsonl", task.prompts(config.prompts, seed=2))
 
 
-def _pairs(task: TinyTask, config: DemoConfig, root: Path) -> None:
-    """Two samples of the SFT model a prompt, preferred by Bradley-Terry on the true reward."""
-    if distributed.rank() != 0:
-        return
-    prompts = [row["prompt"] for row in task.prompts(config.pairs, seed=3)]
-    first, second = (sample(task, config, root / "sft" / "model", prompts, run_seed) for run_seed in (1, 2))
+def _first_pairs(task: TinyTask, config: DemoConfig, root: Path) -> None:
+    if distributed.rank() == 0:
+        _write(root / "pairs" / "pairs.jsonl", sampled_pairs(task, config, root / "sft" / "model"))
+
+
+def sampled_pairs(task: TinyTask, config: DemoConfig, model: Path, seed: int = 3) -> list[dict[str, str]]:
+    """Two samples of a model to each of `config.pairs` prompts, preferred by Bradley-Terry on the true reward.
+
+    seed: of the prompts.
+    """
+    prompts = [row["prompt"] for row in task.prompts(config.pairs, seed=seed)]
+    first, second = (sample(task, config, model, prompts, run_seed) for run_seed in (1, 2))
     texts = [
         task.tokenizer.batch_decode([r.tolist() for r in rollout.responses()], skip_special_tokens=True)
         for rollout in (first, second)
     ]
     rng = random.Random(f"pairs/{config.seed}")
-    rows = [task.preference(p, a, b, rng) for p, a, b in zip(prompts, *texts, strict=True) if a and b and a != b]
-    _write(root / "pairs" / "pairs.jsonl", rows)
+    return [task.preference(p, a, b, rng) for p, a, b in zip(prompts, *texts, strict=True) if a and b and a != b]
 
 
 def _show(console: Console, config: DemoConfig, root: Path, found: dict[str, Judgement]) -> None:

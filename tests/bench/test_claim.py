@@ -158,6 +158,12 @@ def test_design_cs_changes_are_the_runs_settings(tmp_path, monkeypatch):
     assert settings("RTO", rm_pairs=250) == dataclasses.replace(plain, reward_model=(f"{poor}/rm/model",))
     assert settings("RTO", dpo_pairs=250) == dataclasses.replace(plain, dpo_model=(f"{poor}/dpo/model",))
     assert settings("RTO", value_samples=4) == plain
+    ours = [str(world.root / name / "model") for name in ("dpo", "dpo_b", "dpo2")]
+    two = settings("RTO", dpo_models=2, dpo_pessimism=0.5)
+    assert two == dataclasses.replace(plain, dpo_model=tuple(ours[:2]), dpo_pessimism=0.5)
+    assert settings("RTO", round=2) == dataclasses.replace(plain, dpo_model=(ours[2],))
+    further = settings("RTO", extrapolate=0.3)
+    assert further == dataclasses.replace(plain, dpo_model=(ours[2], ours[0]), dpo_weight=(1.3, -0.3))
     group = {"responses_per_prompt": 4, "rollout_batch": 16}
     ours = settings("RTO", responses_per_prompt=4, advantage="q")
     assert ours == dataclasses.replace(plain, advantage="q", **group), "as many responses as the others"

@@ -17,10 +17,11 @@ from loop_helpers import ROOT
 from recipe_helpers import flags_of
 
 from bench.claim import design_report
-from bench.claim.cells import TWO_RMS, Cell
+from bench.claim.cells import MORE, TWO_RMS, Cell
 from bench.claim.designs import METHODS, Design, DesignConfig, best_within, last_figures
-from bench.claim.grid import Grid
+from bench.claim.grid import Grid, make_world
 from rto_fast.errors import ConfigError
+from rto_fast.logs.files import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -50,10 +51,16 @@ class FakeGrid(Grid):
         if c.method == "oracle":
             points = [{"kl": float(k), "true_reward": 3 * math.sqrt(k), "ess": 50.0} for k in (0, 1, 2)]
             return {"oracle": dict.fromkeys(("rm", "rm + dpo", "truth"), points), "cpu_s": 1.0, "commit": "abc"}
+        if c.method == MORE:
+            return {"cpu_s": 1.0, "commit": "abc"}
         if (c.seed, c.method) in self.failed:
             return {"failed": "diverged", "cpu_s": 1.0, "commit": "abc", "seed": c.seed, "method": c.method}
-        change = dict(c.change)
-        gain = GAIN[c.method] + (0.4 if c.method == "RTO" and "value_samples" in change else 0.0)
+        change = {"beta2": 0.05} | dict(c.change)
+        gain = (
+            GAIN.get(c.method, 1.0)
+            + change.get("extrapolate", 0.0)
+            + (0.4 if c.method == "RTO" and "value_samples" in change else 0.0)
+        )
         reach = 2.0 if c.method in ("RTO", "DDPO") else 1.0
         kl = reach * 0.3 / change["beta2"] * (c.lr / 1e-3)
         reward = (gain + 0.1 * (c.seed % 10)) * math.sqrt(kl)
@@ -225,9 +232,9 @@ def test_design_c_changes_one_part_of_design_as_cells():
 
     rows = {r["name"]: r["over"] for r in design_report.ablated(both)}
     gain, helped = (mean(rows[name]["RTO − PPO"].values()) for name in ("as in design A",
-                                                                        "oracle critic, 4 continuations"))  # fmt: skip
+                                                                        "oracle critic, 2 continuations"))  # fmt: skip
     assert helped == pytest.approx(gain * 0.9 / 0.5)
-    assert rows["oracle critic, 4 continuations"]["DDPO − PPO"] == rows["as in design A"]["DDPO − PPO"]
+    assert rows["oracle critic, 2 continuations"]["DDPO − PPO"] == rows["as in design A"]["DDPO − PPO"]
     assert "| no critic | +" in design_report.ablation_table(both, design_report.ablated(both))
 
 
@@ -236,6 +243,23 @@ def test_design_c_alone_tunes_its_methods_and_other_tasks_have_none():
     design_of(grid, designs=("C",)).run()
     assert {c.method for c in grid.trained if c.seed < 200} == {"PPO", "RTO", "DDPO"}
     assert not design_of(grid, "whole", designs=("C",)).ablations
+
+
+def test_design_d_has_a_row_for_each_variant_at_the_methods_rate():
+    grid = FakeGrid()
+    design = design_of(grid, designs=("A", "D"))
+    design.run()
+    assert [c.seed for c in grid.trained if c.method == MORE] == [200, 201, 202, 203]
+    rows = {r["name"]: r for r in design_report.system_rows(design)}
+    assert all(len(r["found"]) == 4 for r in rows.values())
+    gain = rows["RTO, rounds extrapolated by 0.3"]["differences"]
+    kl = rows["RTO"]["found"][200][0]
+    assert gain == pytest.approx(dict.fromkeys(range(200, 204), 0.3 * math.sqrt(kl))), "paired with RTO by seed"
+    assert rows["RTO"]["differences"] == {}
+    rates = {(c.method, c.lr) for c in grid.trained if c.seed == 203 and len(c.change) != 1 and c.method != "oracle"}
+    assert ("RTO", design.choices["A", "RTO", 32].rate) in rates
+    assert ("MPO", 5e-4) in rates
+    assert "| MPO, no reference | " in design_report.system_table(design, design_report.system_rows(design))
 
 
 def test_verdicts():
@@ -349,6 +373,18 @@ def test_run_again_trains_nothing(designs, monkeypatch):
     assert run_here(monkeypatch, designs) == 0
     assert {p: p.stat().st_mtime_ns for p in cells} == cells
     assert json.loads((designs / "out" / "designs.json").read_text()) == before
+
+
+def test_more_dpo_models_differ_from_the_first(designs):
+    """One by its seed alone, one by pairs that the first one sampled."""
+    settings = DesignConfig(**{k: TINY[k] for k in ("iterations", "corpus_rows", "pairs", "eval_prompts")}).worlds()
+    world = make_world(designs, settings, "medium", 200)
+    world.prepare_more()
+    weights = [(world.root / name / "model" / "model.safetensors").read_bytes() for name in ("dpo", "dpo_b", "dpo2")]
+    assert len({*weights}) == 3
+    first, second = (read_rows(world.root / "pairs" / name) for name in ("pairs.jsonl", "pairs2.jsonl"))
+    assert len(second) > len(first) / 2
+    assert not {r["chosen"] for r in first} >= {r["chosen"] for r in second}
 
 
 def test_report_of_what_is_there(designs, tmp_path, monkeypatch):

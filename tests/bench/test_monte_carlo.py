@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import closing
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_policy_without_chance_has_its_returns_as_values(opened, settings):
 def test_continuations_begin_as_the_response_and_go_on_anew(opened):
     run, rollout = opened()
     index = (rollout.response_lens > 4).nonzero().flatten().tolist()
-    found = monte_carlo.continuations(run, rollout, index, place=4, samples=8)
+    found = monte_carlo.continuations(run, rollout, [(i, 4) for i in index], samples=8)
     assert len(found) == 8 * len(index)
     responses, logps = rollout.responses(), rollout.sampler_logp.split(rollout.response_lens.tolist())
     ends = set()
@@ -62,6 +63,22 @@ def test_continuations_begin_as_the_response_and_go_on_anew(opened):
         assert found.prompts()[j].tolist() == rollout.prompts()[i].tolist()
         ends.add((i, tuple(one[4:].tolist())))
     assert len(ends) > 4 * len(index), "nearly all go on differently"
+
+
+def test_states_are_batched_where_positions_are_few(opened, monkeypatch):
+    """Each state comes once, whatever room there is, and a continuation is as long as the limit lets it be."""
+    run, rollout = opened()
+    longest = int(rollout.prompt_lens.max()) + run.config.max_response_length
+    states = [(i, t) for i, n in enumerate(rollout.response_lens.tolist()) for t in range(n)]
+    for positions, count in ((longest + 2, 3), (10 * longest, max(rollout.response_lens.tolist()))):
+        monkeypatch.setattr(run.policy.model.inner.config, "max_position_embeddings", positions)
+        batches = list(monte_carlo.batches(run, rollout))
+        assert sorted(itertools.chain(*batches)) == states
+        assert max(len({t for _, t in batch}) for batch in batches) == count
+    both = monte_carlo.continuations(run, rollout, [(0, 0), (0, 1)], samples=16)
+    assert max(both.response_lens.tolist()) == run.config.max_response_length
+    ended = torch.isin(torch.stack([r[-1] for r in both.responses()]), torch.tensor(run.sampling.stop_ids))
+    assert torch.equal(both.truncated, ~ended)
 
 
 def test_the_trainer_takes_them_for_the_critics(tiny, tmp_path, monkeypatch):
