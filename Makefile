@@ -51,7 +51,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell .
 	$(BIN)/python tools/type_check.py
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) -j2 test-interpreted try-vllm
 	@if $(MAKE) -q $(VLLM_VENV)/installed; then $(MAKE) test-vllm; else \
