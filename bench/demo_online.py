@@ -1,120 +1,204 @@
-"""Online token rewards on the demo's seeds, beside its frozen one: the second section of docs/results/demo.md.
+"""The demo's models beside token rewards that learn: the second table of docs/results/demo.md, by one command.
 
-python bench/demo_online.py --seeds 0 1 2 3 4 --page        # after bench/demo_seeds.py, on its runs
+    python -m bench.demo_online               # run again, it goes on where it stopped
+    python -m bench.demo_online --report-only --page    # trains nothing
+
+Each model of each seed is a cell of bench/claim, which is never trained twice. Writes OUT and, with --page, the section
+of docs/results/demo.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a cell is too small for a second thread
+
 import tyro
 
-from rto_fast import distributed, trainer
-from rto_fast.config import RTOConfig
+from bench.claim.cells import ONLINE, Cell
+from bench.claim.grid import ROOT, ClaimConfig, opened
+from bench.claim.report import compact, markdown
 from rto_fast.demo.config import DemoConfig
-from rto_fast.demo.judge import Truth, task_judge
-from rto_fast.demo.pipeline import rl_config
-from rto_fast.demo.tiny_task import make_task
-from rto_fast.logs.files import METRICS, read_metrics, write_atomic
+from rto_fast.errors import ConfigError, require, shown
+from rto_fast.logs.files import write_atomic
 
-ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- online -->", "<!-- /online -->")
-ONLINE: dict[str, dict[str, Any]] = {
-    "online RTO": {"online": "dpo", "responses_per_prompt": 2},
-    "PRIME": {"online": "prime"},
-}
-"""Arms; both leave the number of responses and all that is not named here as the demo's RTO has it."""
+FROZEN = "RTO"
+MODELS = ("SFT", "DPO", "PPO", FROZEN, *ONLINE)
+NAMES = {FROZEN: "RTO, frozen"}
+"""Model -> what the tables call it where that is another word."""
+
+Found = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """Runs the online arms for each seed that the demo has done, and reports all of them."""
+    """The models of `make demo` and its online arms, on several seeds; all that is not named is as in the demo."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds; each is run once and reported, whatever it gives."""
-    runs: str = "runs/demo_seeds"
-    """Folder of the demo's runs; finished arms are not run again."""
     online_lr: float = 1e-4
-    """Peak learning rate of the DPO model."""
+    """Peak learning rate of the DPO model in the online arms."""
+
+    # Sizes, the demo's own
+    iterations: int = DemoConfig.iterations
+    """Rollouts of an arm."""
+    corpus_rows: int = DemoConfig.corpus_rows
+    """Texts of the SFT corpus."""
+    pairs: int = DemoConfig.pairs
+    """Preference pairs of each seed."""
+    eval_prompts: int = DemoConfig.eval_prompts
+    """Prompts that every model is judged on."""
+
+    workers: int = 0
+    """Cells at the same time, each in a process with one thread; 0 = one a core."""
+    runs: str = "runs/demo_online"
+    """Folder of the cells' results; a finished cell is never run again."""
     out: str = "bench/results/demo/online.json"
-    """Results; with --page also the section of docs/results/demo.md."""
+    """Results."""
     page: bool = False
     """Write the section of docs/results/demo.md."""
+    report_only: bool = False
+    """Train nothing; report the cells that are there."""
+
+    def validate(self) -> None:
+        require(bool(self.seeds), "seeds: at least one is needed")
+        require(len(set(self.seeds)) == len(self.seeds), f"seeds: one of {self.seeds} comes twice")
+        for name in ("online_lr", "iterations", "corpus_rows", "pairs", "eval_prompts"):
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+
+    def worlds(self) -> ClaimConfig:
+        """What the cells' worlds are made by."""
+        names = ("iterations", "corpus_rows", "pairs", "eval_prompts", "workers", "runs", "report_only")
+        return ClaimConfig(fractions=(), **{n: getattr(self, n) for n in names})
+
+    def cells(self) -> dict[tuple[int, str], Cell]:
+        """(seed, model) -> its cell."""
+        rates = {"SFT": 0.0, "DPO": DemoConfig.dpo_lr}
+        change = dict.fromkeys(ONLINE, (("online_lr", self.online_lr),))
+        return {
+            (seed, m): Cell("demo", seed, m, rates.get(m, DemoConfig.policy_lr), change=change.get(m, ()))
+            for seed in self.seeds for m in MODELS
+        }  # fmt: skip
 
 
-def settings_of(config: OnlineConfig, demo: DemoConfig, root: Path, arm: str) -> RTOConfig:
-    """The demo's RTO with an online token reward: PRIME starts from the SFT model, online RTO from the DPO model."""
-    changes = ONLINE[arm]
-    start = root / ("sft" if arm == "PRIME" else "dpo") / "model"
-    return dataclasses.replace(
-        rl_config(demo, root, "RTO"), dpo_model=(str(start),), online_lr=config.online_lr, online_beta=demo.dpo_beta,
-        rollout_batch=demo.rollout_batch // changes.get("responses_per_prompt", 1), report=False,
-        output_dir=str(root / arm.lower().replace(" ", "_")), **changes,
-    )  # fmt: skip
+class Table:
+    """What the cells found, to be asked for."""
+
+    def __init__(self, seeds: Sequence[int], found: dict[tuple[int, str], Found]) -> None:
+        """found: (seed, model) -> the result of its cell; those that were not run, or diverged, have no judgement."""
+        self.seeds = seeds
+        self.found = {key: result for key, result in found.items() if "judgement" in result}
+
+    def figures(self, model: str, name: str) -> list[float]:
+        """A figure of the judgements, of the seeds that have it."""
+        there = [self.found[s, model] for s in self.seeds if (s, model) in self.found]
+        return [result["judgement"][name] for result in there]
+
+    def gaps(self, model: str) -> list[float]:
+        """True reward less the frozen RTO's, of the seeds that have both."""
+        both = [s for s in self.seeds if {(s, model), (s, FROZEN)} <= self.found.keys()]
+        reward = {m: [self.found[s, m]["judgement"]["true_reward"] for s in both] for m in (model, FROZEN)}
+        return [a - b for a, b in zip(reward[model], reward[FROZEN], strict=True)]
+
+    def halves(self, model: str, seeds: Sequence[int]) -> list[tuple[float, float]]:
+        """Mean accuracy of the first and of the second half of the rollouts, where both have one."""
+        out = []
+        for seed in seeds:
+            right = self.found.get((seed, model), {}).get("curve", {}).get("accuracy", [])
+            parts = [
+                [r for r in part if r is not None] for part in (right[: len(right) // 2], right[len(right) // 2 :])
+            ]
+            out += [(mean(parts[0]), mean(parts[1]))] if all(parts) else []
+        return out
+
+    def by_model(self) -> str:
+        """Markdown: a row a model, means over its seeds with their standard deviation."""
+        header = ["model", "true reward", f"less {NAMES[FROZEN]}", "KL to SFT, nats", "win rate against SFT", "length",
+                  "accuracy of halves", "seeds"]  # fmt: skip
+        return markdown(header, [self._row(m) for m in MODELS if self.figures(m, "true_reward")])
+
+    def _row(self, model: str) -> list[str]:
+        halves = self.halves(model, self.seeds)
+        accuracy = ", ".join(f"{mean(h):.2f}" for h in zip(*halves, strict=True))
+        gaps = self.gaps(model) if model in ONLINE else []
+        return [
+            NAMES.get(model, model), spread(self.figures(model, "true_reward")), spread(gaps, "+"),
+            spread([abs(kl) if abs(kl) < 0.005 else kl for kl in self.figures(model, "kl")]),
+            f"{100 * mean(self.figures(model, 'win_rate')):.0f} %", f"{mean(self.figures(model, 'length')):.1f}",
+            accuracy, f"{len(self.figures(model, 'true_reward'))}",
+        ]  # fmt: skip
+
+    def by_seed(self) -> str:
+        """Markdown: a row a seed; an empty field has no model."""
+        arms = (FROZEN, *ONLINE)
+        header = ["seed", *(NAMES.get(m, m) for m in MODELS), f"KL ({', '.join(arms)})",
+                  f"accuracy of halves ({', '.join(ONLINE)})"]  # fmt: skip
+        return markdown(header, [
+            [f"{seed}", *(self._one(seed, m, "true_reward", ".2f") for m in MODELS),
+             ", ".join(self._one(seed, m, "kl", ".1f") for m in arms),
+             "; ".join(", ".join(f"{h:.2f}" for h in pair) for m in ONLINE for pair in self.halves(m, (seed,)))]
+            for seed in self.seeds
+        ])  # fmt: skip
+
+    def _one(self, seed: int, model: str, name: str, form: str) -> str:
+        result = self.found.get((seed, model))
+        return format(result["judgement"][name], form) if result else ""
 
 
-def run_seed(config: OnlineConfig, seed: int) -> dict[str, dict[str, float]]:
-    """The judgements of the demo's own arms, and of those that are online with their accuracy by halves of the run."""
-    root = ROOT / config.runs / f"seed{seed}"
-    demo = DemoConfig(**json.loads((root / "demo.json").read_text()) | {"output_dir": str(root)})
-    found = json.loads((root / "results.json").read_text())
-    task = make_task(demo.seed, demo.difficulty)
-    judge = task_judge(task, demo, root)
-    for arm in ONLINE:
-        settings = settings_of(config, demo, root, arm)
-        folder = Path(settings.output_dir)
-        if not (folder / "policy").exists():
-            trainer.train(settings, Truth(task))
-        right = [row["online/accuracy"] for row in read_metrics(folder / METRICS)]
-        half = len(right) // 2
-        found[arm] = dataclasses.asdict(judge(folder / "policy"))
-        found[arm] |= {"accuracy_first": mean(right[:half]), "accuracy_second": mean(right[half:])}
-        print(f"seed {seed}, {arm}: {found[arm]}", flush=True)
-    return found
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """`1.23 ± 0.45`: mean and standard deviation; of one value itself, of none nothing."""
+    if not values:
+        return ""
+    more = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.2f}" + more
 
 
-def table(seeds: tuple[int, ...], results: list[dict[str, dict[str, float]]]) -> str:
-    """Markdown: a row a seed, then means with the standard deviation over seeds."""
-    arms = ("RTO", *ONLINE)
-    lines = [
-        "| seed | RTO, frozen | " + " | ".join(ONLINE) + f" | KL ({', '.join(arms)}) | accuracy of halves "
-        f"({', '.join(ONLINE)}) |",
-        "|---|" + "---|" * (len(arms) + 2),
-    ]
-    for seed, r in zip(seeds, results, strict=True):
-        rewards = " | ".join(f"{r[arm]['true_reward']:.2f}" for arm in arms)
-        kl = ", ".join(f"{r[arm]['kl']:.1f}" for arm in arms)
-        right = "; ".join(f"{r[a]['accuracy_first']:.2f}, {r[a]['accuracy_second']:.2f}" for a in ONLINE)
-        lines.append(f"| {seed} | {rewards} | {kl} | {right} |")
-    columns = [[r[arm]["true_reward"] for r in results] for arm in arms]
-    spread = [f"{mean(c):.2f} ± {stdev(c):.2f}" if len(c) > 1 else f"{c[0]:.2f}" for c in columns]
-    kl = ", ".join(f"{mean(r[arm]['kl'] for r in results):.1f}" for arm in arms)
-    lines.append(f"| mean ± sd | {' | '.join(spread)} | {kl} | |")
-    return "\n".join(lines)
+def section(page: str, text: str) -> str:
+    """The page with `text` between MARKS."""
+    start, end = MARKS
+    head, rest = page.split(start)
+    return f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def write(config: OnlineConfig, record: Found, table: Table) -> str:
+    """Writes the record and, where it is asked for, the page; returns the tables."""
+    text = f"`{record['command']}`:\n\n{table.by_model()}\n\nTrue reward, seed by seed:\n\n{table.by_seed()}"
+    if record["missing"]:
+        text += f"\n\n{len(record['missing'])} cells had not run."
+    write_atomic(ROOT / config.out, compact(record))
+    if config.page:
+        page = ROOT / "docs" / "results" / "demo.md"
+        write_atomic(page, section(page.read_text(), text))
+    return text
 
 
 def main(config: OnlineConfig) -> None:
-    distributed.init()
-    torch.set_num_threads(1)
-    results = [run_seed(config, seed) for seed in config.seeds]
-    command = "python bench/demo_online.py --seeds " + " ".join(map(str, config.seeds))
-    record = {"command": command, "online_lr": config.online_lr, "arms": ONLINE,
-              "seeds": dict(zip(config.seeds, results, strict=True))}  # fmt: skip
-    write_atomic(ROOT / config.out, json.dumps(record, indent=1) + "\n")
-    text = table(config.seeds, results)
-    print(text)
-    if config.page:
-        page, (start, end) = ROOT / "docs" / "results" / "demo.md", MARKS
-        head, rest = page.read_text().split(start)
-        write_atomic(page, head + start + f"\n`{command}`. True reward of a response:\n\n{text}\n" + end
-                     + rest.split(end)[1])  # fmt: skip
+    config.validate()
+    cells = config.cells()
+    with opened(config.worlds(), ROOT / config.runs) as grid:
+        grid.run("demo", cells.values())
+    flags = [a for a in sys.argv[1:] if a not in ("--report-only", "--page")]
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("page", "report_only")}
+    record = {
+        "command": f"python -m bench.demo_online {shlex.join(flags)}".strip(),
+        "commits": sorted({c["commit"] for c in grid.found.values()}), "settings": settings,
+        "arms": ONLINE, "missing": sorted(c.name for c in grid.missing), "cells": list(grid.found.values()),
+    }  # fmt: skip
+    found = {key: grid.found[cell] for key, cell in cells.items() if cell in grid.found}
+    print(write(config, record, Table(config.seeds, found)))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(OnlineConfig, description=OnlineConfig.__doc__))
+    try:
+        main(tyro.cli(OnlineConfig, description=__doc__))
+    except ConfigError as error:
+        print(f"error: {shown(error)}", file=sys.stderr)
+        sys.exit(2)

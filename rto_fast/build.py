@@ -139,7 +139,7 @@ def build(config: RTOConfig) -> Run:
         config, lambda: make_engine(config, config.policy, inputs.device, dtype, pad), loaded.policy, loaded.placement
     )
     logger = RunLogger(  # writes the first files, now that nothing can be wrong any more
-        config.output_dir, stage="RTO" if config.beta1 else "PPO", total_steps=inputs.iterations,
+        config.output_dir, stage="RTO" if config.pays_tokens else "PPO", total_steps=inputs.iterations,
         rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
         start_step=inputs.found[0] if inputs.found else 0,
     )  # fmt: skip

@@ -6,7 +6,6 @@ of 8B parameters and a learning rate of 8e-7.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import pkgutil
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rto_fast import cli
-from rto_fast.config import DistillConfig, DPOConfig, RLVRConfig, RMConfig, RTOConfig, SFTConfig
+from rto_fast.config import DistillConfig, DPOConfig, PPOConfig, RLVRConfig, RMConfig, RTOConfig, SFTConfig
 from rto_fast.demo.config import ArithmeticConfig, DemoConfig
 from rto_fast.errors import REFUSED
 
@@ -32,7 +31,9 @@ RTO = RTOConfig(
     data="weqweasdas/ultra_train",
     output_dir="runs/rto_llama3",
 )
-PPO = dataclasses.replace(RTO, beta1=0.0, dpo_model=(), output_dir="runs/ppo_llama3")
+PPO = PPOConfig(
+    policy=RTO.policy, reward_model=RTO.reward_model, data=RTO.data, output_dir="runs/ppo_llama3",
+)  # fmt: skip
 DPO = DPOConfig(model="OpenRLHF/Llama-3-8b-sft-mixture", output_dir="runs/dpo_llama3", **PREFERENCES)
 RM = RMConfig(model="meta-llama/Llama-3.2-1B-Instruct", output_dir="runs/rm_llama3", **PREFERENCES)
 SFT = SFTConfig(

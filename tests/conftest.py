@@ -12,6 +12,15 @@ from loop_helpers import make_tiny_models
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny; threads only wait for one another
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that workers end together: what is begun last is short.
+
+    `make test` hands files out in this order (--no-loadscope-reorder), not those with the most tests first.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """`loop_helpers.TinyModels`: tiny models and data, the same for the whole session; do not write into them."""

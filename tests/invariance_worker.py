@@ -1,6 +1,7 @@
 """Losses and gradients of every objective on this number of ranks, for several ZeRO stages and micro-batch sizes.
 
-python invariance_worker.py MODELS OUT        # MODELS: a JSON dict of paths; OUT: a file that rank 0 writes
+python invariance_worker.py MODELS URL OUT    # MODELS: a JSON dict of paths; URL: a server of token rewards;
+                                              # OUT: a file that rank 0 writes
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -36,17 +38,19 @@ from rto_fast.trainer import compute_targets
 from rto_fast.updates.online import BestWorstBatch, OutcomeBatch
 from rto_fast.updates.ppo import TrainBatch
 
-CASES = ((2, 1), (2, 512), (2, 4096), (3, 1), (3, 512))
-"""(ZeRO stage, tokens of a micro-batch): every sequence alone, some together, all together."""
+CASES = ((2, 1), (2, 512), (2, 4096), (3, 1))
+"""(ZeRO stage, tokens of a micro-batch): every sequence alone, some together, all together; under ZeRO-3 every sequence
+alone, so that the ranks' numbers of micro-batches differ the most."""
 RESPONSES = (1, 7)
 """Responses of a whole iteration: fewer than ranks, and an odd number."""
 SEQUENCES = 23
 """An odd number, of very unequal lengths, so that ranks hold unequal numbers of micro-batches."""
 
 
-def rollout() -> Rollout:
+def rollout(empty: Container[int] = ()) -> Rollout:
+    """Truncated at 100 tokens; empty: the responses that have none."""
     rng = random.Random(5)
-    lens = [rng.choice((1, 3, 20, 60, 100)) for _ in range(SEQUENCES)]
+    lens = [rng.choice((1, 3, 20, 60, 100)) * (i not in empty) for i in range(SEQUENCES)]
     prompts = [tuple(rng.randrange(4, 80) for _ in range(rng.randint(1, 9))) for _ in lens]
     requests = [Request(p, row=0, sample_index=i, response_index=0, seed=i) for i, p in enumerate(prompts)]
     responses = [[rng.randrange(4, 80) for _ in range(n)] for n in lens]
@@ -185,26 +189,30 @@ def places(token_ids: list[list[int]]) -> list[list[float]]:
     return [[i / 7 for i in range(len(ids))] for ids in token_ids]
 
 
-def token_rewards(paths: dict[str, str], stage: int, responses: int, folder: Path) -> tuple:
-    """What every kind of source says of a rollout, and what is paid; also where a rank has no response of its own."""
+EMPTY = (2, 3, 22)
+"""Responses without a token, of those that are given token rewards."""
+
+
+def token_rewards(paths: dict[str, str], url: str, stage: int, responses: int, folder: Path) -> tuple:
+    """(a rollout, what every kind of source says of it, what is paid); also where a rank has no response of its own."""
     sources = (
         f"logratio:{paths['dpo_ref']}:{paths['dpo']}", "endogenous", f"scalar:{paths['reward']}",
-        f"scalar-diff:{paths['reward']}", "fn:invariance_worker:places",
+        f"scalar-diff:{paths['reward']}", "fn:invariance_worker:places", f"url:{url}",
     )  # fmt: skip
     config = RTOConfig(**small_run(
         TinyModels(**paths), folder, zero_stage=stage, score_tokens=64, max_response_length=100,
         token_reward=("dpo", *sources), dpo_model=(paths["dpo"], paths["dpo_ref"]), dpo_pessimism=0.5,
     ))  # fmt: skip
     run = build.build(config)
-    drawn = rollout().select(range(responses))
+    drawn = rollout(EMPTY).select(range(responses))
     scores, _ = score_rollout(drawn, run.texts(drawn), run.scorers, config, run.placement, lambda n: None)
     dense = compute_targets(drawn, scores, config, config.beta2).dense
     run.logger.close()
-    return scores.tokens, dense
+    return drawn, scores.tokens, dense
 
 
 def main() -> None:
-    paths, target = json.loads(sys.argv[1]), Path(sys.argv[2])
+    paths, url, target = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     distributed.init()
     torch.set_num_threads(1)
     found = {}
@@ -225,7 +233,8 @@ def main() -> None:
         for responses in (1, SEQUENCES):
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(distributed.broadcast_object(folder))
-                found["token rewards", stage, responses] = token_rewards(paths, stage, responses, root / "tokens")
+                made = token_rewards(paths, url, stage, responses, root / "tokens")
+                found["token rewards", stage, responses] = made
                 distributed.barrier()
     if distributed.rank() == 0:
         torch.save(found, target)

@@ -1,10 +1,12 @@
-"""A reward server for tests, which fails, hangs and lies as it is told."""
+"""Reward servers for tests: one fails, hangs and lies as it is told, one answers for each token."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
@@ -86,3 +88,38 @@ class Server:
         for _ in range(100):
             time.sleep(0.05)
             request.wfile.write(b" " if self.drip == "body" else b"x")
+
+
+class TokenServerDouble:
+    """An HTTP server on loopback whose answers a function of the request makes."""
+
+    def __init__(self, answer: Callable[[dict], object]) -> None:
+        bodies: list[dict] = []
+        self.bodies = bodies
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                content = json.dumps(answer(bodies[-1])).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/tokens"
+
+
+@contextmanager
+def token_server(answer: Callable[[dict], object]) -> Iterator[TokenServerDouble]:
+    """A server of token rewards, ended behind the block."""
+    server = TokenServerDouble(answer)
+    threading.Thread(target=server.http.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.http.shutdown()
+        server.http.server_close()

@@ -36,6 +36,7 @@ SECTIONS = (
     ("`rto-fast rm`", config.RMConfig),
     ("`rto-fast dpo`", config.DPOConfig),
     ("`rto-fast rto`, `rto-fast ppo`", config.RTOSettings),
+    ("`rto-fast ppo`, where it differs", config.PPOConfig),
     ("`rto-fast distill`, beside those", config.DistillConfig),
     ("`rto-fast rlvr`, where it differs", config.RLVRConfig),
     ("`rto-fast demo`", DemoConfig),

@@ -69,7 +69,14 @@ RL: dict[str, dict[str, Any]] = {
 }
 """Method -> what it changes in PPO's settings (RTO's where it pays token rewards); TWO_RMS has a second model."""
 
-PAYS_TOKENS = ("RTO", "Semi-RTO", "DDPO", "RS-PPO", "RTO with REINFORCE++")
+PRIME = "PRIME"
+ONLINE: dict[str, dict[str, Any]] = {
+    "online RTO": {"online": "dpo", "responses_per_prompt": 2},
+    PRIME: {"online": "prime"},
+}
+"""RTO whose DPO model learns from the rollouts; PRIME's starts as the SFT model, without a preference pair."""
+
+PAYS_TOKENS = ("RTO", "Semi-RTO", "DDPO", "RS-PPO", "RTO with REINFORCE++", *ONLINE)
 METHODS = ("SFT", *PREFERENCE, *RL)
 ORACLE = "oracle"
 """The method of a cell that trains nothing: the lines of bench/claim/tilting.py."""
@@ -180,6 +187,22 @@ class TinyWorld:
         return opinions(self.judge_one, self.root, self.rl(True), rollout)
 
 
+class DemoWorld(TinyWorld):
+    """The embedded task as `make demo` has it: one reward model, and the demo's own prompts everywhere."""
+
+    def __init__(self, root: Path, config: DemoConfig) -> None:
+        super().__init__(root, config)
+        self.task = make_task(config.seed, config.difficulty)
+
+    @functools.cached_property
+    def judge_one(self) -> Judge:
+        return task_judge(self.task, self.config, self.root)
+
+    def prepare(self) -> dict[str, float]:
+        prepare(self.task, self.config, self.root, Console())
+        return {}
+
+
 def second_rm(config: RMConfig) -> RMConfig:
     """A reward model like the first on the same pairs: another seed draws head, order and held-out rows."""
     return dataclasses.replace(
@@ -288,9 +311,12 @@ def other_models(world: World, cell: Cell) -> dict[str, tuple[Any, ...]]:
 def rl_settings(world: World, cell: Cell, folder: Path) -> RTOConfig:
     """The method's settings; whatever it compares, each rollout has as many responses."""
     base = dataclasses.replace(world.rl(cell.method in PAYS_TOKENS), **other_models(world, cell))
-    own = RL[cell.method] | {k: v for k, v in cell.change if k not in (*MODEL_CHANGES, VALUE_SAMPLES)}
+    own = (RL | ONLINE)[cell.method] | {k: v for k, v in cell.change if k not in (*MODEL_CHANGES, VALUE_SAMPLES)}
     if cell.method == TWO_RMS:
         base = dataclasses.replace(base, reward_model=(*base.reward_model, str(world.root / SECOND / "model")))
+    if cell.method in ONLINE:
+        start = {"dpo_model": (str(world.root / "sft" / "model"),)} if cell.method == PRIME else {}
+        base = dataclasses.replace(base, online_beta=world.preference().beta, **start)
     ours = {
         "policy_lr": cell.lr, "iterations": base.iterations // cell.part, "output_dir": str(folder),
         "rollout_batch": base.rollout_batch // own.get("responses_per_prompt", 1), "save_every": 0, "report": False,
@@ -308,7 +334,10 @@ def train(world: World, cell: Cell, folder: Path) -> tuple[Path, dict[str, list[
     trainer.train(rl_settings(world, cell, folder), world.truth(), value)
     rows = read_metrics(folder / METRICS)
     names = {"samples": "samples", "kl": "kl/response", "reward": "true/reward", "score": "reward/score"}
-    return folder / "policy", {short: [rounded(r[name]) for r in rows] for short, name in names.items()}
+    curve = {short: [rounded(r[name]) for r in rows] for short, name in names.items()}
+    if cell.method in ONLINE:
+        curve["accuracy"] = [rounded(r.get("online/accuracy")) for r in rows]  # a rollout without a pair has none
+    return folder / "policy", curve
 
 
 def run_cell(cell: Cell, make_world: Callable[[str, int], World], runs: Path, commit: str) -> dict[str, Any]:

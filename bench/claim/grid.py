@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.claim import other_tasks, report, stories
-from bench.claim.cells import METHODS, TWO_RMS, Cell, TinyWorld, World, oracle_cell, run_cell, start_worker
+from bench.claim.cells import METHODS, TWO_RMS, Cell, DemoWorld, TinyWorld, World, oracle_cell, run_cell, start_worker
 from rto_fast.demo.config import DemoConfig
 from rto_fast.demo.tiny_task import HELD_OUT
 from rto_fast.errors import ConfigError, require, shown
@@ -120,7 +120,7 @@ def quickened(config: ClaimConfig) -> ClaimConfig:
 
 @functools.lru_cache(maxsize=4)
 def make_world(runs: Path, config: ClaimConfig, task: str, seed: int) -> World:
-    """The world of a task: easy, medium, hard, whole, long, TASK-N with N pairs, or one of the stories'."""
+    """The world of a task: easy, medium, hard, whole, long, TASK-N with N pairs, demo, or one of the stories'."""
     root = runs / task / f"seed{seed}" / "world"
     if task in stories.TASKS:
         return stories.StoryWorld(root, task, seed, config.iterations, config.eval_prompts)
@@ -129,6 +129,8 @@ def make_world(runs: Path, config: ClaimConfig, task: str, seed: int) -> World:
         output_dir=str(root), seed=seed, corpus_rows=config.corpus_rows, pairs=int(pairs or config.pairs),
         eval_prompts=config.eval_prompts, iterations=config.iterations,
     )  # fmt: skip
+    if name == "demo":
+        return DemoWorld(root, settings)
     if name in other_tasks.TASKS:
         return TinyWorld(root, *other_tasks.make(name, settings))
     return TinyWorld(root, dataclasses.replace(settings, difficulty=name))

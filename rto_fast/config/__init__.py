@@ -6,13 +6,13 @@ constructing the config with another value; a user changes it by a flag of the f
 
 from rto_fast.config.base import FOLLOWS, FREE, TEMPLATE_DATE, RunConfig, check_wandb, expand_home
 from rto_fast.config.lora import ALL_LINEAR, Lora, LoraSettings
-from rto_fast.config.presets import DistillConfig, RLVRConfig
+from rto_fast.config.presets import DistillConfig, PPOConfig, RLVRConfig
 from rto_fast.config.rto import RTOConfig
 from rto_fast.config.rto_settings import RTOSettings
 from rto_fast.config.supervised import DPOConfig, PreferenceConfig, RMConfig, SFTConfig, SupervisedConfig
 
 __all__ = [
     "ALL_LINEAR", "FOLLOWS", "FREE", "TEMPLATE_DATE", "DPOConfig", "DistillConfig", "Lora", "LoraSettings",
-    "PreferenceConfig", "RLVRConfig", "RMConfig", "RTOConfig", "RTOSettings", "RunConfig", "SFTConfig",
+    "PPOConfig", "PreferenceConfig", "RLVRConfig", "RMConfig", "RTOConfig", "RTOSettings", "RunConfig", "SFTConfig",
     "SupervisedConfig", "check_wandb", "expand_home",
 ]  # fmt: skip

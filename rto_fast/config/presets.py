@@ -1,4 +1,4 @@
-"""RTO with other defaults: distillation and verifiable rewards."""
+"""RTO with other defaults: PPO, distillation and verifiable rewards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,31 @@ from tyro.conf import Suppress
 from rto_fast.config.base import follows
 from rto_fast.config.rto import RTOConfig
 from rto_fast.errors import require
+
+OF_TOKEN_REWARDS = ("dpo_model", "dpo_weight", "dpo_pessimism", "dpo_ref", "dpo_clip", "token_reward_weight", "credit")
+"""Settings that token rewards alone read."""
+
+
+def refuse_unread(config: RTOConfig, names: tuple[str, ...], why: str) -> None:
+    """Raises ConfigError on the first of these settings that is not RTO's default."""
+    plain = RTOConfig()
+    for name in names:
+        value = getattr(config, name)
+        require(value == getattr(plain, name), f"{name}: {value!r} is not read {why}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(RTOConfig):
+    """PPO: RTO's loop without the token reward."""
+
+    beta1: float = 0.0
+    """Scale of the token rewards; 0 = none, above 0 this is RTO and needs their source, such as --dpo-model."""
+
+    def validate(self) -> None:
+        if not self.pays_tokens:
+            refuse_unread(self, OF_TOKEN_REWARDS, "by ppo; pass --beta1 above 0, or leave it out")
+        super().validate()
+
 
 UNREAD_BY_DISTILL = {
     "dpo_model": "the teacher is --teacher", "dpo_weight": "the teacher's weight is --scale",
@@ -88,8 +113,8 @@ class RLVRConfig(RTOConfig):
     """Python reward functions, module:function; they get what their signatures name, columns of the data among it."""
     prompt_key: str = "question"
     """Column of the prompt; auto: `context_messages`, `prompt` or `instruction`, whichever is there first."""
-    beta1: float = 0.0
-    """Scale of the token rewards; 0 = 0.05 where --dpo-model or --token-reward names one, else none."""
+    beta1: float = RTOConfig.beta1
+    """Scale of the token rewards that --dpo-model or --token-reward names; without one none is paid. 0 = off."""
     beta2: float = 0.001
     """Scale of the KL penalty log(pi / pi_ref); 0 = off."""
     advantage: Literal["gae", "reinforce_pp", "grpo", "rloo", "returns", "q"] = "rloo"
@@ -106,11 +131,14 @@ class RLVRConfig(RTOConfig):
     lora_policy_lr: float = 1e-5
     """Peak learning rate of the policy's adapter, in place of policy_lr."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        plain = RTOConfig()
-        if not self.beta1 and (self.dpo_model or self.token_reward != plain.token_reward):
-            object.__setattr__(self, "beta1", plain.beta1)
+    @property
+    def names_tokens(self) -> bool:
+        """Whether a source of token rewards is named; `dpo`, the default, is where its model is."""
+        return bool(self.dpo_model) or self.token_reward != RTOConfig().token_reward
+
+    @property
+    def pays_tokens(self) -> bool:
+        return bool(self.beta1) and self.names_tokens
 
     def validate(self) -> None:
         require(
@@ -118,4 +146,9 @@ class RLVRConfig(RTOConfig):
             f"data: no problems given; pass --data (rows with the columns {self.prompt_key!r} and 'answer'), or try "
             "rto-fast arithmetic, which makes its own",
         )
+        if self.beta1 and not self.names_tokens:
+            remedy = "pass --dpo-model or --token-reward, or leave it out"
+            same = self.beta1 == RTOConfig().beta1
+            require(same, f"beta1: {self.beta1} scales token rewards, and none is named; {remedy}")
+            refuse_unread(self, OF_TOKEN_REWARDS, f"where no token reward is named; {remedy}")
         super().validate()

@@ -102,7 +102,7 @@ class RTOConfig(RTOSettings):
             require(len(set(given)) == len(given), f"{name}: one of {', '.join(redacted(given))} comes twice")
         default = RTOConfig.__dataclass_fields__["token_reward"].default
         require(
-            bool(self.beta1) or self.token_reward in ((), default),
+            self.pays_tokens or self.token_reward in ((), default),
             "token_reward: beta1 = 0 pays no token rewards; pass a --beta1 above 0",
         )
         require(
@@ -119,12 +119,12 @@ class RTOConfig(RTOSettings):
         self._check_token_rewards_read()
 
     def _check_token_rewards_read(self) -> None:
-        """Without a DPO model as the source nothing reads its settings; beta1 = 0 leaves them as they are."""
+        """Without a DPO model as the source nothing reads its settings; without token rewards they are left."""
         kinds, fields = {spec.kind for spec, _ in self.token_sources}, type(self).__dataclass_fields__
         for name, read, reader in (
-            ("dpo_weight", "dpo" in kinds or not self.beta1, "--token-reward dpo"),
-            ("dpo_pessimism", "dpo" in kinds or not self.beta1, "--token-reward dpo"),
-            ("dpo_ref", "dpo" in kinds or not self.beta1, "--token-reward dpo"),
+            ("dpo_weight", "dpo" in kinds or not self.pays_tokens, "--token-reward dpo"),
+            ("dpo_pessimism", "dpo" in kinds or not self.pays_tokens, "--token-reward dpo"),
+            ("dpo_ref", "dpo" in kinds or not self.pays_tokens, "--token-reward dpo"),
             ("token_reward_alpha", "endogenous" in kinds, "--token-reward endogenous"),
             ("segment_entropy", self.credit == "segment", "--credit segment"),
             ("delimiters", self.credit == "sentence", "--credit sentence"),
@@ -215,8 +215,11 @@ class RTOConfig(RTOSettings):
     def _check_variants(self) -> None:
         grouped, pairs = self.advantage in ("grpo", "rloo", "q"), self.policy_update in ("p3o", "rebel")
         for wrong, message in (
-            (self.credit != "token" and not self.beta1, f"credit: beta1 = 0 has no token rewards for {self.credit!r}"),
-            (bool(self.beta1) and not self.token_sources, "token_reward: no source; for none pass --beta1 0"),
+            (
+                self.credit != "token" and not self.pays_tokens,
+                f"credit: beta1 = 0 has no token rewards for {self.credit!r}",
+            ),
+            (self.pays_tokens and not self.token_sources, "token_reward: no source; for none pass --beta1 0"),
             (self.credit == "sentence" and not all(self.delimiters), "delimiters: an empty string ends no sentence"),
             (self.credit == "sentence" and not self.delimiters, "delimiters: credit 'sentence' needs at least one"),
             (self.segment_entropy < 0, f"segment_entropy: must not be negative, got {self.segment_entropy}"),
@@ -224,6 +227,11 @@ class RTOConfig(RTOSettings):
             (
                 self.advantage == "q" and self.gamma != 1,
                 f"gamma: q discounts nothing; leave it at 1, got {self.gamma}",
+            ),
+            (
+                self.advantage == "q" and self.credit != "token",
+                f"credit: q takes a token's own reward for its advantage, and {self.credit!r} pays it elsewhere; use "
+                "token, or another --advantage",
             ),
             (pairs and self.responses_per_prompt != 2, f"responses_per_prompt: {self.policy_update} needs exactly 2"),
             (pairs and self.train_batch % 2, f"train_batch: must be even, {self.policy_update} takes pairs"),

@@ -271,11 +271,16 @@ class RTOSettings(LoraSettings, RunConfig):
         return 1 if self.policy_update == "ppo" else 2
 
     @property
+    def pays_tokens(self) -> bool:
+        """Whether token rewards are asked for; without them the run is PPO."""
+        return bool(self.beta1)
+
+    @property
     def token_sources(self) -> tuple[tuple[TokenSpec, float], ...]:
         """The sources of token rewards and their weights, without those that are off."""
         weights = self.token_reward_weight or (1.0,) * len(self.token_reward)
         specs = map(TokenSpec.parse, self.token_reward)
-        return tuple((s, w) for s, w in zip(specs, weights, strict=True) if w and self.beta1)
+        return tuple((s, w) for s, w in zip(specs, weights, strict=True) if w and self.pays_tokens)
 
     @property
     def other_token_sources(self) -> tuple[tuple[TokenSpec, float], ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,27 @@ def settings(tiny, tmp_path):
         "dpo_llama3.py": supervised,
         "rto_llama3.py": rto,
         "ppo_llama3.py": {k: v for k, v in rto.items() if k != "dpo_model"},
+        "distill.py": {k: v for k, v in rto.items() if k not in ("dpo_model", "reward_model")} | {"teacher": tiny.dpo},
+        "rlvr_math.py": {k: v for k, v in rto.items() if k not in ("dpo_model", "reward_model")}
+        | {
+            "reward_fn": "rto_fast.scoring.math_answers:last_number",
+            "responses_per_prompt": 2,
+        },
     }
+
+
+@pytest.fixture
+def altered(tmp_path):
+    """altered(model folder, **config values) -> a copy whose config.json says otherwise."""
+
+    def copy(source: str, **values) -> Path:
+        folder = tmp_path / f"altered{len(list(tmp_path.glob('altered*')))}"
+        shutil.copytree(source, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+        return folder
+
+    return copy
 
 
 @pytest.fixture

@@ -5,26 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from refusal_helpers import REFUSED, message_of
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture
-def altered(tmp_path):
-    """altered(model folder, **config values) -> a copy whose config.json says otherwise."""
-
-    def copy(source: str, **values) -> Path:
-        folder = tmp_path / f"altered{len(list(tmp_path.glob('altered*')))}"
-        shutil.copytree(source, folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | values))
-        return folder
-
-    return copy
 
 
 def test_tokenizer_that_does_not_fit_the_model(refused, tiny, altered):

@@ -9,10 +9,12 @@ import dataclasses
 import json
 
 import pytest
+import token_truth
 import torch
-from invariance_worker import CASES, GUIDED, RESPONSES, SEQUENCES, guided_settings
+from invariance_worker import CASES, EMPTY, GUIDED, RESPONSES, SEQUENCES, guided_settings
 from loop_helpers import ROOT
 from objective_truth import relative, truth_loss
+from reward_helpers import token_server
 from transformers import AutoModelForCausalLM
 
 from rto_fast.config import DPOConfig
@@ -31,10 +33,10 @@ def measured(tiny, tmp_path_factory):
     found = {}
     for ranks in (1, 2):
         target = folder / f"{ranks}.pt"
-        running = Launch(
-            [ROOT / "tests" / "invariance_worker.py", paths, target], ranks=ranks, log=folder / f"{ranks}.log"
-        )
-        result = running.wait(400)
+        worker = ROOT / "tests" / "invariance_worker.py"
+        with token_server(lambda body: {"rewards": [[i / 8 for i in ids] for ids in body["token_ids"]]}) as server:
+            running = Launch([worker, paths, server.url, target], ranks=ranks, log=folder / f"{ranks}.log")
+            result = running.wait(400)
         assert result.returncode == 0, result.output
         found[ranks] = torch.load(target, weights_only=False)
     return found
@@ -96,14 +98,32 @@ def test_a_whole_iteration(measured, responses):
             assert others[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
+@pytest.fixture(scope="module")
+def token_numbers(measured, tiny):
+    """{responses: [R, K] fp64 of the sources' formulas}."""
+    found = {}
+    for responses in (1, SEQUENCES):
+        drawn, *_ = measured[1]["token rewards", 2, responses]
+        ids = drawn.responses()
+        before, at = token_truth.numbers(drawn, tiny.reward)
+        found[responses] = torch.stack([
+            token_truth.logps(drawn, tiny.dpo_ref) - token_truth.logps(drawn, tiny.dpo),
+            token_truth.endogenous(drawn, tiny.policy, 1.0), at, at - before,
+            torch.cat([torch.arange(len(i)).double() / 7 for i in ids]), torch.cat(ids).double() / 8,
+        ], 1)  # fmt: skip
+    return found
+
+
 @pytest.mark.parametrize("responses", [1, SEQUENCES])
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_token_rewards_of_every_source(measured, ranks, stage, responses):
-    """The same on any number of ranks, models whole or partitioned."""
-    numbers, dense = measured[1]["token rewards", 2, responses]
-    others, paid = measured[ranks]["token rewards", stage, responses]
-    assert numbers.shape[1] == 5
-    assert numbers.isfinite().all()
-    torch.testing.assert_close(others, numbers, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(paid, dense, rtol=1e-4, atol=1e-6)
+def test_token_rewards_of_every_source(measured, token_numbers, ranks, stage, responses):
+    """On any number of ranks, models whole or partitioned: those of fp64, of empty and truncated responses too."""
+    drawn, numbers, dense = measured[ranks]["token rewards", stage, responses]
+    if responses > 1:
+        assert [i for i, n in enumerate(drawn.response_lens.tolist()) if n == 0] == [*EMPTY]
+        assert 1 < drawn.truncated.sum() < SEQUENCES
+    torch.testing.assert_close(numbers.double(), token_numbers[responses], rtol=2e-5, atol=5e-5)
+    _, alone, paid = measured[1]["token rewards", 2, responses]
+    torch.testing.assert_close(numbers, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense, paid, rtol=1e-4, atol=1e-6)

@@ -180,16 +180,63 @@ def test_rlvr_without_data_is_refused_in_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "beta1"),
+    ("flags", "scale"),
     [
         ([], 0.0),
         (["--dpo-model", "dpo"], 0.05),
         (["--dpo-model", "dpo", "--beta1", "0.1"], 0.1),
         (["--token-reward", "endogenous"], 0.05),
+        (["--dpo-model", "dpo", "--beta1", "0"], 0.0),
+        (["--beta1", "0"], 0.0),
     ],
 )
-def test_rlvr_pays_token_rewards_where_a_model_for_them_is_named(flags, beta1):
+def test_rlvr_pays_token_rewards_where_a_model_for_them_is_named(flags, scale):
+    """And where beta1 is not 0."""
     parsed = cli.parse(commands.RLVR, ["--data", "rows.jsonl", *flags])
     parsed.validate()
-    assert parsed.beta1 == beta1
+    assert sum(parsed.beta1 * weight for _, weight in parsed.token_sources) == scale
+    assert parsed.pays_tokens == (scale > 0)
     assert not parsed.uses_critic
+    assert dataclasses.replace(parsed, seed=1).token_sources == parsed.token_sources
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--beta1 0.1", "beta1: 0.1 scales token rewards, and none is named; pass --dpo-model or --token-reward"),
+        ("--credit sentence", "credit: 'sentence' is not read where no token reward is named"),
+        ("--dpo-clip 0.2", "dpo_clip: 0.2 is not read where no token reward is named; pass --dpo-model or --token-r"),
+        ("--dpo-ref r", "dpo_ref: 'r' is not read where no token reward is named"),
+        ("--dpo-weight 1", "dpo_weight: "),
+        ("--dpo-model d --beta1 0 --token-reward endogenous", "token_reward: beta1 = 0 pays no token rewards"),
+    ],
+)
+def test_rlvr_refuses_what_no_token_reward_reads(flags, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        cli.parse(commands.RLVR, ["--data", "rows.jsonl", *flags.split()]).validate()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--dpo-model d", "--dpo-weight 2", "--dpo-pessimism 1", "--dpo-ref r", "--dpo-clip 0.2",
+             "--token-reward-weight 2", "--credit sentence"],
+)  # fmt: skip
+def test_ppo_refuses_what_no_token_reward_reads(flag):
+    """With a beta1 it is RTO."""
+    name, value = flag.split()
+    message = f"^{name[2:].replace('-', '_')}: .* is not read by ppo; pass --beta1 above 0, or leave it out$"
+    with pytest.raises(ConfigError, match=message):
+        cli.parse(commands.PPO, [name, value]).validate()
+    cli.parse(commands.PPO, ["--dpo-model", "d", "--beta1", "0.1"]).validate()
+
+
+def test_rto_without_token_rewards_leaves_its_dpo_model_unread():
+    config = cli.parse(commands.RTO, ["--dpo-model", "d", "--dpo-clip", "0.2", "--beta1", "0"])
+    config.validate()
+    assert not config.token_sources
+
+
+def test_ppos_settings_are_rtos_without_the_token_reward():
+    ours, theirs = dataclasses.asdict(commands.PPO), dataclasses.asdict(commands.RTO)
+    assert {name for name in theirs if ours[name] != theirs[name]} == {"beta1", "dpo_model", "output_dir"}
+    assert ours.keys() == theirs.keys()
+    assert not commands.PPO.pays_tokens

@@ -12,7 +12,9 @@ import typing
 import pytest
 from loop_helpers import ROOT
 
-from rto_fast.config import DPOConfig, RMConfig, RTOConfig
+from rto_fast.audit import AuditConfig
+from rto_fast.config import DistillConfig, DPOConfig, RLVRConfig, RMConfig, RTOConfig
+from rto_fast.generate import GenerateConfig
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -54,7 +56,8 @@ def test_the_page_of_flags_is_what_the_configs_say(monkeypatch):
 
 def test_flags_beside_those_of_other_trainers_are_there():
     """Each flag of the first column, by its command's config; and those that were added last have a row."""
-    configs = {"rto": RTOConfig, "dpo": DPOConfig, "rm": RMConfig}
+    configs = {"rto": RTOConfig, "dpo": DPOConfig, "rm": RMConfig, "distill": DistillConfig, "rlvr": RLVRConfig}
+    configs |= {"audit": AuditConfig, "generate": GenerateConfig}
     rows = [r for r in (ROOT / "docs" / "from-other-trainers.md").read_text().splitlines() if r.startswith("| ")]
     named = set()
     for cell in (row.split(" | ")[0] for row in rows):
@@ -69,6 +72,7 @@ def test_flags_beside_those_of_other_trainers_are_there():
                 assert set(value.replace("\\", "").split("|")) <= set(choices), cell
     assert len(named) > 60
     assert named >= {"label-smoothing", "nll-coef", "margin-weight", "min-response-length", "save-minutes", "ptx-coef"}
+    assert named >= {"online", "online-order", "online-lr", "teacher", "scale", "base", "reward-fn", "dpo-clip", "run"}
 
 
 def test_the_page_of_memory_is_what_the_arithmetic_says(monkeypatch):

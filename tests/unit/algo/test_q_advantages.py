@@ -109,9 +109,23 @@ def test_without_a_score_it_rests_where_guided_decoding_samples(weight):
     assert max(float(t.abs().max()) for t in away) > 0.01
 
 
+@pytest.mark.parametrize("credit", ["sentence", "response", "shaped"])
+def test_with_rewards_that_are_paid_elsewhere_it_would_not_rest_there(credit):
+    """Why they are refused: nothing that is paid behind a token comes back to it."""
+    ref, dpo = (MDP.policy(tables(s)) for s in (5, 6))
+    config = config_of(beta1=0.2, beta2=0.2, beta3=0.0, dpo_clip=0.0, credit=credit)
+    score = torch.zeros(27, dtype=torch.float64)
+    moved = expected_gradient([t.clone().requires_grad_() for t in dpo], ref, dpo, score, config)
+    assert max(float(t.abs().max()) for t in moved) > 0.01
+
+
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
+        *(
+            ({"credit": c}, f"credit: q takes .* own reward for its advantage, and {c!r} pays it elsewhere; use token")
+            for c in ("sentence", "segment", "response", "shaped")
+        ),
         ({"responses_per_prompt": 1}, "responses_per_prompt: q needs at least 2"),
         ({"gamma": 0.9}, "gamma: q discounts nothing; leave it at 1, got 0.9"),
         ({"critic": "reward"}, "critic: 'reward' needs a critic, and q has none"),

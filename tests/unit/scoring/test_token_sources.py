@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import token_truth
 import torch
 from loop_helpers import save_moved, small_run
-from reward_helpers import columns_of
+from reward_helpers import columns_of, token_server
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rto_fast import build
 from rto_fast.config import RTOConfig
@@ -73,40 +71,16 @@ def scored(tiny, folder, **settings):
     return config, scores, compute_targets(drawn, scores, config, config.beta2)
 
 
-def of_each_token(read):
-    """[R] fp64: read(tokens of the sequence, index of the response token) for every response token."""
-    drawn, found = rollout(), []
-    with torch.no_grad():
-        for tokens, start, cut in zip(drawn.sequences(), drawn.prompt_lens.tolist(), TRUNCATED, strict=True):
-            found += [float(read(tokens, t, cut)) for t in range(start, len(tokens))]
-    return torch.tensor(found, dtype=torch.float64)
-
-
 def logps(path):
-    model = AutoModelForCausalLM.from_pretrained(path).double()
-    return of_each_token(lambda s, t, _: model(s[None]).logits[0, t - 1].log_softmax(-1)[s[t]])
+    return token_truth.logps(rollout(), path)
 
 
 def numbers(path, bias=0.0):
-    """Of every position: (before the token, at the token)."""
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).double()
-
-    def at(s, t):
-        raw = model.score(model.model(s[None]).last_hidden_state[0, t])[0] + bias
-        return (raw - getattr(model.config, "mean", 0.0)) / getattr(model.config, "std", 1.0)
-
-    return of_each_token(lambda s, t, _: at(s, t - 1)), of_each_token(lambda s, t, _: at(s, t))
+    return token_truth.numbers(rollout(), path, bias)
 
 
 def endogenous(path, alpha):
-    model = AutoModelForCausalLM.from_pretrained(path).double()
-
-    def reward(s, t, cut):
-        z = model(s[None]).logits[0]
-        after = 0.0 if t == len(s) - 1 and not cut else alpha * torch.logsumexp(z[t] / alpha, -1)
-        return z[t - 1, s[t]] - after
-
-    return of_each_token(reward)
+    return token_truth.endogenous(rollout(), path, alpha)
 
 
 WRITTEN = """
@@ -211,39 +185,6 @@ def test_credit_moves_the_sum_of_all_sources(one_rank, tiny, other, tmp_path, cr
     else:
         torch.testing.assert_close(paid.sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
         torch.testing.assert_close(paid[:-1], whole[:-1])
-
-
-class TokenServerDouble:
-    """An HTTP server on loopback whose answers a function of the request makes."""
-
-    def __init__(self, answer):
-        bodies = self.bodies = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                content = json.dumps(answer(bodies[-1])).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/tokens"
-
-
-@contextmanager
-def token_server(answer):
-    server = TokenServerDouble(answer)
-    threading.Thread(target=server.http.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.http.shutdown()
-        server.http.server_close()
 
 
 def test_a_server_gets_the_tokens(one_rank, tiny, tmp_path):
