@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a cell is too sma
 import tyro
 
 from bench.claim.cells import ONLINE, Cell
-from bench.claim.grid import ROOT, ClaimConfig, opened
+from bench.claim.grid import ROOT, CellsConfig, opened
 from bench.claim.report import compact, markdown
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import ConfigError, require, shown
@@ -39,7 +39,7 @@ Found = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
+class OnlineConfig(CellsConfig):
     """The models of `make demo` and its online arms, on several seeds; all that is not named is as in the demo."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -47,37 +47,23 @@ class OnlineConfig:
     online_lr: float = 1e-4
     """Peak learning rate of the DPO model in the online arms."""
 
-    # Sizes, the demo's own
+    # The demo's own sizes
     iterations: int = DemoConfig.iterations
-    """Rollouts of an arm."""
     corpus_rows: int = DemoConfig.corpus_rows
-    """Texts of the SFT corpus."""
     pairs: int = DemoConfig.pairs
-    """Preference pairs of each seed."""
     eval_prompts: int = DemoConfig.eval_prompts
-    """Prompts that every model is judged on."""
-
-    workers: int = 0
-    """Cells at the same time, each in a process with one thread; 0 = one a core."""
     runs: str = "runs/demo_online"
-    """Folder of the cells' results; a finished cell is never run again."""
+
     out: str = "bench/results/demo/online.json"
     """Results."""
     page: bool = False
     """Write the section of docs/results/demo.md."""
-    report_only: bool = False
-    """Train nothing; report the cells that are there."""
 
     def validate(self) -> None:
         require(bool(self.seeds), "seeds: at least one is needed")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds: one of {self.seeds} comes twice")
         for name in ("online_lr", "iterations", "corpus_rows", "pairs", "eval_prompts"):
             require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
-
-    def worlds(self) -> ClaimConfig:
-        """What the cells' worlds are made by."""
-        names = ("iterations", "corpus_rows", "pairs", "eval_prompts", "workers", "runs", "report_only")
-        return ClaimConfig(fractions=(), **{n: getattr(self, n) for n in names})
 
     def cells(self) -> dict[tuple[int, str], Cell]:
         """(seed, model) -> its cell."""
@@ -183,7 +169,7 @@ def write(config: OnlineConfig, record: Found, table: Table) -> str:
 def main(config: OnlineConfig) -> None:
     config.validate()
     cells = config.cells()
-    with opened(config.worlds(), ROOT / config.runs) as grid:
+    with opened(config, ROOT / config.runs) as grid:
         grid.run("demo", cells.values())
     flags = [a for a in sys.argv[1:] if a not in ("--report-only", "--page")]
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("page", "report_only")}

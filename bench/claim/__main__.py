@@ -31,7 +31,7 @@ def main(config: DesignConfig) -> None:
     for task in sorted({*config.tasks} - {*tasks}):
         print(f"{task}: no model at {stories.MODEL}; it is left out")
     require(bool(tasks), "tasks: none can be run here")
-    with opened(config.worlds(), ROOT / config.runs) as grid:
+    with opened(config, ROOT / config.runs) as grid:
         designs = {task: Design(config, grid, task) for task in tasks}
         for design in designs.values():
             design.run()

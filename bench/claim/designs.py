@@ -22,7 +22,7 @@ from bench.claim import ablations, other_tasks, stories
 from bench.claim.ablations import Ablation
 from bench.claim.cells import MORE, RL, TWO_RMS, Cell, oracle_cell
 from bench.claim.estimates import Points, at_kl
-from bench.claim.grid import ClaimConfig, Grid
+from bench.claim.grid import CellsConfig, Grid
 from bench.claim.systems import SYSTEMS, UNTUNED, System
 from rto_fast.errors import require
 
@@ -42,7 +42,7 @@ ROLLOUT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class DesignConfig:
+class DesignConfig(CellsConfig):
     """Designs A to D of the claim: all cells, tables, figures and JSON."""
 
     designs: tuple[str, ...] = DESIGNS
@@ -96,28 +96,14 @@ class DesignConfig:
     small_budgets: tuple[int, ...] = (512, 1024, 2048)
     """Budgets."""
 
-    # Sizes
-    iterations: int = 32
-    """Rollouts of design A's runs, of 64 responses each."""
-    corpus_rows: int = 4000
-    """Texts of the SFT corpus."""
-    pairs: int = 1000
-    """Preference pairs of each seed."""
-    eval_prompts: int = 512
-    """Prompts that every model is judged on, with openings that no stage has seen."""
     oracle_samples: tuple[int, int] = (32, 512)
     """Of the tilting oracle: evaluation prompts, and responses to each of the SFT and of the DPO model."""
 
-    workers: int = 0
-    """Cells at the same time, each in a process with one thread; 0 = one a core."""
     runs: str = "runs/claim_designs"
-    """Folder of the cells' results; a finished cell is never run again."""
     out: str = "bench/results/claim/designs"
     """Folder of designs.json, tables.md and the figures."""
     page: bool = False
     """Write docs/results/designs.md."""
-    report_only: bool = False
-    """Train nothing; report the cells that are there."""
 
     def validate(self) -> None:
         for name, known in (("designs", DESIGNS), ("tasks", TASKS)):
@@ -143,11 +129,6 @@ class DesignConfig:
             wrong = [n for n in getattr(self, name) if n % ROLLOUT]
             require(not wrong, f"{name}: {wrong} are no multiples of a rollout's {ROLLOUT} responses")
         require(0 <= self.kl_range[0] < self.kl_range[1], f"kl_range: the lower end first, got {self.kl_range}")
-
-    def worlds(self) -> ClaimConfig:
-        """What the cells' worlds are made by."""
-        names = ("iterations", "corpus_rows", "pairs", "eval_prompts", "workers", "runs", "report_only")
-        return ClaimConfig(fractions=(), **{n: getattr(self, n) for n in names})
 
     def scale(self, task: str) -> Scale:
         """How much of the designs a task gets."""

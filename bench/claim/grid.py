@@ -43,8 +43,28 @@ PARTS = ("fractions", "difficulty", *stories.TASKS, "ablations", "oracle")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClaimConfig:
-    """The grid."""
+class CellsConfig:
+    """Sizes of the cells' worlds and runs, and where and how they are run."""
+
+    iterations: int = 32
+    """Rollouts of an RL run, of 64 responses each."""
+    corpus_rows: int = 4000
+    """Texts of the SFT corpus."""
+    pairs: int = 1000
+    """Preference pairs of each seed."""
+    eval_prompts: int = 512
+    """Prompts that every model is judged on, with openings that no stage has seen."""
+    workers: int = 0
+    """Cells at the same time, each in a process with one thread; 0 = one a core."""
+    runs: str = "runs/claim"
+    """Folder of the cells' results; a finished cell is never run again."""
+    report_only: bool = False
+    """Train nothing; report the cells that are there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimConfig(CellsConfig):
+    """The grid. `iterations`: a multiple of the fractions."""
 
     parts: tuple[str, ...] = PARTS
     """What to run beside the table, of fractions, difficulty, stories-rule, stories-taste, ablations, oracle."""
@@ -64,30 +84,15 @@ class ClaimConfig:
     fractions: tuple[int, ...] = (16, 8, 4, 2)
     """RTO and PPO also on 1/n of the samples, each with a schedule of its own."""
 
-    # Sizes
-    iterations: int = 32
-    """Rollouts of an RL run, of 64 responses each; a multiple of the fractions."""
-    corpus_rows: int = 4000
-    """Texts of the SFT corpus."""
-    pairs: int = 1000
-    """Preference pairs of each seed."""
     other_pairs: tuple[int, ...] = (250, 4000)
     """Pairs of the ablation that changes the reward model's and DPO's quality."""
-    eval_prompts: int = 512
-    """Prompts that every model is judged on, with openings that no stage has seen."""
     oracle_samples: tuple[int, int] = (32, 512)
     """Of the tilting oracle: evaluation prompts, and responses to each of the SFT and of the DPO model."""
 
-    workers: int = 0
-    """Cells at the same time, each in a process with one thread; 0 = one a core."""
-    runs: str = "runs/claim"
-    """Folder of the cells' results; a finished cell is never run again."""
     out: str = "bench/results/claim"
     """Folder of claim.json and the figures."""
     page: bool = False
     """Write the section of docs/results/claim.md."""
-    report_only: bool = False
-    """Train nothing; report the cells that are there."""
     quick: bool = False
     """A grid of minutes: every setting that is not given shrinks, and the results go below `runs`."""
 
@@ -119,7 +124,7 @@ def quickened(config: ClaimConfig) -> ClaimConfig:
 
 
 @functools.lru_cache(maxsize=4)
-def make_world(runs: Path, config: ClaimConfig, task: str, seed: int) -> World:
+def make_world(runs: Path, config: CellsConfig, task: str, seed: int) -> World:
     """The world of a task: easy, medium, hard, whole, long, TASK-N with N pairs, demo, or one of the stories'."""
     root = runs / task / f"seed{seed}" / "world"
     if task in stories.TASKS:
@@ -145,7 +150,7 @@ Found = dict[Cell, dict[str, Any]]
 class Grid:
     """Runs cells in worker processes and keeps their results."""
 
-    def __init__(self, config: ClaimConfig, runs: Path, pool: ProcessPoolExecutor | None, progress: Progress) -> None:
+    def __init__(self, config: CellsConfig, runs: Path, pool: ProcessPoolExecutor | None, progress: Progress) -> None:
         """pool: None to take only the results that are there."""
         self.runs, self.pool, self.progress = runs, pool, progress
         self.make_world, self.commit = functools.partial(make_world, runs, config), commit()
@@ -251,7 +256,7 @@ def experiment(config: ClaimConfig, grid: Grid) -> dict[str, dict[str, float]]:
     return chosen
 
 
-def open_runs(config: ClaimConfig, runs: Path) -> None:
+def open_runs(config: CellsConfig, runs: Path) -> None:
     """Makes the folder of runs, or checks that its cells have these sizes."""
     sizes = {k: getattr(config, k) for k in ("iterations", "corpus_rows", "pairs", "eval_prompts")}
     path = runs / "sizes.json"
@@ -271,7 +276,7 @@ def commit() -> str:
 
 
 @contextmanager
-def opened(config: ClaimConfig, runs: Path) -> Iterator[Grid]:
+def opened(config: CellsConfig, runs: Path) -> Iterator[Grid]:
     """A grid whose cells lie below `runs`, with its workers; none where only what is there is reported."""
     open_runs(config, runs)
     columns = (

@@ -93,7 +93,7 @@ def test_settings_that_cannot_work(setting, message):
 def test_sizes_and_rates_are_the_demos():
     """But for what a cell never keeps, frozen RTO's settings are those of `make demo`."""
     config, demo = OnlineConfig(), DemoConfig()
-    world = make_world(Path("runs"), config.worlds(), "demo", 3)
+    world = make_world(Path("runs"), config, "demo", 3)
     assert type(world) is DemoWorld
     assert dataclasses.replace(world.config, output_dir="", seed=0) == dataclasses.replace(demo, output_dir="")
     assert world.task.openings == "all"
@@ -107,7 +107,7 @@ def test_sizes_and_rates_are_the_demos():
 @pytest.mark.parametrize("arm", ONLINE)
 def test_arms_differ_from_the_frozen_reward_in_what_they_are(arm):
     config = OnlineConfig()
-    world, cells = make_world(Path("runs"), config.worlds(), "demo", 0), config.cells()
+    world, cells = make_world(Path("runs"), config, "demo", 0), config.cells()
     frozen, ours = (rl_settings(world, cells[0, m], Path("x")) for m in ("RTO", arm))
     ours.validate()
     differ = {f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(frozen, f.name)}
@@ -183,7 +183,7 @@ def test_cells_are_the_demos_own_models(killed, one_rank, tmp_path):
     """DPO's is the one that gives token rewards; RTO trained by the demo's settings is judged the same."""
     folder, _ = killed
     config = OnlineConfig(**{k: v for k, v in TINY.items() if k != "seeds"}, seeds=(0,), runs=str(folder))
-    world, cells = make_world(folder, config.worlds(), "demo", 0), config.cells()
+    world, cells = make_world(folder, config, "demo", 0), config.cells()
 
     def found(model):
         return json.loads((folder / f"{cells[0, model].name}.json").read_text())["judgement"]

@@ -377,7 +377,7 @@ def test_run_again_trains_nothing(designs, monkeypatch):
 
 def test_more_dpo_models_differ_from_the_first(designs):
     """One by its seed alone, one by pairs that the first one sampled."""
-    settings = DesignConfig(**{k: TINY[k] for k in ("iterations", "corpus_rows", "pairs", "eval_prompts")}).worlds()
+    settings = DesignConfig(**{k: TINY[k] for k in ("iterations", "corpus_rows", "pairs", "eval_prompts")})
     world = make_world(designs, settings, "medium", 200)
     world.prepare_more()
     weights = [(world.root / name / "model" / "model.safetensors").read_bytes() for name in ("dpo", "dpo_b", "dpo2")]
