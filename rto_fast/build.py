@@ -188,8 +188,7 @@ def check(config: RTOConfig) -> Inputs:
     template = load_template(config.chat_template, tokenizer, config.template_date)
     written = load_written(config, tokenizer, columns)
     _check_models(config, tokenizer, template)
-    if not config.lora:  # whose memory it cannot foretell yet
-        check_device(config, device, distributed.world_size())
+    check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
     check_min_length(config.min_response_length, stop_ids, load_config(config.policy, "policy"))
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids, config.min_response_length)

@@ -102,12 +102,76 @@ comparing settings, no forecast.
 """
 
 
+ADAPTERS = """
+## Adapters
+
+With `--lora-rank` an adapter has A numbers: of rank 16 on all linear maps 11 million for 1B, 42 million for 8B, 207
+million for 70B. The policy's base lies there once, for all models whose folders name its weights ([how](lora.md)):
+
+| what | bytes | when |
+|---|---|---|
+| the base | b P (ZeRO-3: b P / R for each model, nothing is shared) | always |
+| adapters of policy, critic, reference, DPO and reward models, and heads | b A each | always |
+| fp32 weights and moments of what is trained | 12 A / R | always, moments from the first update on |
+| its fp32 gradients | 4 A / R | in an update |
+| a model with other weights, a critic with `--lora-critic own` | b P, as above | always |
+| the gradient of the frozen lm_head | none | |
+| one matrix with its adapter merged | 5 of its copies at most | while weights go to the sampler |
+| vLLM, activations | as above | |
+
+In `rto-fast memory --lora-rank 16` a name such as `llama-3-8b` stands for an adapter on weights of that size, and the
+policy's name for one on its base. In the table policy, reference and DPO model are of one size, reward model and critic
+too (70B: of 8B, which stands apart from the base); GiB of one rank on devices of 79.6 GiB, or of 23.5 in the rows of
+24 GB. Held: between the phases, with 1.3 GiB of CUDA's and 2 GiB of vLLM's asleep. Where the defaults do not fit, flags
+are those that `rto-fast memory` proposes.
+
+"""
+SIZES = {"1B": ("llama-3.2-1b",) * 2, "8B": ("llama-3-8b",) * 2, "70B": ("llama-3-70b", "llama-3-8b")}
+"""Names of policy, reference and DPO model, and of reward model and critic."""
+CARD_24 = 23.5
+"""GiB that a card of 24 GB has."""
+
+
+def sized_row(size: str, ranks: int, rank: int, room: float) -> str:
+    """One run of a size, of whole weights (rank 0) or with adapters."""
+    model, reward = SIZES[size]
+    asked = MemoryConfig(policy=model, dpo_model=(model,), reward_model=(reward,), ranks=ranks, lora_rank=rank,
+                         device_gib=room)  # fmt: skip
+    config, helps, fits = mended(asked)
+    models = models_of(config)
+    found = phases(config, models, config.machine)
+    worst = max(found, key=lambda p: p.total)
+    times = seconds(dataclasses.replace(config, save_every=0), models, config.machine, config.rates)
+    written = checkpoint_bytes(config, models) / 1e9
+    cells = [size, f"{ranks}{' of 24 GB' if room == CARD_24 else ''}", f"rank {rank}" if rank else "whole"]
+    cells += [" ".join(f"`{h}`" for h in helps) or "-", f"{found[-1].total / GIB:.1f}"]
+    cells += [f"{worst.total / GIB:.1f}, {worst.name}", "yes" if fits else "no"]
+    cells += [f"{sum(times.values()):.0f}" if fits else "-", f"{written:.{0 if written >= 10 else 1}f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def sized_table() -> list[str]:
+    columns = ["models", "GPUs", "trained", "flags", "held", "at most", "fits", "s", "checkpoint, GB"]
+    runs = [("1B", 1, CARD_24), *((size, ranks, 79.6) for size in SIZES for ranks in (1, 8, 64))]
+    rows = [sized_row(size, ranks, rank, room) for size, ranks, room in runs for rank in (0, 16)]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *rows]
+
+
+def mended(config: MemoryConfig) -> tuple[MemoryConfig, list[str], bool]:
+    """The settings with the flags that make them fit, those flags, and whether they do."""
+    models, machine = models_of(config), config.machine
+    helps = remedies(config, models, machine) if shortage(config, models, machine) else []
+    adapted = cli.parse(config, " ".join(helps).split())
+    return adapted, helps, shortage(adapted, models, machine) is None
+
+
 def row(name: str, flags: str, mend: bool) -> str:
     config = cli.parse(MemoryConfig(), flags.split())
+    adapted, helps, fits = mended(config)
+    if not mend:
+        adapted, helps = config, []
+        fits = shortage(config, models_of(config), config.machine) is None
     models, machine = models_of(config), config.machine
-    helps = remedies(config, models, machine) if mend and shortage(config, models, machine) else []
-    adapted = cli.parse(config, " ".join(helps).split())
-    fits = shortage(adapted, models, machine) is None
     peaks = {p.name: f"{p.total / GIB:.1f}" for p in phases(adapted, models, machine)}
     times = seconds(dataclasses.replace(adapted, save_every=0), models, machine, adapted.rates)
     hosts = [f"{p.total / GIB:.0f}" for p in host_phases(adapted, models, machine)]
@@ -133,7 +197,8 @@ def page() -> str:
         "checkpoint, GB",
     ]
     table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return HEAD + "\n".join([*table, *(row(name, *run) for name, run in RUNS.items())]) + "\n" + TAIL
+    runs = "\n".join([*table, *(row(name, *run) for name, run in RUNS.items())]) + "\n" + TAIL
+    return HEAD + runs + ADAPTERS + "\n".join(sized_table()) + "\n"
 
 
 def main() -> int:

@@ -320,8 +320,3 @@ def test_an_online_dpo_model_is_a_trained_one():
     assert longer["online DPO update"] == pytest.approx(spent["policy update"] / off.ppo_epochs)
     twice = MemoryConfig(online="prime", ppo_epochs=2)
     assert seconds(twice, online, twice.machine, twice.rates)["online DPO update"] == longer["online DPO update"]
-
-
-def test_adapters_are_not_taken_for_whole_weights():
-    with pytest.raises(ConfigError, match="lora_rank: the memory of adapters is not computed"):
-        MemoryConfig(lora_rank=16).validate()
