@@ -266,11 +266,16 @@ def test_the_command_says_whether_it_fits(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "settings"), [(1, {}), (2, {"partition_frozen": "yes"})], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(1, {}), (2, {"partition_frozen": "yes"}), (1, {"lora_rank": 8})],
+    ids=["one", "two", "one base"],
+)
 def test_measured_memory_is_within_a_tenth(tiny, tmp_path, monkeypatch, ranks, settings):
     """A 230 MB policy with sampler, reference and DPO model, on CPUs: resident memory at each phase's peak.
 
-    The ranks are forks of a process that starts here: malloc reads its settings once.
+    With adapters the DPO model's weights are the policy's, in a folder of their own. The ranks are forks of a process
+    that starts here: malloc reads its settings once.
     """
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed leaves the process
     large = make_tiny_models(
@@ -282,6 +287,10 @@ def test_measured_memory_is_within_a_tenth(tiny, tmp_path, monkeypatch, ranks, s
         "rollout_tokens": 112, "sync_proof": False, "advantage": "reinforce_pp", "reward_model": (),
         "reward_fn": ("invariance_worker:length",), "report": False,
     }  # fmt: skip
+    if "lora_rank" in settings:
+        pytest.importorskip("peft")
+        shutil.rmtree(large.dpo)
+        shutil.copytree(large.policy, large.dpo)
     runs = [json.dumps(small_run(m, tmp_path / n, **settings)) for m, n in ((tiny, "tiny"), (large, "large"))]
     args = [ROOT / "tests" / "memory_worker.py", *runs, tmp_path / "found.json"]
     wrong: list[str] = []
