@@ -20,11 +20,12 @@ from rto_fast.memory.phases import (
     Machine,
     Models,
     Phase,
-    kept_of,
+    frozen_bytes,
     sampler_of,
     stands,
     states_of,
     weights_of,
+    whole_one,
     width,
 )
 from rto_fast.memory.shapes import ModelShape
@@ -58,7 +59,8 @@ def _loading(config: RTOConfig, models: Models, machine: Machine) -> Iterator[Pa
         spread = partitions(config, machine.ranks, machine.kind)
         if not stands(config, shape):
             yield before | _read(config, name, shape, machine, spread=spread)
-    yield _held(config, models, machine, sampler=True)
+    built = _held(config, models, machine, sampler=True)
+    yield built | {name: machine.on_node * size for name, size in whole_one(config, models).items()}
 
 
 def _read(config: RTOConfig, name: str, s: ModelShape, machine: Machine, *, spread: bool) -> Parts:
@@ -98,8 +100,7 @@ def _held(
         own = not stands(config, s)
         if machine.kind == "cpu" or (config.park_frozen and not partitioned and own):
             share = split if partitioned and own else 1
-            size = width(config) * kept_of(config, s, trained=False) / share
-            out[f"{name}{i if name in out else ''}"] = ranks * size
+            out[f"{name}{i if name in out else ''}"] = ranks * frozen_bytes(config, s) / share
     return out
 
 

@@ -21,6 +21,7 @@ from rto_fast.backend.frozen import partitions
 from rto_fast.config import RTOConfig
 from rto_fast.memory.shapes import KNOWN, ModelShape, adapted, names_a_size, reads_alike, shape_of
 from rto_fast.models.one_base import BaseFiles
+from rto_fast.models.quantised import CODES
 
 GIB = 1 << 30
 BUCKET = 500_000_000
@@ -165,6 +166,21 @@ def kept_of(config: RTOConfig, s: ModelShape, *, trained: bool) -> int:
     return s.parameters + (s.adapter if trained else 0)
 
 
+def frozen_bytes(config: RTOConfig, s: ModelShape) -> float:
+    """What a frozen model holds whole on a device, in codes where `frozen_dtype` has it so."""
+    b, numbers = width(config), kept_of(config, s, trained=False)
+    if config.frozen_dtype == "off" or stands(config, s):
+        return float(b * numbers)
+    inner, rows, _ = s.matrices
+    return b * (numbers - inner) + CODES[config.frozen_dtype].bytes(inner, rows)
+
+
+def whole_one(config: RTOConfig, models: Models) -> dict[str, float]:
+    """The largest model that is held in codes, as it is loaded before and measured against; {} where none is."""
+    sizes = [float(width(config) * s.parameters) for _, s in models.frozen if not stands(config, s)]
+    return {"a frozen model, whole": max(sizes)} if sizes and config.frozen_dtype != "off" else {}
+
+
 def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
     """The phases in the order of the loop, each at its peak; every one holds what the run keeps between them."""
     base = {"CUDA and NCCL": machine.reserve} if machine.reserve else {}
@@ -174,7 +190,7 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
     if sampler := sampler_of(config, models, machine):
         held["sampler"] = sampler
     masters = {k: v for k, v in held.items() if not k.endswith("moments")}
-    out = [Phase("load", masters | waiting)]
+    out = [Phase("load", masters | waiting | whole_one(config, models))]
     asleep: dict[str, float] = {}
     if uses_vllm(config, machine):
         vllm = {f"vLLM, {config.vllm_memory_share:g} of the device": config.vllm_memory_share * machine.device}
@@ -189,7 +205,11 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
         if asleep:  # its cache sleeps on
             merging["vLLM's weights"] = width(config) * models.policy.parameters / config.vllm_tensor_parallel
         out.append(Phase("weights to the sampler", held | waiting | merging))
-    out.append(Phase("scoring", held | awake | _scoring(config, models, machine)))
+    scoring = held | awake | _scoring(config, models, machine)
+    if whole := whole_one(config, models):
+        start = {k: v for k, v in scoring.items() if not k.endswith("moments")}
+        out.append(Phase("error of frozen weights", start | whole))
+    out.append(Phase("scoring", scoring))
     for name, shape in models.trained:
         update = _update(config, shape, machine)
         out.append(Phase(f"{name} update", held | waiting | update))
@@ -260,7 +280,7 @@ def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: boo
     parked: dict[str, float] = {}
     for i, (name, s) in enumerate(models.frozen):
         own = not stands(config, s)  # a model on the policy's base neither parks nor is spread
-        size = width(config) * kept_of(config, s, trained=False) / (machine.ranks if partitioned and own else 1)
+        size = frozen_bytes(config, s) / (machine.ranks if partitioned and own else 1)
         (parked if parks and own else out)[f"{name}{i if name in out | parked else ''}"] = size
     if scoring and parked:  # one at a time
         largest = max(parked, key=lambda name: parked[name])
@@ -273,8 +293,12 @@ def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, f
     shapes = [models.policy, *(s for _, s in models.frozen), *([models.online] if models.online else [])]
     tokens = max(config.score_tokens, _longest(config))
     out = {"activations": max(tokens * _forward(config, s) for s in shapes)}
+    own = [s for _, s in models.frozen if not stands(config, s)]
+    if own and config.frozen_dtype != "off":  # int8 comes by way of fp32
+        wide = width(config) + (8 if config.frozen_dtype == "int8" else 0)
+        out["a decoded matrix"] = float(wide * max(s.matrices[2] for s in own))
     spread = partitions(config, machine.ranks, machine.kind)
-    whole = [s for _, s in models.frozen if spread and not stands(config, s)]
+    whole = own if spread else []
     whole += [s for _, s in models.trained] if config.zero_stage == 3 else []
     if whole:
         # Each model keeps what it has gathered until the next forward of its own.

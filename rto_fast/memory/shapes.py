@@ -22,6 +22,7 @@ from rto_fast.models.adapters import HEAD, PREFIX, target_modules
 from rto_fast.models.heads import backbone
 from rto_fast.models.load import load_config
 from rto_fast.models.one_base import classifier_over
+from rto_fast.models.quantised import matrices as quantised_maps
 
 _LLAMA = {
     "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192,
@@ -56,6 +57,8 @@ class ModelShape:
     """Features of all key heads (values have as many)."""
     vocab: int
     """Rows of the lm_head; 0 for a model with one output."""
+    matrices: tuple[int, int, int]
+    """Of the linear maps that `frozen_dtype` is for: their numbers, their rows, the numbers of the largest."""
     adapter: int = 0
     """Numbers of the LoRA adapter that it carries, beside its parameters; 0 = none, or a merged one."""
     largest_adapter: int = 0
@@ -153,7 +156,7 @@ def shape_from(config: PretrainedConfig, argument: str, *, scalar: bool = False)
     """The shape of a model with this config, counted on a model without storage."""
     try:
         kind: Any = type(config)
-        parameters, largest, head, tied = _count(config.to_json_string(use_diff=False), kind)
+        parameters, largest, head, tied, matrices = _count(config.to_json_string(use_diff=False), kind)
     except ValueError as error:
         raise ConfigError(f"{argument}: no causal language model has a {type(config).__name__}") from error
     text = config.get_text_config()
@@ -164,7 +167,7 @@ def shape_from(config: PretrainedConfig, argument: str, *, scalar: bool = False)
     return ModelShape(
         parameters=parameters, largest=largest, layers=text.num_hidden_layers, hidden=text.hidden_size,
         intermediate=_intermediate(text), query=text.num_attention_heads * width, keys=keys * width,
-        vocab=0 if scalar else text.vocab_size,
+        vocab=0 if scalar else text.vocab_size, matrices=matrices,
     )  # fmt: skip
 
 
@@ -176,13 +179,16 @@ def _intermediate(text: PretrainedConfig) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def _count(text: str, kind: Any) -> tuple[int, int, int, bool]:
-    """(parameters, elements of the largest, elements of the lm_head, whether it is tied)."""
+def _count(text: str, kind: Any) -> tuple[int, int, int, bool, tuple[int, int, int]]:
+    """(parameters, elements of the largest, elements of the lm_head, whether it is tied, `ModelShape.matrices`)."""
     lm = _without_storage(text, kind)
     head = lm.get_output_embeddings()
     tied = head is not None and head.weight is lm.get_input_embeddings().weight
     sizes = [p.numel() for p in lm.parameters()]
-    return sum(sizes), max(sizes), 0 if head is None else head.weight.numel(), tied
+    held = [m.weight for m in quantised_maps(lm).values()]
+    numbers = [w.numel() for w in held]
+    of_maps = sum(numbers), sum(w.shape[0] for w in held), max(numbers, default=0)
+    return sum(sizes), max(sizes), 0 if head is None else head.weight.numel(), tied, of_maps
 
 
 def _without_storage(text: str, kind: Any) -> Any:

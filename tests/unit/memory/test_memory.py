@@ -153,6 +153,29 @@ def test_parked_models_leave_the_device_outside_scoring():
     assert gib(plain)["scoring"] - gib(parked)["scoring"] == pytest.approx(32.2 - of_one, abs=0.2)
 
 
+@pytest.mark.parametrize(("kind", "of_one"), [("int8", 1 + 4 * 3.1e-4), ("nf4", 0.5625)])
+def test_frozen_models_in_few_bits(kind, of_one):
+    """8B has 6.98 billion numbers in linear maps; two tables of 0.525 billion stay in bf16, as do norms.
+
+    A whole model is there beside them while it is loaded, and while the error is measured.
+    """
+    plain, coded = MemoryConfig(ranks=1), MemoryConfig(ranks=1, frozen_dtype=kind)
+    before, after = ({p.name: p.parts for p in phases(c, models_of(c), c.machine)} for c in (plain, coded))
+    inner = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    saved = before["load"]["reference"] - after["load"]["reference"]
+    assert saved == pytest.approx((2 - of_one) * inner, rel=1e-3)
+    assert after["policy update"]["dpo_model"] == after["load"]["reference"]
+    assert after["load"]["a frozen model, whole"] == before["load"]["reference"]
+    assert after["error of frozen weights"]["a frozen model, whole"] == before["load"]["reference"]
+    assert "a frozen model, whole" not in after["policy update"].keys() | after["scoring"].keys()
+    assert after["scoring"]["a decoded matrix"] == 4096 * 14336 * {"int8": 10, "nf4": 2}[kind]
+    hosts = [
+        {p.name: p.total for p in host_phases(c, models_of(c), c.machine)}["training"]
+        for c in (MemoryConfig(ranks=1, park_frozen=True, frozen_dtype=k) for k in ("off", kind))
+    ]
+    assert hosts[0] - hosts[1] > 2 * saved
+
+
 def on_host(config: MemoryConfig) -> dict[str, float]:
     return {p.name: p.total / GIB for p in host_phases(config, models_of(config), config.machine)}
 
