@@ -65,6 +65,7 @@ setup(
         "vllm": ["vllm>=0.26,<0.34"],  # rto_fast/rollout/vllm_engines/support.py says what was tried
         "flash": ["flash-attn>=2.8"],  # needs pip's --no-build-isolation: its build looks at the torch that is there
         "wandb": ["wandb>=0.18"],
+        "quant": ["bitsandbytes>=0.50"],  # --frozen-dtype
         "math": ["math-verify>=0.9"],  # the reward of `rto-fast rlvr`
         "dev": [
             "codespell>=2.4",

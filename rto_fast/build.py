@@ -51,6 +51,7 @@ from rto_fast.models.load import (
 )
 from rto_fast.models.one_base import OneBase
 from rto_fast.models.packing import Placement
+from rto_fast.models.quantised import check_code, quantise
 from rto_fast.models.router import check_router, watch_router
 from rto_fast.models.save import rehearse_export
 from rto_fast.redact import without_credentials
@@ -167,6 +168,7 @@ def build(config: RTOConfig) -> Run:
     else:
         sync.push(version=0)  # an engine that was there before may hold other weights
     run.prove_sync()
+    run.measure_frozen()
     return run
 
 
@@ -180,6 +182,7 @@ def check(config: RTOConfig) -> Inputs:
         "this launch",
     )
     _check_reach(config)
+    check_code(config.frozen_dtype)
     checkpoints = open_output(config)
     found = checkpoints.read()
     columns = DataColumns.of_prompts(config)
@@ -188,8 +191,7 @@ def check(config: RTOConfig) -> Inputs:
     template = load_template(config.chat_template, tokenizer, config.template_date)
     written = load_written(config, tokenizer, columns)
     _check_models(config, tokenizer, template)
-    if not config.lora:  # whose memory it cannot foretell yet
-        check_device(config, device, distributed.world_size())
+    check_device(config, device, distributed.world_size())
     stop_ids = stop_token_ids(config.policy, tokenizer, template)
     check_min_length(config.min_response_length, stop_ids, load_config(config.policy, "policy"))
     sampling = Sampling(config.max_response_length, config.temperature, stop_ids, config.min_response_length)
@@ -256,8 +258,16 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     loading["home"] = "rank 0" if partitioned else whole
     kept: list[FrozenModel] = []
 
-    def keep(model: torch.nn.Module) -> FrozenModel:
-        kept.append(frozen(model, config, parks=config.park_frozen, partitioned=partitioned))
+    def keep(loader: Callable[..., torch.nn.Module], path: str, argument: str) -> FrozenModel:
+        if config.frozen_dtype == "off":
+            model = loader(path, argument=argument, **loading)
+            kept.append(frozen(model, config, parks=config.park_frozen, partitioned=partitioned))
+            return kept[-1]
+        there = loading | {"home": "device"}  # where it is quantised
+        model = quantise(loader(path, argument=argument, **there), config.frozen_dtype, argument)
+        kept.append(frozen(model, config, parks=config.park_frozen, partitioned=False))
+        again = loading | {"home": "host", "placement": None}  # without the checks, in which all ranks take part
+        kept[-1].whole = lambda: frozen(loader(path, argument=argument, **again), config, partitioned=False)
         return kept[-1]
 
     def once(
@@ -273,7 +283,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
                     kept.append(frozen(shared, config, partitioned=False))
                     seen[path] = kept[-1]
                 else:
-                    seen[path] = keep(loader(path, argument=argument, **loading))
+                    seen[path] = keep(loader, path, argument)
             return seen[path]
 
         return load_once

@@ -6,6 +6,7 @@ of 8B parameters and a learning rate of 8e-7.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import pkgutil
 import sys
@@ -31,6 +32,11 @@ RTO = RTOConfig(
     data="weqweasdas/ultra_train",
     output_dir="runs/rto_llama3",
 )
+RTO_LORA = dataclasses.replace(
+    RTO, lora_rank=16, dpo_model=("runs/dpo_lora/model",), reward_model=("runs/rm_lora/model",),
+    output_dir="runs/rto_lora",
+)  # fmt: skip
+"""One base in memory: the adapters are those that rto-fast dpo and rm write with a rank and the policy as --model."""
 PPO = PPOConfig(
     policy=RTO.policy, reward_model=RTO.reward_model, data=RTO.data, output_dir="runs/ppo_llama3",
 )  # fmt: skip
@@ -134,6 +140,10 @@ def main(args: Sequence[str]) -> None:
     COMMANDS[name](rest, f"rto-fast {name}")
 
 
-def recipe(name: str) -> None:
-    """Runs a command with the process's flags, under the script's own name."""
-    COMMANDS[name](sys.argv[1:], None)
+def recipe(name: str, defaults: Any = None) -> None:
+    """Runs a command with the process's flags, under the script's own name; defaults: other ones than the command's."""
+    command = COMMANDS[name]
+    if defaults is not None:
+        assert isinstance(command, Stage)
+        command = dataclasses.replace(command, defaults=defaults)
+    command(sys.argv[1:], None)

@@ -34,6 +34,7 @@ from rto_fast.report.samples import append_samples, report_samples
 from rto_fast.rollout.assignment import Share
 from rto_fast.rollout.engine import Sampling, SyncStats, sample_seed
 from rto_fast.rollout.weights.sync import WeightSync
+from rto_fast.scoring.frozen_error import MEASURED, frozen_error, said_of
 from rto_fast.scoring.score import Scorers
 from rto_fast.supervised.stage import Row
 
@@ -85,6 +86,8 @@ class Run:
     state: State
     ahead: Rollout | None = None
     """The next iteration's rollout where it was sampled already (rollout_lag 1)."""
+    frozen_error: dict[str, float] = field(default_factory=dict)
+    """Metrics of `measure_frozen`."""
     told_of_cuts: bool = False
     """Whether it was said that most responses are cut short."""
 
@@ -148,6 +151,15 @@ class Run:
         """Shows that the engine samples from the policy, before anything is built on it."""
         if self.config.sync_proof:
             self.logger.message(self.sync.prove(self.requests(self.state.iteration), self.sampling))
+
+    def measure_frozen(self) -> None:
+        """Says what quantised weights of frozen models do to token rewards and scores, on responses of the policy."""
+        if self.config.frozen_dtype == "off":
+            return
+        share = self.sync.share(self.requests(self.state.iteration)[:MEASURED], self.sampling)
+        rollout = self.sync.gather(share, self.sync.sample(share.requests, self.sampling))
+        self.frozen_error = frozen_error(rollout, self.texts(rollout), self.scorers, self.config, self.placement)
+        self.logger.message(said_of(self.config, self.frozen_error, len(rollout)))
 
     def keep_samples(
         self, iteration: int, rollout: Rollout, scores: Scores, targets: Targets, texts: ResponseTexts

@@ -95,7 +95,7 @@ def train(config: RTOConfig, observe: Observer | None = None, value: Values | No
         for iteration in range(run.state.iteration, run.iterations):
             metrics = rto_iteration(run, iteration, observe, value)
             run.state.iteration = iteration + 1
-            run.logger.log(iteration + 1, metrics)
+            run.logger.log(iteration + 1, metrics | run.frozen_error)
             run.export_if_due()
             saving.after(iteration + 1, run.save)
         run.finish()

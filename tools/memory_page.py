@@ -53,6 +53,7 @@ With P parameters, b bytes each (bf16: 2) and R ranks:
 | their fp32 weights | 4 P / R (`--offload`: on the host) | always |
 | moments of AdamW | 8 P / R (`--offload`: on the host) | from the first update on |
 | reference, DPO and reward models | b P / R; whole: b P (`--park-frozen`: one at a time, in scoring alone) | always |
+| linear maps of those with `--frozen-dtype` | int8: 1 a number, nf4: 0.56 | always; one model whole while loaded |
 | vLLM | its share of the device | in rollouts; 2 GiB while it sleeps |
 | fp32 gradients | 4 P / R (ZeRO-2 and 3; `--offload`: on the host) | in an update; under ZeRO-3 always |
 | a bucket of gradients, what ZeRO-3 gathers | 0.5, and 1.05 billion elements at most | in an update, in scoring |
@@ -61,7 +62,27 @@ With P parameters, b bytes each (bf16: 2) and R ranks:
 | CUDA, NCCL, gaps | 1.3 GiB | always |
 
 With several ranks on GPUs frozen models are partitioned (`--partition-frozen auto`): scoring then waits for the links,
-some 5 % by the same arithmetic, and their bits are those of whole models. On one rank, or on CPUs, they stay whole.
+some 5 % by the same arithmetic, and their bits are those of whole models. On one rank, on CPUs, and with
+`--frozen-dtype`, they stay whole.
+
+## Frozen models in 8 or 4 bits
+
+`--frozen-dtype int8` or `nf4` (`pip install 'rto-fast[train,quant]'`: bitsandbytes) holds the linear maps of reference,
+DPO, reward and token-reward models in codes: a row's largest number is its scale in int8, 64 numbers share one in nf4
+([arXiv 2305.14314](https://arxiv.org/abs/2305.14314)). A matrix is decoded to the run's dtype before each product, so
+activations are not rounded, and scoring does the same products. Embeddings and heads stay as they are.
+
+Token rewards are differences of log-probs, bounded by `dpo_clip / beta1`, 1 nat by default, and mostly smaller by far.
+So a run says at its start how far they are off against whole models, on 64 responses of the
+policy, and so does every row of its metrics (`frozen/token_reward_error_mean` and `_max`, `ref_logp` and `score` in the
+same way). The whole models are loaded a second time for it, one at a time. The KL's reference is rounded too.
+
+* Refused under `--zero-stage 3` and `--partition-frozen yes`, which take weights apart, for families without
+  `nn.Linear` maps (GPT-2), and without bitsandbytes. Experts that a family keeps as one parameter stay as they are.
+* With `--lora-rank` models on the policy's base stay on it as it is; the flag is for those with weights of their own. A
+  base in 4 bits under the adapters that are trained (QLoRA) is not there.
+* bitsandbytes 0.50 decodes nf4 wrongly on CPUs with AVX-512 where a row ends within a block; here it is given blocks as
+  rows, which it decodes rightly.
 
 ## What a host holds
 
@@ -69,6 +90,7 @@ some 5 % by the same arithmetic, and their bits are those of whole models. On on
 |---|---|---|
 | a model that ZeRO-3 takes apart | b P: rank 0 reads it for all ranks | while it is loaded |
 | other models | n times 4 tensors on their way from the files to the devices | while they are loaded |
+| `--frozen-dtype` | n b P of the largest frozen model | while the error is measured |
 | `--park-frozen` | n b P of every frozen model | always |
 | `--offload` | n / R of (4 + b) P, 4 P of gradients and 8 P of moments | the last two from the first update on |
 | Python, CUDA's host side | 3 GiB a rank, an estimate | always |
@@ -102,12 +124,85 @@ comparing settings, no forecast.
 """
 
 
+ADAPTERS = """
+## Adapters
+
+With `--lora-rank` an adapter has A numbers: of rank 16 on all linear maps 11 million for 1B, 42 million for 8B, 207
+million for 70B. The policy's base lies there once, for all models whose folders name its weights ([how](lora.md)):
+
+| what | bytes | when |
+|---|---|---|
+| the base | b P (ZeRO-3: b P / R for each model, nothing is shared) | always |
+| adapters of policy, critic, reference, DPO and reward models, and heads | b A each | always |
+| fp32 weights and moments of what is trained | 12 A / R | always, moments from the first update on |
+| its fp32 gradients | 4 A / R | in an update |
+| a model with other weights, a critic with `--lora-critic own` | b P, as above | always |
+| the gradient of the frozen lm_head | none | |
+| one matrix with its adapter merged | 5 of its copies at most | while weights go to the sampler |
+| vLLM, activations | as above | |
+
+Measured on a CPU, one rank, as MB of resident memory at most beside a tiny run's, and in brackets by arithmetic: a
+policy of 230 MB in fp32 with the transformers engine, reference and DPO model, no critic
+(`tests/unit/memory/test_memory.py`).
+
+| | rollout | scoring | policy update |
+|---|---|---|---|
+| whole weights | 1,420 (1,417) | 1,420 (1,417) | 2,024 (2,019) |
+| rank 8, reference and DPO model on the policy's base | 427 (422) | 429 (422) | 436 (438) |
+
+In `rto-fast memory --lora-rank 16` a name such as `llama-3-8b` stands for an adapter on weights of that size, and the
+policy's name for one on its base. In the table policy, reference and DPO model are of one size, reward model and critic
+too (70B: of 8B, which stands apart from the base); GiB of one rank on devices of 79.6 GiB, or of 23.5 in the rows of
+24 GB. Held: between the phases, with 1.3 GiB of CUDA's and 2 GiB of vLLM's asleep. Where the defaults do not fit, flags
+are those that `rto-fast memory` proposes.
+
+"""
+SIZES = {"1B": ("llama-3.2-1b",) * 2, "8B": ("llama-3-8b",) * 2, "70B": ("llama-3-70b", "llama-3-8b")}
+"""Names of policy, reference and DPO model, and of reward model and critic."""
+CARD_24 = 23.5
+"""GiB that a card of 24 GB has."""
+
+
+def sized_row(size: str, ranks: int, rank: int, room: float) -> str:
+    """One run of a size, of whole weights (rank 0) or with adapters."""
+    model, reward = SIZES[size]
+    asked = MemoryConfig(policy=model, dpo_model=(model,), reward_model=(reward,), ranks=ranks, lora_rank=rank,
+                         device_gib=room)  # fmt: skip
+    config, helps, fits = mended(asked)
+    models = models_of(config)
+    found = phases(config, models, config.machine)
+    worst = max(found, key=lambda p: p.total)
+    times = seconds(dataclasses.replace(config, save_every=0), models, config.machine, config.rates)
+    written = checkpoint_bytes(config, models) / 1e9
+    cells = [size, f"{ranks}{' of 24 GB' if room == CARD_24 else ''}", f"rank {rank}" if rank else "whole"]
+    cells += [" ".join(f"`{h}`" for h in helps) or "-", f"{found[-1].total / GIB:.1f}"]
+    cells += [f"{worst.total / GIB:.1f}, {worst.name}", "yes" if fits else "no"]
+    cells += [f"{sum(times.values()):.0f}" if fits else "-", f"{written:.{0 if written >= 10 else 1}f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def sized_table() -> list[str]:
+    columns = ["models", "GPUs", "trained", "flags", "held", "at most", "fits", "s", "checkpoint, GB"]
+    runs = [("1B", 1, CARD_24), *((size, ranks, 79.6) for size in SIZES for ranks in (1, 8, 64))]
+    rows = [sized_row(size, ranks, rank, room) for size, ranks, room in runs for rank in (0, 16)]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *rows]
+
+
+def mended(config: MemoryConfig) -> tuple[MemoryConfig, list[str], bool]:
+    """The settings with the flags that make them fit, those flags, and whether they do."""
+    models, machine = models_of(config), config.machine
+    helps = remedies(config, models, machine) if shortage(config, models, machine) else []
+    adapted = cli.parse(config, " ".join(helps).split())
+    return adapted, helps, shortage(adapted, models, machine) is None
+
+
 def row(name: str, flags: str, mend: bool) -> str:
     config = cli.parse(MemoryConfig(), flags.split())
+    adapted, helps, fits = mended(config)
+    if not mend:
+        adapted, helps = config, []
+        fits = shortage(config, models_of(config), config.machine) is None
     models, machine = models_of(config), config.machine
-    helps = remedies(config, models, machine) if mend and shortage(config, models, machine) else []
-    adapted = cli.parse(config, " ".join(helps).split())
-    fits = shortage(adapted, models, machine) is None
     peaks = {p.name: f"{p.total / GIB:.1f}" for p in phases(adapted, models, machine)}
     times = seconds(dataclasses.replace(adapted, save_every=0), models, machine, adapted.rates)
     hosts = [f"{p.total / GIB:.0f}" for p in host_phases(adapted, models, machine)]
@@ -133,7 +228,8 @@ def page() -> str:
         "checkpoint, GB",
     ]
     table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return HEAD + "\n".join([*table, *(row(name, *run) for name, run in RUNS.items())]) + "\n" + TAIL
+    runs = "\n".join([*table, *(row(name, *run) for name, run in RUNS.items())]) + "\n" + TAIL
+    return HEAD + runs + ADAPTERS + "\n".join(sized_table()) + "\n"
 
 
 def main() -> int:

@@ -19,6 +19,8 @@ class FrozenModel:
 
     def __init__(self, module: Callable[..., Any], device: torch.device, *, parks: bool) -> None:
         self.module, self.device = module, device
+        self.whole: Callable[[], Callable[..., Any]] | None = None
+        """Loads a quantised model's original again; None for a model that is none."""
         self.host = _host_copy(module, device) if parks and isinstance(module, nn.Module) else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +51,8 @@ def partitions(config: RTOConfig, ranks: int, kind: str) -> bool:
     """Whether a run on so many devices of a kind (cuda, cpu) spreads its frozen models over them."""
     if config.partition_frozen != "auto":
         return config.partition_frozen == "yes"
-    return config.zero_stage == 3 or (ranks > 1 and kind == "cuda" and not config.park_frozen)
+    whole = config.park_frozen or config.frozen_dtype != "off"
+    return config.zero_stage == 3 or (ranks > 1 and kind == "cuda" and not whole)
 
 
 def frozen(model: nn.Module, config: RunConfig, *, parks: bool = False, partitioned: bool | None = None) -> FrozenModel:

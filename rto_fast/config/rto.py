@@ -180,6 +180,12 @@ class RTOConfig(RTOSettings):
             not (self.park_frozen and self.partition_frozen == "yes"),
             "partition_frozen: a model is either partitioned or parked; leave one of park_frozen and it out",
         )
+        taken_apart = "--zero-stage 3" if self.zero_stage == 3 else "--partition-frozen yes"
+        require(
+            self.frozen_dtype == "off" or (self.zero_stage < 3 and self.partition_frozen != "yes"),
+            f"frozen_dtype: {self.frozen_dtype} weights cannot be spread over ranks; leave out {taken_apart}, or use "
+            "--frozen-dtype off",
+        )
         for name in ("vllm_url", "vllm_devices"):
             given = getattr(self, name)
             require(

@@ -161,7 +161,11 @@ class RTOSettings(LoraSettings, RunConfig):
     device one at a time."""
     partition_frozen: Literal["auto", "yes", "no"] = free("auto")
     """Spread reference, DPO and reward models over the ranks (ZeRO-3), whatever the stage of the trained ones: the same
-    bits; scoring waits for the links. auto: under zero_stage 3, and with several ranks on GPUs unless park_frozen."""
+    bits; scoring waits for the links. auto: under zero_stage 3, and with several ranks on GPUs unless park_frozen or
+    frozen_dtype."""
+    frozen_dtype: Literal["off", "int8", "nf4"] = "off"
+    """Hold linear maps of reference, DPO and reward models in 8 or 4 bits (the extra `quant`); the error in token
+    rewards is measured at the start. Models on the policy's base stay as it is. off: in dtype."""
     memory_check: bool = free(True)
     """Refuse at the start what cannot fit on the GPUs by the arithmetic of `rto-fast memory`."""
     score_tokens: int = free(32768)

@@ -20,7 +20,8 @@ class MemoryConfig(RTOConfig):
     """Memory and time of a run with these flags, by arithmetic on its models' configs.
 
     Takes every flag of `rto-fast rto`. A model is a folder, a config.json, a Hub id, or llama-3.2-1b, llama-3-8b,
-    llama-3-70b, whose configs come along.
+    llama-3-70b, whose configs come along. With --lora-rank such a name stands for an adapter on weights of that size,
+    and the policy's name for one on the policy's base.
     """
 
     policy: str = "llama-3-8b"
@@ -48,9 +49,6 @@ class MemoryConfig(RTOConfig):
 
     def validate(self) -> None:
         super().validate()
-        require(
-            not self.lora_rank, "lora_rank: the memory of adapters is not computed yet; leave it out for whole weights"
-        )
         require(self.ranks >= 1, f"ranks: must be at least 1, got {self.ranks}")
         require(self.reserve_gib >= 0, f"reserve_gib: must not be negative, got {self.reserve_gib}")
         require(self.node_ranks >= 1, f"node_ranks: must be at least 1, got {self.node_ranks}")
@@ -119,7 +117,8 @@ def conclusions(config: MemoryConfig, models: Models) -> list[str]:
     total = sum(v for k, v in times.items() if k != "checkpoint")
     out.append(f"an iteration, sequences of full length: {total:.0f} s ("
                + ", ".join(f"{k} {v:.1f}" for k, v in times.items() if v) + ")")  # fmt: skip
-    out.append(f"a checkpoint: {checkpoint_bytes(config, models) / 1e9:.0f} GB")
+    size = checkpoint_bytes(config, models) / 1e9
+    out.append(f"a checkpoint: {size:.{0 if size >= 10 else 2}f} GB")
     lacking = shortage(config, models, machine)
     if lacking is None:
         return [*out, "it fits"]

@@ -15,7 +15,19 @@ import psutil
 
 from rto_fast.backend.frozen import partitions
 from rto_fast.config import RTOConfig
-from rto_fast.memory.phases import GIB, Machine, Models, Phase, sampler_of, states_of, weights_of, width
+from rto_fast.memory.phases import (
+    GIB,
+    Machine,
+    Models,
+    Phase,
+    frozen_bytes,
+    sampler_of,
+    stands,
+    states_of,
+    weights_of,
+    whole_one,
+    width,
+)
 from rto_fast.memory.shapes import ModelShape
 
 PROCESS = 3 * GIB
@@ -40,12 +52,15 @@ def _loading(config: RTOConfig, models: Models, machine: Machine) -> Iterator[Pa
     """What is held while each model is loaded, in the order of build.py, and once all are there."""
     for i, (name, shape) in enumerate(models.trained):
         before = _held(config, Models(models.policy, None, ()), machine, policy=i > 0)
-        yield before | _read(config, name, shape, machine, spread=config.zero_stage == 3)
+        if not stands(config, shape):
+            yield before | _read(config, name, shape, machine, spread=config.zero_stage == 3)
     for i, (name, shape) in enumerate(models.frozen):
         before = _held(config, dataclasses.replace(models, frozen=models.frozen[:i]), machine)
         spread = partitions(config, machine.ranks, machine.kind)
-        yield before | _read(config, name, shape, machine, spread=spread)
-    yield _held(config, models, machine, sampler=True)
+        if not stands(config, shape):
+            yield before | _read(config, name, shape, machine, spread=spread)
+    built = _held(config, models, machine, sampler=True)
+    yield built | {name: machine.on_node * size for name, size in whole_one(config, models).items()}
 
 
 def _read(config: RTOConfig, name: str, s: ModelShape, machine: Machine, *, spread: bool) -> Parts:
@@ -73,7 +88,7 @@ def _held(
     else:
         out = {"processes": float(ranks * PROCESS)}
         for name, s in models.trained if config.offload and policy else []:
-            size = ranks * s.parameters / split
+            size = ranks * s.trained / split
             out[f"{name} fp32 weights"] = 4 * size
             out[f"{name} buffers"] = width(config) * size
             if trained or config.zero_stage == 3:
@@ -82,9 +97,10 @@ def _held(
                 out[f"{name} moments"] = 8 * size
     partitioned = partitions(config, split, machine.kind)
     for i, (name, s) in enumerate(models.frozen):
-        if machine.kind == "cpu" or (config.park_frozen and not partitioned):
-            share = split if partitioned else 1
-            out[f"{name}{i if name in out else ''}"] = ranks * width(config) * s.parameters / share
+        own = not stands(config, s)
+        if machine.kind == "cpu" or (config.park_frozen and not partitioned and own):
+            share = split if partitioned and own else 1
+            out[f"{name}{i if name in out else ''}"] = ranks * frozen_bytes(config, s) / share
     return out
 
 

@@ -7,6 +7,9 @@ With P parameters of a trained model, b bytes each (2 in bf16), R ranks and ZeRO
 and, in an update (under ZeRO-3 always), 4·P/R fp32 gradients, a bucket of gradients under way, and activations. A
 frozen model is b·P whole, b·P/R partitioned. Constants of DeepSpeed are its defaults, which `deepspeed_config` leaves
 alone.
+
+With an adapter of A numbers fp32 weights, moments and gradients are A's, and a model on the policy's base holds b·A.
+Under ZeRO-3 each model has a base of its own, in parts.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from dataclasses import dataclass
 
 from rto_fast.backend.frozen import partitions
 from rto_fast.config import RTOConfig
-from rto_fast.memory.shapes import KNOWN, ModelShape, shape_of
+from rto_fast.memory.shapes import KNOWN, ModelShape, adapted, names_a_size, reads_alike, shape_of
+from rto_fast.models.one_base import BaseFiles
+from rto_fast.models.quantised import CODES
 
 GIB = 1 << 30
 BUCKET = 500_000_000
@@ -31,6 +36,8 @@ HEAD_BLOCK = {"cuda": 1 << 30, "cpu": 3 << 26}
 
 RESERVE = 1.3 * GIB
 """What CUDA, NCCL and the allocator's gaps take of a device."""
+MERGING = 5
+"""Copies of a matrix at most while an adapter is merged into it: the sum, the product, what checks them."""
 VLLM_ASLEEP = 2 * GIB
 """What a sleeping vLLM keeps on the device: its CUDA graphs and buffers."""
 VLLM_WORK = 1.5 * GIB
@@ -91,13 +98,14 @@ class Phase:
 
 def models_of(config: RTOConfig) -> Models:
     """The models that a run with these settings loads, from their configs. Raises ConfigError as `shape_of`."""
-    policy, reward = config.policy, config.reward_model
-    critic = None
+    policy, reward, shapes = config.policy, config.reward_model, _Shapes(config)
+    of_policy, critic = shapes.trained(policy, "policy", shares=False), None
     if config.uses_critic:  # `auto` is taken for the reward model: whether tokenizers agree, a config does not say
-        start = (policy, "policy") if config.critic == "policy" or not reward else (reward[0], "reward_model")
-        critic = shape_of(*start, scalar=True)
+        new = config.critic == "policy" or not reward
+        start = (policy, "policy") if new else (reward[0], "reward_model")
+        critic = shapes.trained(*start, scalar=True, new=new, shares=config.lora_critic == "shared")
     named = [("reference", config.reference or policy, False)]
-    online = shape_of(config.dpo_model[0], "dpo_model") if config.online != "off" else None
+    online = shapes.trained(config.dpo_model[0], "dpo_model") if config.online != "off" else None
     if config.dpo_scale:
         named += [("dpo_model", path, False) for path in config.dpo_model if not online]
         named += [("dpo_ref", config.dpo_ref, False)] * bool(config.dpo_ref)
@@ -106,9 +114,71 @@ def models_of(config: RTOConfig) -> Models:
     frozen, loaded = [], set()
     for name, path, scalar in named:
         if (path, scalar) not in loaded:  # a model that two settings name is loaded once
-            frozen.append((name, shape_of(path, name, scalar=scalar)))
+            frozen.append((name, shapes.frozen(path, name, scalar=scalar)))
         loaded |= {(path, scalar)} if path not in KNOWN else set()  # else the name of a size, not a model's
-    return Models(shape_of(policy, "policy"), critic, tuple(frozen), online)
+    return Models(of_policy, critic, tuple(frozen), online)
+
+
+class _Shapes:
+    """Shapes of a run's models: with an adapter each where adapters are trained."""
+
+    def __init__(self, config: RTOConfig) -> None:
+        self.policy, self.lora = config.policy, config.lora
+        self.base = BaseFiles(config.policy) if self.lora and not names_a_size(config.policy) else None
+
+    def trained(
+        self, path: str, argument: str, *, scalar: bool = False, new: bool = False, shares: bool = True
+    ) -> ModelShape:
+        """new: with a new head; shares: on the policy's base where its weights are the same."""
+        shape = shape_of(path, argument, scalar=scalar)
+        if not self.lora:
+            return shape
+        on_base = shares and self._on_base(path, argument, scalar, new)
+        return adapted(shape, path, argument, self.lora, on_base=on_base)
+
+    def frozen(self, path: str, argument: str, *, scalar: bool) -> ModelShape:
+        """An adapter on other weights is merged. The name of a size stands for an adapter of the run's kind."""
+        shape = shape_of(path, argument, scalar=scalar)
+        if not self.lora or not self._on_base(path, argument, scalar, new=False):
+            return shape
+        return adapted(shape, path, argument, self.lora if names_a_size(path) else None, on_base=True)
+
+    def _on_base(self, path: str, argument: str, scalar: bool, new: bool) -> bool:
+        """As OneBase has it (models/one_base.py)."""
+        if names_a_size(path) or not self.base:
+            same = path == self.policy
+        elif scalar and not new:
+            same = self.base.hold_reward_model(path, argument)
+        else:
+            same = self.base.hold(path, argument)
+        return same and (not scalar or reads_alike(self.policy, argument))
+
+
+def stands(config: RTOConfig, s: ModelShape) -> bool:
+    """Whether a model has no weights of its own but an adapter and a head. ZeRO-3 takes weights apart, each model's."""
+    return s.on_base and config.zero_stage < 3
+
+
+def kept_of(config: RTOConfig, s: ModelShape, *, trained: bool) -> int:
+    """Numbers that a model adds to those that lie there; an adapter is merged into frozen weights of its own."""
+    if stands(config, s):
+        return s.adapter + s.head
+    return s.parameters + (s.adapter if trained else 0)
+
+
+def frozen_bytes(config: RTOConfig, s: ModelShape) -> float:
+    """What a frozen model holds whole on a device, in codes where `frozen_dtype` has it so."""
+    b, numbers = width(config), kept_of(config, s, trained=False)
+    if config.frozen_dtype == "off" or stands(config, s):
+        return float(b * numbers)
+    inner, rows, _ = s.matrices
+    return b * (numbers - inner) + CODES[config.frozen_dtype].bytes(inner, rows)
+
+
+def whole_one(config: RTOConfig, models: Models) -> dict[str, float]:
+    """The largest model that is held in codes, as it is loaded before and measured against; {} where none is."""
+    sizes = [float(width(config) * s.parameters) for _, s in models.frozen if not stands(config, s)]
+    return {"a frozen model, whole": max(sizes)} if sizes and config.frozen_dtype != "off" else {}
 
 
 def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
@@ -120,8 +190,8 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
     if sampler := sampler_of(config, models, machine):
         held["sampler"] = sampler
     masters = {k: v for k, v in held.items() if not k.endswith("moments")}
-    out = [Phase("load", masters | waiting)]
-    asleep = {}
+    out = [Phase("load", masters | waiting | whole_one(config, models))]
+    asleep: dict[str, float] = {}
     if uses_vllm(config, machine):
         vllm = {f"vLLM, {config.vllm_memory_share:g} of the device": config.vllm_memory_share * machine.device}
         out.append(Phase("vLLM start", masters | waiting | vllm))
@@ -130,11 +200,20 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
     elif config.rollout_engine != "vllm-serve":
         out.append(Phase("rollout", held | waiting | _decoding(config, models, machine.ranks)))
     held |= asleep
-    out.append(Phase("scoring", held | awake | _scoring(config, models, machine)))
+    if models.policy.adapter:
+        merging = {"a merged matrix": float(MERGING * width(config) * models.policy.adapted)}
+        if asleep:  # its cache sleeps on
+            merging["vLLM's weights"] = width(config) * models.policy.parameters / config.vllm_tensor_parallel
+        out.append(Phase("weights to the sampler", held | waiting | merging))
+    scoring = held | awake | _scoring(config, models, machine)
+    if whole := whole_one(config, models):
+        start = {k: v for k, v in scoring.items() if not k.endswith("moments")}
+        out.append(Phase("error of frozen weights", start | whole))
+    out.append(Phase("scoring", scoring))
     for name, shape in models.trained:
         update = _update(config, shape, machine)
         out.append(Phase(f"{name} update", held | waiting | update))
-    gathered = max(s.largest for _, s in models.trained) * 4.0 if config.zero_stage == 3 else 0.0
+    gathered = max(s.largest_trained for _, s in models.trained) * 4.0 if config.zero_stage == 3 else 0.0
     out.append(Phase("checkpoint", held | waiting | ({"a gathered parameter": gathered} if gathered else {})))
     return out
 
@@ -175,7 +254,7 @@ def width(config: RTOConfig) -> int:
 def weights_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
     """Weights of the trained models in the dtype of the run."""
     share = ranks if config.zero_stage == 3 else 1
-    return {f"{name} weights": width(config) * s.parameters / share for name, s in models.trained}
+    return {f"{name} weights": width(config) * kept_of(config, s, trained=True) / share for name, s in models.trained}
 
 
 def states_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
@@ -187,24 +266,25 @@ def states_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]
     out = {}
     for name, s in models.trained if not config.offload else []:
         if config.zero_stage:
-            out[f"{name} fp32 weights"] = 4 * s.parameters / share
+            out[f"{name} fp32 weights"] = 4 * s.trained / share
         if config.zero_stage == 3:
-            out[f"{name} gradients"] = 4 * s.parameters / share
-        out[f"{name} moments"] = 8 * s.parameters / share
+            out[f"{name} gradients"] = 4 * s.trained / share
+        out[f"{name} moments"] = 8 * s.trained / share
     return out
 
 
 def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: bool) -> dict[str, float]:
     partitioned = partitions(config, machine.ranks, machine.kind)
-    if config.park_frozen and machine.kind == "cuda" and not scoring and not partitioned:
-        return {}
-    share = machine.ranks if partitioned else 1
+    parks = config.park_frozen and machine.kind == "cuda" and not partitioned
     out: dict[str, float] = {}
-    if config.park_frozen and machine.kind == "cuda" and not partitioned:  # one at a time
-        name, s = max(models.frozen, key=lambda item: item[1].parameters)
-        return {name: float(width(config) * s.parameters)}
+    parked: dict[str, float] = {}
     for i, (name, s) in enumerate(models.frozen):
-        out[f"{name}{i if name in out else ''}"] = width(config) * s.parameters / share
+        own = not stands(config, s)  # a model on the policy's base neither parks nor is spread
+        size = frozen_bytes(config, s) / (machine.ranks if partitioned and own else 1)
+        (parked if parks and own else out)[f"{name}{i if name in out | parked else ''}"] = size
+    if scoring and parked:  # one at a time
+        largest = max(parked, key=lambda name: parked[name])
+        out[largest] = parked[largest]
     return out
 
 
@@ -213,7 +293,12 @@ def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, f
     shapes = [models.policy, *(s for _, s in models.frozen), *([models.online] if models.online else [])]
     tokens = max(config.score_tokens, _longest(config))
     out = {"activations": max(tokens * _forward(config, s) for s in shapes)}
-    whole = [s for _, s in models.frozen] if partitions(config, machine.ranks, machine.kind) else []
+    own = [s for _, s in models.frozen if not stands(config, s)]
+    if own and config.frozen_dtype != "off":  # int8 comes by way of fp32
+        wide = width(config) + (8 if config.frozen_dtype == "int8" else 0)
+        out["a decoded matrix"] = float(wide * max(s.matrices[2] for s in own))
+    spread = partitions(config, machine.ranks, machine.kind)
+    whole = own if spread else []
     whole += [s for _, s in models.trained] if config.zero_stage == 3 else []
     if whole:
         # Each model keeps what it has gathered until the next forward of its own.
@@ -239,33 +324,37 @@ def _update(config: RTOConfig, s: ModelShape, machine: Machine) -> dict[str, flo
     b, tokens = width(config), max(config.micro_tokens, _longest(config))
     ranks, lazy = machine.ranks, machine.kind == "cpu"
     share = ranks if config.zero_stage >= 2 else 1
-    gradients = {"gradients": 4 * s.parameters / share}
+    gradients = {"gradients": 4 * s.trained / share}
     if config.offload or config.zero_stage == 3:  # they go to the host as they come, or are counted in every phase
         gradients = {}
     elif config.zero_stage < 2:
-        gradients = {"gradients": b * s.parameters + (4 * s.parameters / ranks if config.zero_stage else 0)}
+        gradients = {"gradients": b * s.trained + (4 * s.trained / ranks if config.zero_stage else 0)}
     layers = tokens * (_kept(config, s) + b * (3 * s.intermediate + 2 * s.hidden))
     again = config.recomputes(s.parameters)
     layers += tokens * (s.layers * b * s.hidden if again else (s.layers - 1) * _kept(config, s))
-    bucket = min(BUCKET, s.parameters) if lazy else BUCKET
+    bucket = min(BUCKET, s.trained) if lazy else BUCKET
     backward = gradients | {"activations": layers}
     if config.zero_stage:
-        backward["bucket"] = b * max(bucket, s.largest)
+        backward["bucket"] = b * max(bucket, s.largest_trained)
     if config.zero_stage == 3:
         backward["gathered weights"] = b * min(s.parameters, LIVE + AHEAD)
     if s.vocab:
         backward["lm_head"] = _head(config, s, tokens, machine.kind)
     step = dict(gradients)
     if not config.offload and lazy:  # on CUDA AdamW is fused and has none
-        step["AdamW's temporaries"] = 8 * s.parameters / (ranks if config.zero_stage else 1)
+        step["AdamW's temporaries"] = 8 * s.trained / (ranks if config.zero_stage else 1)
     return max((backward, step), key=lambda parts: sum(parts.values()))
 
 
 def _head(config: RTOConfig, s: ModelShape, tokens: int, kind: str) -> float:
-    """d(weight) in fp32 and in its own dtype, hidden states and their gradient, one block of probabilities."""
+    """d(weight) in fp32 and in its own dtype, hidden states and their gradient, one block of probabilities.
+
+    A frozen head has no d(weight).
+    """
     b = width(config)
     block = min(HEAD_BLOCK[kind], tokens * s.vocab * b)
-    return s.vocab * s.hidden * (4 + b) + tokens * s.hidden * 2 * b + block
+    gradient = 0 if s.adapter else s.vocab * s.hidden * (4 + b)
+    return gradient + tokens * s.hidden * 2 * b + block
 
 
 def _decoding(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rto_fast.backend.frozen import partitions
 from rto_fast.config import RTOConfig
-from rto_fast.memory.phases import VLLM_WORK, Machine, Models, cache_of_token, uses_vllm, width
+from rto_fast.memory.phases import VLLM_WORK, Machine, Models, cache_of_token, stands, uses_vllm, width
 from rto_fast.memory.shapes import ModelShape
 
 
@@ -35,24 +35,26 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
     score = sum(tokens * 2 * _computed(s) for s in scored) / rates.flops
     if partitions(config, machine.ranks, machine.kind):
         batches = math.ceil(tokens / config.score_tokens)
-        score += sum(batches * width(config) * s.parameters for _, s in models.frozen) / rates.link
+        spread = [s for _, s in models.frozen if not stands(config, s)]
+        score += sum(batches * width(config) * s.parameters for s in spread) / rates.link
     out = {"rollout": _rollout(config, models.policy, machine, rates, sequences), "scoring": score}
     for name, s in models.trained:
         passes = 8 if config.recomputes(s.parameters) else 6
+        passes -= 2 if config.lora_rank else 0  # no product for the gradient of a frozen matrix
         epochs = 1 if name == "online DPO" else config.ppo_epochs
         work = epochs * tokens * passes * _computed(s) / rates.flops
         if config.ptx_coef and name == "policy":  # as many supervised rows again
             work *= 2
         steps = epochs * config.responses / config.train_batch
-        out[f"{name} update"] = work + steps * 2 * width(config) * s.parameters / rates.link
+        out[f"{name} update"] = work + steps * 2 * width(config) * s.trained / rates.link
     out["weights to the sampler"] = 2 * width(config) * models.policy.parameters / rates.memory
     out["checkpoint"] = checkpoint_bytes(config, models) / rates.disk if config.save_every else 0.0
     return out
 
 
 def checkpoint_bytes(config: RTOConfig, models: Models) -> float:
-    """Bytes of a checkpoint: weights, fp32 weights and both moments of every trained model."""
-    return sum((width(config) + 12) * s.parameters for _, s in models.trained)
+    """Bytes of a checkpoint: what is trained, its fp32 weights and both moments, of every trained model."""
+    return sum((width(config) + 12) * s.trained for _, s in models.trained)
 
 
 def _computed(s: ModelShape) -> float:

@@ -7,10 +7,11 @@ trained, and no module.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from rto_fast.config import Lora
 from rto_fast.data.adapter_folder import AdapterFolder, base_of, read_adapter
@@ -19,16 +20,34 @@ from rto_fast.models.heads import PolicyModel, ScalarModel, backbone
 from rto_fast.models.load import check_reward_head, is_reward_model
 
 
-class OneBase:
-    """The policy's base, and the models that stand on it: those whose folders name the same weights.
+class BaseFiles:
+    """The files of the policy's base, and whether another model's weights are the same.
 
-    Weights are the same where the fingerprints of their files are, whatever they are called.
+    They are where the fingerprints of their files are, whatever they are called.
     """
+
+    def __init__(self, path: str) -> None:
+        """path: of the policy, a folder or Hub id."""
+        self.path = base_of(path, "policy")
+        self.contents = contents_of_base(self.path)
+
+    def hold(self, path: str, argument: str) -> bool:
+        """Whether the model at `path` has the base's weights, under its adapter where it has one."""
+        base = base_of(path, argument)
+        return base == self.path or (bool(self.contents) and contents_of_base(base) == self.contents)
+
+    def hold_reward_model(self, path: str, argument: str) -> bool:
+        """Whether the reward model at `path` is an adapter with a head on the base."""
+        adapter = read_adapter(path, argument)
+        return self.hold(path, argument) and adapter is not None and not is_reward_model(adapter.base, argument)
+
+
+class OneBase:
+    """The policy's base, and the models that stand on it: those whose folders name the same weights."""
 
     def __init__(self, policy: PolicyModel, path: str) -> None:
         """policy: with an adapter, not seen by DeepSpeed yet; path: its folder or Hub id."""
-        self.base, self.path = bare(policy), base_of(path, "policy")
-        self.contents = contents_of_base(self.path)
+        self.base, self.files = bare(policy), BaseFiles(path)
         self.standing: list[str] = ["policy"]
         """The settings whose models stand on it."""
         self.own: list[str] = []
@@ -52,7 +71,7 @@ class OneBase:
         new: with a head of zeros, where `path` is a language model's.
         """
         adapter = read_adapter(path, argument)
-        if not self._same(path, argument) or (not new and (adapter is None or is_reward_model(adapter.base, argument))):
+        if not self._same(path, argument) or (not new and not self.files.hold_reward_model(path, argument)):
             return None
         model = _scalar_on(self.base)
         if model is None:
@@ -67,11 +86,10 @@ class OneBase:
     def said(self) -> str:
         """Which models share the base and which do not, for the log."""
         others = f"; weights of their own: {', '.join(self.own)}" if self.own else ""
-        return f"one base: {self.path} is held once for {', '.join(dict.fromkeys(self.standing))}{others}"
+        return f"one base: {self.files.path} is held once for {', '.join(dict.fromkeys(self.standing))}{others}"
 
     def _same(self, path: str, argument: str) -> bool:
-        base = base_of(path, argument)
-        same = base == self.path or (bool(self.contents) and contents_of_base(base) == self.contents)
+        same = self.files.hold(path, argument)
         if not same:
             self.own.append(f"{argument} {path}")
         return same
@@ -82,21 +100,17 @@ class OneBase:
         if adapter:
             put_back(model, adapter, name)
         elif lora:
-            put_on(model, lora, self.path, name)
+            put_on(model, lora, self.files.path, name)
         self.standing.append(name)
 
 
 def _scalar_on(base: PolicyModel) -> ScalarModel | None:
     """A scalar model with a head of zeros on a language model's backbone; None where its family has another."""
-    under = backbone(bare(base).inner)
-    config = copy.deepcopy(base.inner.config)
-    config.num_labels = 1
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        classifier = AutoModelForSequenceClassification.from_config(config)
-    name, like = classifier.base_model_prefix, next(base.parameters())
-    if type(getattr(classifier, name, None)) is not type(under) or not isinstance(classifier.score, nn.Linear):
+    under, like = backbone(bare(base).inner), next(base.parameters())
+    classifier = classifier_over(under, base.inner.config)
+    if classifier is None:
         return None
-    setattr(classifier, name, under)
+    setattr(classifier, classifier.base_model_prefix, under)
     head = nn.Linear(classifier.score.in_features, 1, bias=False, device=like.device, dtype=like.dtype)
     classifier.score = head
     nn.init.zeros_(head.weight)
@@ -104,3 +118,15 @@ def _scalar_on(base: PolicyModel) -> ScalarModel | None:
         return None
     classifier.config.mean, classifier.config.std = 0.0, 1.0
     return ScalarModel(classifier)
+
+
+def classifier_over(under: nn.Module, config: PretrainedConfig) -> Any:
+    """A classifier without storage whose backbone could be `under`; None where its family has another, or no head."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        classifier: Any = AutoModelForSequenceClassification.from_config(config)
+    found = getattr(classifier, classifier.base_model_prefix, None)
+    return (
+        classifier if type(found) is type(under) and isinstance(getattr(classifier, "score", None), nn.Linear) else None
+    )

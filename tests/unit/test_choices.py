@@ -9,6 +9,7 @@ import pytest
 from rto_fast.algo.advantages import ESTIMATORS
 from rto_fast.algo.credit import CREDIT
 from rto_fast.config import DPOConfig, RTOConfig
+from rto_fast.models.quantised import CODES
 from rto_fast.supervised.dpo import OBJECTIVES
 from rto_fast.trainer import ONLINE, POLICY_UPDATES
 
@@ -21,6 +22,7 @@ from rto_fast.trainer import ONLINE, POLICY_UPDATES
         (RTOConfig, "advantage", ESTIMATORS),
         (RTOConfig, "policy_update", POLICY_UPDATES),
         (RTOConfig, "online", {"off", *ONLINE}),
+        (RTOConfig, "frozen_dtype", {"off", *CODES}),
     ],
 )
 def test_every_choice_has_its_entry(config, field, entries):

@@ -73,6 +73,26 @@ def test_a_recipe_is_its_command(recipe, name, monkeypatch):
     assert (own_name, prog) == (None, f"rto-fast {name}")
 
 
+def test_the_recipe_of_adapters_is_rto_with_other_defaults(monkeypatch):
+    """On one base: what trains the adapters that it names starts from the policy."""
+    called = []
+    monkeypatch.setattr(commands.cli, "main", lambda *args, prog: called.append((args, prog)))
+    monkeypatch.setattr(sys, "argv", ["recipes/rto_lora.py", "--seed", "3"])
+    space = runpy.run_path(str(ROOT / "recipes" / "rto_lora.py"), run_name="__main__")
+    (((defaults, run, args), prog),) = called
+    assert (defaults, run, args, prog) == (space["DEFAULTS"], commands.COMMANDS["rto"].run, ["--seed", "3"], None)
+    assert commands.COMMANDS["rto"].defaults is commands.RTO  # the command keeps its own
+    differ = {
+        f.name for f in dataclasses.fields(defaults) if getattr(defaults, f.name) != getattr(commands.RTO, f.name)
+    }
+    assert differ == {"lora_rank", "dpo_model", "reward_model", "output_dir"}
+    defaults.validate()
+    assert defaults.policy == commands.DPO.model
+    assert f"--model {defaults.policy} " in space["__doc__"]
+    for folder in (*defaults.dpo_model, *defaults.reward_model):
+        assert f"--output-dir {folder.removesuffix('/model')}\n" in space["__doc__"]
+
+
 def changed(value, kind):
     """Another value of a field's type, and the words that give it on the command line."""
     if get_origin(kind) is Literal:

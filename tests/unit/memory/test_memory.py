@@ -153,6 +153,29 @@ def test_parked_models_leave_the_device_outside_scoring():
     assert gib(plain)["scoring"] - gib(parked)["scoring"] == pytest.approx(32.2 - of_one, abs=0.2)
 
 
+@pytest.mark.parametrize(("kind", "of_one"), [("int8", 1 + 4 * 3.1e-4), ("nf4", 0.5625)])
+def test_frozen_models_in_few_bits(kind, of_one):
+    """8B has 6.98 billion numbers in linear maps; two tables of 0.525 billion stay in bf16, as do norms.
+
+    A whole model is there beside them while it is loaded, and while the error is measured.
+    """
+    plain, coded = MemoryConfig(ranks=1), MemoryConfig(ranks=1, frozen_dtype=kind)
+    before, after = ({p.name: p.parts for p in phases(c, models_of(c), c.machine)} for c in (plain, coded))
+    inner = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    saved = before["load"]["reference"] - after["load"]["reference"]
+    assert saved == pytest.approx((2 - of_one) * inner, rel=1e-3)
+    assert after["policy update"]["dpo_model"] == after["load"]["reference"]
+    assert after["load"]["a frozen model, whole"] == before["load"]["reference"]
+    assert after["error of frozen weights"]["a frozen model, whole"] == before["load"]["reference"]
+    assert "a frozen model, whole" not in after["policy update"].keys() | after["scoring"].keys()
+    assert after["scoring"]["a decoded matrix"] == 4096 * 14336 * {"int8": 10, "nf4": 2}[kind]
+    hosts = [
+        {p.name: p.total for p in host_phases(c, models_of(c), c.machine)}["training"]
+        for c in (MemoryConfig(ranks=1, park_frozen=True, frozen_dtype=k) for k in ("off", kind))
+    ]
+    assert hosts[0] - hosts[1] > 2 * saved
+
+
 def on_host(config: MemoryConfig) -> dict[str, float]:
     return {p.name: p.total / GIB for p in host_phases(config, models_of(config), config.machine)}
 
@@ -266,11 +289,16 @@ def test_the_command_says_whether_it_fits(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "settings"), [(1, {}), (2, {"partition_frozen": "yes"})], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(1, {}), (2, {"partition_frozen": "yes"}), (1, {"lora_rank": 8})],
+    ids=["one", "two", "one base"],
+)
 def test_measured_memory_is_within_a_tenth(tiny, tmp_path, monkeypatch, ranks, settings):
     """A 230 MB policy with sampler, reference and DPO model, on CPUs: resident memory at each phase's peak.
 
-    The ranks are forks of a process that starts here: malloc reads its settings once.
+    With adapters the DPO model's weights are the policy's, in a folder of their own. The ranks are forks of a process
+    that starts here: malloc reads its settings once.
     """
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed leaves the process
     large = make_tiny_models(
@@ -282,6 +310,10 @@ def test_measured_memory_is_within_a_tenth(tiny, tmp_path, monkeypatch, ranks, s
         "rollout_tokens": 112, "sync_proof": False, "advantage": "reinforce_pp", "reward_model": (),
         "reward_fn": ("invariance_worker:length",), "report": False,
     }  # fmt: skip
+    if "lora_rank" in settings:
+        pytest.importorskip("peft")
+        shutil.rmtree(large.dpo)
+        shutil.copytree(large.policy, large.dpo)
     runs = [json.dumps(small_run(m, tmp_path / n, **settings)) for m, n in ((tiny, "tiny"), (large, "large"))]
     args = [ROOT / "tests" / "memory_worker.py", *runs, tmp_path / "found.json"]
     wrong: list[str] = []
@@ -320,8 +352,3 @@ def test_an_online_dpo_model_is_a_trained_one():
     assert longer["online DPO update"] == pytest.approx(spent["policy update"] / off.ppo_epochs)
     twice = MemoryConfig(online="prime", ppo_epochs=2)
     assert seconds(twice, online, twice.machine, twice.rates)["online DPO update"] == longer["online DPO update"]
-
-
-def test_adapters_are_not_taken_for_whole_weights():
-    with pytest.raises(ConfigError, match="lora_rank: the memory of adapters is not computed"):
-        MemoryConfig(lora_rank=16).validate()

@@ -1,0 +1,44 @@
+"""bench/lora_stories.py: its flags are those of the stages, each takes the last one's folder, and its table."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from bench import lora_stories
+from rto_fast import cli, commands
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_each_stage_takes_the_last_ones_folder(tmp_path, rank):
+    asked = lora_stories.stages(tmp_path, rank, "transformers", 3)
+    parsed = {name: cli.parse(commands.COMMANDS[name].defaults, lora_stories.flags(s)) for name, s in asked.items()}
+    for config in parsed.values():
+        config.validate()
+        assert config.lora_rank == rank
+    rto, rate = parsed["rto"], {0: 1e-4, 16: 1e-3}[rank]
+    assert (rto.lora_policy_lr if rank else rto.policy_lr) == pytest.approx(rate)
+    assert parsed["dpo"].model == rto.policy == str(tmp_path / "sft/model")
+    assert rto.dpo_model == (f"{parsed['dpo'].output_dir}/model",)
+    assert rto.reward_model == (f"{parsed['rm'].output_dir}/model",)
+
+
+def test_a_whole_stage_is_not_run_again_and_the_table_has_its_figures(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        lora_stories.subprocess, "run", lambda args, **_: ran.append(args[3]) or SimpleNamespace(returncode=0)
+    )
+    for name, figures in lora_stories.FIGURES.items():
+        folder = tmp_path / name / ("policy" if name == "rto" else "model")
+        if name != "dpo":
+            folder.mkdir(parents=True)
+            (folder / "adapter_model.safetensors").write_bytes(b"x" * 5000)
+        (tmp_path / name).mkdir(exist_ok=True)
+        rows = [{"step": i, **dict.fromkeys(figures, i + 0.5)} for i in range(3)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, settings in lora_stories.stages(tmp_path, 16, "transformers", 3).items():
+        lora_stories.run(name, settings)
+    assert ran == ["dpo"]
+    assert "| rto | reward/score | 0.5 | 2.5 | 5 |" in lora_stories.table(tmp_path)
