@@ -54,3 +54,25 @@ def test_the_token_reward_changes_the_run(runs, tiny, tmp_path):
     trainer.train(RTOConfig(**small_run(tiny, tmp_path / "on", prompt_key="prompt")))
     on, off = (load_file(folder / "policy" / "model.safetensors") for folder in (tmp_path / "on", runs["ppo"]))
     assert any((on[name] != off[name]).any() for name in on)
+
+
+def test_rlvr_without_a_source_pays_no_token_rewards(one_rank, tiny, tmp_path):
+    """Bit for bit the run with beta1 0, and the one with beta1 0 and a DPO model that is not there."""
+    from rto_fast import trainer
+    from rto_fast.config import RLVRConfig
+
+    small = {
+        "advantage": "rloo", "responses_per_prompt": 2, "rollout_batch": 4, "iterations": 1, "prompt_key": "prompt",
+        "reward_fn": (), "policy_lr": 1e-3, "dpo_model": (),
+    }  # fmt: skip
+    found = {}
+    for name, change in (("default", {}), ("off", {"beta1": 0.0}), ("unread", {"beta1": 0.0, "dpo_model": "no/where"})):
+        trainer.train(RLVRConfig(**small_run(tiny, tmp_path / name, **small | change)))
+        found[name] = (
+            load_file(tmp_path / name / "policy" / "model.safetensors"),
+            figures(tmp_path / name / "metrics.jsonl"),
+        )
+    weights, rows = found["default"]
+    for others, theirs in (found["off"], found["unread"]):
+        assert all((weights[name] == others[name]).all() for name in weights)
+        assert rows == theirs
