@@ -93,7 +93,7 @@ def _fetched(name: str) -> Path:
     try:
         if cached_file(name, ADAPTER, _raise_exceptions_for_missing_entries=False) is None:
             return Path(name)
-        return Path(snapshot_download(name, allow_patterns=FETCHED, ignore_patterns=["config.json"]))
+        return Path(snapshot_download(name, allow_patterns=[*FETCHED], ignore_patterns=["config.json"]))
     except OSError:  # no such id, or no way to it: whoever loads the model says so
         return Path(name)
 
