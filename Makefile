@@ -74,11 +74,13 @@ try-vllm:
 	-@$(MAKE) install-vllm
 
 test-vllm: $(VLLM_VENV)/installed
-	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_colocated.py -n auto --maxprocesses 4
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_colocated.py \
+	  tests/vllm_engines/test_vllm_adapters.py -n auto --maxprocesses 4
 
 # Servers in processes of their own: each start takes half a minute or more on a CPU, so that these tests stand apart.
 test-vllm-serve: $(VLLM_VENV)/installed
-	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_servers.py
+	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_servers.py \
+	  tests/vllm_engines/test_served_adapters.py
 
 # Plants faults in copies of the kernels and sees that the tests notice each.
 mutants: $(VENV)/installed-dev

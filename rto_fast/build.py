@@ -37,7 +37,7 @@ from rto_fast.data.tokenizer import (
 from rto_fast.errors import ConfigError, require
 from rto_fast.logs.run_logger import RunLogger
 from rto_fast.memory.fit import check_device
-from rto_fast.models.adapters import check_adapter
+from rto_fast.models.adapters import check_adapter, form_of
 from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.load import (
     DTYPES,
@@ -136,9 +136,12 @@ def build(config: RTOConfig) -> Run:
     compiled = warm(config, loaded.policy.model, inputs.device)
     pad = inputs.tokenizer.pad_token_id if inputs.tokenizer.pad_token_id is not None else 0
     dtype = DTYPES[config.dtype]
+    model = loaded.policy.model
+    form = form_of(model) if model.adapter and config.lora_push == "adapter" else None
     sync = WeightSync(
-        config, lambda: make_engine(config, config.policy, inputs.device, dtype, pad), loaded.policy, loaded.placement
-    )
+        config, lambda: make_engine(config, config.policy, inputs.device, dtype, pad, form), loaded.policy,
+        loaded.placement,
+    )  # fmt: skip
     logger = RunLogger(  # writes the first files, now that nothing can be wrong any more
         config.output_dir, stage="RTO" if config.pays_tokens else "PPO", total_steps=inputs.iterations,
         rank=distributed.rank(), wandb_project=config.wandb_project, config=dataclasses.asdict(config),
@@ -157,7 +160,7 @@ def build(config: RTOConfig) -> Run:
         checkpoints=inputs.checkpoints, logger=logger,
         state=State(0, KLController(config.beta2, config.kl_target, config.kl_horizon)),
     )  # fmt: skip
-    logger.message(f"rollouts: {type(sync.engine).__name__}")
+    logger.message(f"rollouts: {sync.said}")
     if config.rollout_oversample:
         logger.warn(
             f"rollout_oversample: {config.drawn_prompts} prompts are drawn for every {config.rollout_batch}, and those "

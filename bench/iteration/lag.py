@@ -90,7 +90,7 @@ def run_arm(config: DemoConfig, root: Path, out: Path, url: tuple[str, ...], lag
 def main(config: LagConfig) -> None:
     torch.set_num_threads(1)
     if config.engine == "thread":
-        build.make_engine = lambda _, path, device, dtype, pad: TransformersEngine(path, device, dtype, pad)
+        build.make_engine = lambda _, path, *how: TransformersEngine(path, *how[:3])
     results: dict[str, dict[str, dict[str, float]]] = {}
     server = None
     for seed in config.seeds:

@@ -19,7 +19,7 @@ from rto_fast import distributed
 from rto_fast.backend.spread import spread
 from rto_fast.config import RunConfig
 from rto_fast.errors import ConfigError
-from rto_fast.models.save import whole_weights
+from rto_fast.models.save import adapter_weights, whole_weights
 
 T = TypeVar("T")
 
@@ -169,6 +169,10 @@ class TrainEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, full tensor), one at a time, on every rank; an adapter is merged into them."""
         return whole_weights(self.model)
+
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in PEFT's files, full tensor) of the adapter alone, as `weights`."""
+        return adapter_weights(self.model)
 
     def save(self, folder: Path, name: str) -> None:
         """Of a model with an adapter: that and its optimiser, not the base."""

@@ -33,6 +33,9 @@ class RTOSettings(LoraSettings, RunConfig):
     lora_critic: Literal["shared", "own"] = "shared"
     """With lora_rank, the critic stands on the policy's base in memory (shared) where its weights are the same ones, or
     on a copy."""
+    lora_push: Literal["adapter", "merged"] = free("adapter")
+    """With lora_rank, what a vLLM is pushed: the adapter alone, for vLLM's own LoRA where that can compute with it, or
+    whole weights with the adapter merged."""
 
     # Rewards of whole responses
     reward_model: tuple[str, ...] = ()

@@ -7,13 +7,17 @@ no place for: fingerprints of the base's weights, and the mean and std of a rewa
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rto_fast.errors import ConfigError, require
 
 ADAPTER, ADAPTER_WEIGHTS, ADAPTER_RECORD = "adapter_config.json", "adapter_model.safetensors", "rto_adapter.json"
+FETCHED = ("*.json", "adapter_model.*", "tokenizer*", "*.model", "*.txt", "*.jinja")
+"""Files of a Hub id that is an adapter's; whole weights beside it are not wanted."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class AdapterFolder:
     """An adapter on disk."""
 
     path: str
+    """Of a Hub id the folder in the cache that it was fetched to."""
     base: str
     """Folder or Hub id of the model that it belongs to."""
     settings: dict[str, Any]
@@ -34,11 +39,11 @@ class AdapterFolder:
 
 
 def read_adapter(path: str | Path, argument: str) -> AdapterFolder | None:
-    """The adapter in a folder; None where it holds none, or `path` is a Hub id.
+    """The adapter in a folder or of a Hub id, which is fetched; None where there is none.
 
     Raises ConfigError, naming `argument`, where an adapter is not whole, not LoRA's, or lies beside whole weights.
     """
-    folder = Path(path)
+    folder = Path(path) if Path(path).exists() else _fetched(str(path))
     if not (folder / ADAPTER).is_file():
         return None
     what = f"{argument}: {str(path)!r}"
@@ -61,7 +66,7 @@ def read_adapter(path: str | Path, argument: str) -> AdapterFolder | None:
         f"{what}: its base {base!r} is an adapter too; merge that one: rto-fast export {base} --merge --to FOLDER",
     )
     record = folder / ADAPTER_RECORD
-    return AdapterFolder(str(path), base, settings, _object(record, argument) if record.is_file() else {})
+    return AdapterFolder(str(folder), base, settings, _object(record, argument) if record.is_file() else {})
 
 
 def base_of(path: str | Path, argument: str = "model") -> str:
@@ -72,7 +77,25 @@ def base_of(path: str | Path, argument: str = "model") -> str:
 
 def holder_of(path: str, file: str) -> str:
     """The folder that has `file` of a model: an adapter's own, else its base."""
-    return path if (Path(path) / file).is_file() else base_of(path)
+    adapter = read_adapter(path, "model")
+    own = adapter.path if adapter else path
+    return own if not adapter or (Path(own) / file).is_file() else adapter.base
+
+
+@cache
+def _fetched(name: str) -> Path:
+    """The folder in the cache with a Hub id's adapter and tokenizer; the name itself where there is no adapter."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from transformers.utils import cached_file
+
+    try:
+        if cached_file(name, ADAPTER, _raise_exceptions_for_missing_entries=False) is None:
+            return Path(name)
+        return Path(snapshot_download(name, allow_patterns=[*FETCHED], ignore_patterns=["config.json"]))
+    except OSError:  # no such id, or no way to it: whoever loads the model says so
+        return Path(name)
 
 
 def _object(path: Path, argument: str) -> dict[str, Any]:

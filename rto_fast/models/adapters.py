@@ -47,6 +47,27 @@ class Adapter:
     """It is new and changes nothing yet."""
 
 
+@dataclass(frozen=True)
+class AdapterForm:
+    """What an adapter is beside its numbers: what another program needs to compute with them."""
+
+    settings: dict[str, Any]
+    """PEFT's, as adapter_config.json holds them: rank, alpha, rank-stabilised or not, and targets."""
+    shapes: dict[str, torch.Size]
+    """Of its tensors, by the names that PEFT's files have for them."""
+    beyond: str
+    """What of it is more than LoRA with one rank and scale; empty = nothing."""
+
+    @property
+    def rank(self) -> int:
+        return self.settings["r"]
+
+    @property
+    def scale(self) -> float:
+        """What the product of its two matrices is multiplied by."""
+        return self.settings["lora_alpha"] / (self.rank**0.5 if self.settings["use_rslora"] else self.rank)
+
+
 def check_adapter(path: str, lora: Lora | None, argument: str) -> None:
     """ConfigError where a model folder holds an adapter that the run cannot go on with: of another rank or kind."""
     adapter = read_adapter(path, argument)
@@ -186,6 +207,33 @@ def _beside(model: Any) -> Any:
     """A copy that shares what is not trained: the base's tensors, not its modules."""
     shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def form_of(model: Any) -> AdapterForm:
+    """The form of the adapter that a model carries."""
+    asked = model.inner.peft_config[NAME]
+    targets = asked.target_modules
+    settings = {
+        "peft_type": "LORA", "r": asked.r, "lora_alpha": asked.lora_alpha, "use_rslora": asked.use_rslora,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets), "bias": "none",
+    }  # fmt: skip
+    shapes = {
+        file_name(name): torch.Size(getattr(p, "ds_shape", p.shape))
+        for name, p in model.inner.named_parameters()
+        if p.requires_grad
+    }
+    more = {
+        "DoRA": asked.use_dora, "ranks of modules": asked.rank_pattern, "alphas of modules": asked.alpha_pattern,
+        "biases": asked.lora_bias or asked.bias != "none", "repeated layers": asked.layer_replication,
+        "adapted parameters": asked.target_parameters,
+        f"{asked.init_lora_weights} start, which changes the base": isinstance(asked.init_lora_weights, str),
+    }  # fmt: skip
+    return AdapterForm(settings, shapes, next((what for what, there in more.items() if there), ""))
+
+
+def file_name(name: str) -> str:
+    """The name that PEFT's files have for a parameter of an adapter."""
+    return PREFIX + name.replace(f".{NAME}.", ".")
 
 
 def adapter_settings(model: Any) -> str:

@@ -292,9 +292,8 @@ def check_reward_head(path: str, argument: str) -> None:
 def reward_outputs(path: str) -> int:
     """Numbers that the reward head in a folder's safetensors gives at a position; 0 where none is found there."""
     adapter = read_adapter(path, "reward_model")
-    for file in [
-        p for folder in (path, *([adapter.base] if adapter else [])) for p in Path(folder).glob("*.safetensors")
-    ]:
+    folders = (adapter.path, adapter.base) if adapter else (path,)
+    for file in [p for folder in folders for p in Path(folder).glob("*.safetensors")]:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (no mapping)
                 if name.removeprefix(PREFIX) in [f"{head}.weight" for head in SCORE_HEADS]:

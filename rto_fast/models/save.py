@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast.data.chat_template import ChatTemplate, save_template
 from rto_fast.errors import ConfigError
 from rto_fast.logs.files import folder_aside
-from rto_fast.models.adapters import gathered, merged_parameters, save_adapter
+from rto_fast.models.adapters import file_name, gathered, merged_parameters, save_adapter
 from rto_fast.models.heads import PolicyModel, ScalarModel
 
 
@@ -35,6 +35,11 @@ def full_parameters(model: nn.Module, *, trained: bool = False) -> Iterator[tupl
 def whole_weights(model: PolicyModel | ScalarModel) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, full tensor) as `full_parameters`, with an adapter merged into a copy of its weights."""
     return merged_parameters(model.inner) if model.adapter else full_parameters(model)
+
+
+def adapter_weights(model: PolicyModel | ScalarModel) -> Iterator[tuple[str, Tensor]]:
+    """(name in PEFT's files, full tensor) of a model's adapter, as `full_parameters`."""
+    return ((file_name(name), tensor) for name, tensor in full_parameters(model, trained=True))
 
 
 def export(model: PolicyModel | ScalarModel, folder: str | Path, *, write: bool) -> None:

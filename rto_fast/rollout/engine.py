@@ -61,6 +61,9 @@ class SyncStats:
 class RolloutEngine(Protocol):
     """Samples responses with weights that are pushed to it.
 
+    One whose attribute `takes_adapter` is true is pushed the policy's adapter alone, by the names of PEFT's files;
+    where that was wanted and cannot be, `merged_because` says why.
+
     One whose weights do not outlast `sleep` has an attribute `blank`: whether they are gone and only a push brings
     them back.
     """

@@ -1,5 +1,7 @@
 """Every launcher at real and at extreme sizes, on tensors without memory: see meta_launches.py."""
 
+from collections import Counter
+
 import pytest
 import rto_kernels as rk
 import torch
@@ -226,6 +228,27 @@ def test_the_backward_pass_holds_a_block_of_dz(tokens):
     held = peak(call)
     sums = 4 * V * H if tokens > 8192 else 0
     assert held <= 2 * V * H + sums + 256 * MIB + tokens * H * (2 + 2 + 2 + 4 + 4) + SMALL
+
+
+def test_a_frozen_heads_gradient_is_not_computed():
+    """Of the backward pass's two products one is left, and no gradient of the head's size is made."""
+    h, w, t = head(N, H, V, BF16)
+    made = {}
+    for trained in (True, False):
+        with recorded("sm90") as record:
+            launches, plain = Counter(), record.add
+            record.add = lambda one, plain=plain, seen=launches: (seen.update([one.name]), plain(one))
+            stats = linear_forward_triton(h, t, Head(w, None, 1.0, 0.0), -100)
+            launches.clear()
+            linear_logprob._linear_logprob_backward(
+                h, w, t, None, 1.0, 0.0, stats.logp, stats.lse, stats.entropy, meta(N), None, *stats[3:5],
+                [True, trained, False], "triton",
+            )  # fmt: skip
+        made[trained] = launches, record.memory.peak
+    (with_it, held), (without, less) = made[True], made[False]
+    assert without["linear_product"] == with_it["linear_product"] / 2 > 0
+    assert without - with_it == Counter()
+    assert held - less >= 2 * V * H
 
 
 @pytest.mark.parametrize("tokens", [N, 5 * N])

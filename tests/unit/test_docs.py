@@ -73,6 +73,8 @@ def test_flags_beside_those_of_other_trainers_are_there():
     assert len(named) > 60
     assert named >= {"label-smoothing", "nll-coef", "margin-weight", "min-response-length", "save-minutes", "ptx-coef"}
     assert named >= {"online", "online-order", "online-lr", "teacher", "scale", "base", "reward-fn", "dpo-clip", "run"}
+    lora = ("rank", "alpha", "dropout", "targets", "rslora", "dora", "critic", "push", "lr")
+    assert named >= {f"lora-{name}" for name in lora}
 
 
 def test_the_page_of_memory_is_what_the_arithmetic_says(monkeypatch):

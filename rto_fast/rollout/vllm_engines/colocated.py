@@ -25,13 +25,15 @@ from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, OutOfMemory, RolloutError, SyncError, require
+from rto_fast.models.adapters import AdapterForm
 from rto_fast.rollout.assignment import Tally
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
+from rto_fast.rollout.vllm_engines.load_adapter import layer_rank, receive_adapter, request
 from rto_fast.rollout.vllm_engines.load_weights import receive
 from rto_fast.rollout.vllm_engines.sleeping import Memory, failing_as, failure, release_pools
-from rto_fast.rollout.vllm_engines.support import cpu_cache_bytes, temperature_of, unusable
+from rto_fast.rollout.vllm_engines.support import cpu_cache_bytes, no_adapter, temperature_of, unusable
 from rto_fast.rollout.watchdog import watched
-from rto_fast.rollout.weights.expected import ExpectedWeights
+from rto_fast.rollout.weights.expected import ExpectedAdapter, ExpectedWeights
 from rto_fast.rollout.weights.fingerprint import Fingerprint
 
 HUNG = 2
@@ -49,23 +51,28 @@ class VLLMEngine:
         self, model_path: str | Path, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0,
         max_length: int, memory_share: float = 0.4, max_sequences: int = 256, prefix_caching: bool = True,
         cuda_graphs: bool = True, timeout_s: float = 1800.0, tensor_parallel: int = 1,
+        adapter: AdapterForm | None = None,
     ) -> None:  # fmt: skip
         """Every rank must come here together.
 
         max_length: tokens of prompt + response at most; memory_share: of the device's memory, for weights and cache
         (on a CPU the cache's share of what is free); timeout_s: seconds without a finished engine step;
         tensor_parallel: ranks in a row that are one engine; all of them must be asked the same in the same order, and
-        give the same answer. Raises ConfigError where `unusable` says so, or the model cannot be split.
+        give the same answer; adapter: of the policy on this model, pushed alone where vLLM's LoRA can compute with it.
+        Raises ConfigError where `unusable` says so, or the model cannot be split.
         """
         self.device = torch.device(device)
         reason = unusable(model_path, self.device)
         if reason:
             raise ConfigError(f"rollout_engine: {reason}; use --rollout-engine transformers")
         distributed.init()
+        self.merged_because = no_adapter(model_path, adapter) if adapter else ""
+        self.adapter = None if self.merged_because else adapter
         self.version = 0
-        self.torn = ""
+        self.torn = "no adapter was pushed yet" if self.adapter else ""
         self.timeout_s = timeout_s
         self.expected = ExpectedWeights.of(model_path)
+        self.pushed = ExpectedAdapter(self.adapter.shapes) if self.adapter else self.expected
         text = self.expected.text
         self.vocab_size = text.vocab_size
         _check_split(text, tensor_parallel)
@@ -74,6 +81,8 @@ class VLLMEngine:
         if self.device.type == "cpu":
             cache = cpu_cache_bytes(text, dtype, max_length, max_sequences, memory_share, tensor_parallel)
             settings = {"kv_cache_memory_bytes": cache}
+        if self.adapter:
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": layer_rank(self.adapter.rank)}
         from vllm import LLM
         from vllm.v1.engine import core
 
@@ -91,13 +100,18 @@ class VLLMEngine:
                 )  # fmt: skip
             except Exception as error:
                 raise _does_not_start(error, memory_share, max_length) from error
-        self.memory = Memory(self.llm)
+        self.memory = Memory(self.llm, keeps=self.adapter is not None)
         self.names = itertools.count()
 
     @property
     def asleep(self) -> bool:
         """Whether a part of the engine holds no memory."""
         return bool(self.memory.asleep)
+
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether a push is of the adapter alone."""
+        return self.adapter is not None
 
     @property
     def blank(self) -> bool:
@@ -112,13 +126,18 @@ class VLLMEngine:
         self.memory.wake_weights()
         received = Fingerprint()
         try:
-            self.llm.collective_rpc(receive, args=(self.expected.checked_once(weights), received))
-            self.expected.require_all(received.digests())
+            if self.adapter:
+                how = self.adapter.settings, self.adapter.scale
+                self.llm.collective_rpc(receive_adapter, args=(self.pushed.checked(weights), *how, received))
+            else:
+                self.llm.collective_rpc(receive, args=(self.pushed.checked_once(weights), received))
+            self.pushed.require_all(received.digests())
         except SyncError as error:
             self.torn = str(error)
             raise
         except (ValueError, KeyError, AssertionError) as error:
-            self.torn = f"vLLM did not take the weights: {error}"
+            remedy = "; use --lora-push merged" if self.adapter else ""
+            self.torn = f"vLLM did not take the weights: {error}{remedy}"
             raise SyncError(self.torn) from error
         except RuntimeError as error:
             raise failure("pushing weights to vLLM", error) from error
@@ -134,7 +153,7 @@ class VLLMEngine:
         return SyncStats(received.bytes, time.perf_counter() - start, len(digests), digests)
 
     def sleep(self) -> None:
-        """Frees the device's memory; the weights are gone until the next push."""
+        """Frees the device's memory; the weights are gone until the next push, but for those under an adapter."""
         self.memory.sleep()
 
     def wake(self) -> None:
@@ -165,18 +184,18 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        temperature = temperature_of(sampling)
+        temperature, adapter = temperature_of(sampling), request() if self.adapter else None
         core = self.llm.llm_engine
         ids: dict[str, int] = {}
-        for i, request in enumerate(requests):
+        for i, asked in enumerate(requests):
             params = SamplingParams(
-                n=1, temperature=temperature, top_p=1.0, top_k=0, seed=request.seed, logprobs=0, flat_logprobs=True,
+                n=1, temperature=temperature, top_p=1.0, top_k=0, seed=asked.seed, logprobs=0, flat_logprobs=True,
                 max_tokens=sampling.max_tokens, min_tokens=sampling.min_tokens,
                 stop_token_ids=list(sampling.stop_ids), ignore_eos=True, detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             ids[name := str(next(self.names))] = i
-            core.add_request(name, {"prompt_token_ids": list(request.prompt)}, params)
+            core.add_request(name, {"prompt_token_ids": list(asked.prompt)}, params, lora_request=adapter)
         responses: list[list[int]] = [[] for _ in requests]
         logps: list[list[float]] = [[] for _ in requests]
         truncated = [False] * len(requests)
@@ -305,7 +324,10 @@ def _check_split(text: Any, ranks: int) -> None:
         require(splits, f"vllm_tensor_parallel: {size} {name} cannot be split over {ranks} ranks; use 1 or a divisor")
 
 
-def from_config(config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype) -> VLLMEngine:
+def from_config(
+    config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype,
+    adapter: AdapterForm | None = None,
+) -> VLLMEngine:  # fmt: skip
     """The engine with the run's settings."""
     return VLLMEngine(
         model_path, device, dtype, seed=config.seed,
@@ -313,4 +335,5 @@ def from_config(config: RTOConfig, model_path: str | Path, device: torch.device,
         memory_share=config.vllm_memory_share, max_sequences=config.vllm_max_sequences,
         prefix_caching=config.vllm_prefix_caching, cuda_graphs=config.vllm_cuda_graphs,
         timeout_s=config.rollout_timeout_s, tensor_parallel=config.vllm_tensor_parallel,
+        adapter=adapter,
     )  # fmt: skip

@@ -73,6 +73,7 @@ class Server:
             "GLOO_SOCKET_IFNAME": distributed.loopback(),
         }  # fmt: skip
         env |= {"CUDA_VISIBLE_DEVICES": device_id} if device_id else {}
+        env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if "enable-lora" in switches else {}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(rto_fast.__file__).parents[1]), *sys.path]))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         there, lifeline = os.pipe()

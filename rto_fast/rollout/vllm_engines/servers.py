@@ -29,14 +29,24 @@ from rto_fast import distributed
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, Rollout
 from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, RolloutError, SyncError
+from rto_fast.models.adapters import AdapterForm
 from rto_fast.redact import without_credentials
 from rto_fast.rollout.engine import Progress, Sampling, SyncStats, check_requests
 from rto_fast.rollout.vllm_engines import address
+from rto_fast.rollout.vllm_engines.load_adapter import NAME, layer_rank
 from rto_fast.rollout.vllm_engines.server_process import EXTENSION, Server
 from rto_fast.rollout.vllm_engines.sleeping import failure
-from rto_fast.rollout.vllm_engines.support import OLDEST_SERVED, cpu_cache_bytes, temperature_of, too_old, unusable
+from rto_fast.rollout.vllm_engines.support import (
+    OLDEST_SERVED,
+    cpu_cache_bytes,
+    no_adapter,
+    no_form,
+    temperature_of,
+    too_old,
+    unusable,
+)
 from rto_fast.rollout.weights import stream
-from rto_fast.rollout.weights.expected import ExpectedWeights
+from rto_fast.rollout.weights.expected import ExpectedAdapter, ExpectedWeights
 
 BUCKET_BYTES = 256 << 20
 ATTEMPTS, PAUSE_S = 4, 0.25
@@ -46,6 +56,8 @@ RELEASE_S = 30.0
 BUSY = (429, 502, 503, 504)
 NOT_FINITE = -9999.0
 """What a server says of a log-prob that is NaN or -inf."""
+TAKES_NONE = "takes none of rank {0}: start it with --enable-lora --max-lora-rank {0} and "
+TAKES_NONE += "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 GENERATE = "/inference/v1/generate"
 LOG = "vllm-{}.log"
 """Of the n-th server that the recipe starts, in the run's folder."""
@@ -61,13 +73,14 @@ class VLLMServeEngine:
         self, model_path: str | Path, device: torch.device | str, dtype: torch.dtype, *, urls: Sequence[str] = (),
         devices: Sequence[str] = (), folder: str | Path = ".", seed: int = 0, max_length: int,
         memory_share: float = 0.4, max_sequences: int = 256, prefix_caching: bool = True, cuda_graphs: bool = True,
-        timeout_s: float = 1800.0, start_timeout_s: float = 600.0,
+        timeout_s: float = 1800.0, start_timeout_s: float = 600.0, adapter: AdapterForm | None = None,
     ) -> None:  # fmt: skip
         """Every rank must come here together.
 
         urls: running servers, http(s)://... or unix:PATH of a socket; empty = start them here, one on each of the
         `devices` (CUDA's numbers; on a CPU one server), with their logs in `folder`. timeout_s: seconds without any
-        finished response, or without progress of a push. start_timeout_s: seconds until a server must answer. Raises
+        finished response, or without progress of a push. start_timeout_s: seconds until a server must answer.
+        adapter: of the policy on this model, pushed alone where every server's LoRA can compute with it. Raises
         ConfigError where a server's settings do not fit, EngineFailure where one does not answer.
         """
         self.device, self.dtype = torch.device(device), dtype
@@ -90,9 +103,14 @@ class VLLMServeEngine:
         switches = [] if prefix_caching else ["no-enable-prefix-caching"]
         switches += [] if cuda_graphs and self.device.type != "cpu" else ["enforce-eager"]
 
-        def start() -> list[str]:
+        def start() -> tuple[list[str], str]:
+            merged_because = no_form(adapter) if adapter else ""
             if not self.urls:
                 self._check_own(model_path, devices)
+                if adapter:
+                    merged_because = no_adapter(model_path, adapter)
+                    flags.update({} if merged_because else {"max-lora-rank": layer_rank(adapter.rank)})
+                    switches.extend([] if merged_because else ["enable-lora"])
                 for i, device_id in enumerate(devices or [""]):
                     self.servers.append(Server(flags, switches, Path(folder) / LOG.format(i), device_id))
                 self.urls = [server.url for server in self.servers]
@@ -100,18 +118,27 @@ class VLLMServeEngine:
             self.apis.update((url, address.client(url, timeout)) for url in self.urls)
             self.threads = ThreadPoolExecutor(len(self.urls))
             self._await_health()
-            for url in self.urls:
-                self._check_settings(url)
+            ranks = {url: self._check_settings(url).get("adapter_rank", 0) for url in self.urls}
             self._join()
-            return self.urls
+            low = [url for url, rank in ranks.items() if adapter and rank < adapter.rank]
+            if adapter and low and not merged_because:
+                merged_because = f"{without_credentials(low[0])} {TAKES_NONE.format(layer_rank(adapter.rank))}"
+            return self.urls, merged_because
 
         try:
-            self.urls = _on_first_rank(start)
+            self.urls, self.merged_because = _on_first_rank(start)
         except BaseException:
             self.close()
             raise
+        self.adapter = None if self.merged_because else adapter
+        self.pushed = ExpectedAdapter(self.adapter.shapes) if self.adapter else self.expected
 
     # Weights
+
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether a push is of the adapter alone."""
+        return self.adapter is not None
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncStats:
         start = time.perf_counter()
@@ -128,9 +155,12 @@ class VLLMServeEngine:
 
     def _transfer(self, weights: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
         """Rank 0's part of a push: what the first server says it received; the others must say the same."""
-        replies = [self.threads.submit(self._call, url, "rto_receive") for url in self.urls]
+        call: tuple[Any, ...] = ("rto_receive",)
+        if self.adapter:
+            call = ("rto_receive_adapter", self.adapter.settings, self.adapter.scale)
+        replies = [self.threads.submit(self._call, url, *call) for url in self.urls]
         try:
-            pairs = self.expected.checked_once(weights)
+            pairs = self.pushed.checked_once(weights)
             stream.send(self.group, pairs, self.device, BUCKET_BYTES, lambda: _raise(replies))
         except SyncError:
             _ = [reply.exception() for reply in replies]
@@ -139,19 +169,32 @@ class VLLMServeEngine:
             raise failure("sending weights to vLLM", error, remedy="lower --micro-tokens") from error
         except RuntimeError as error:
             raise EngineFailure(f"the weights did not reach vLLM: {error}") from error
-        answers = [reply.result() for reply in replies]
+        answers = [_whole(url, reply.result()) for url, reply in zip(self.urls, replies, strict=True)]
+        if self.adapter:
+            answers = [self._load(url, a["folder"]) for url, a in zip(self.urls, answers, strict=True)]
         for url, answer in zip(self.urls, answers, strict=True):
-            if "error" in answer:
-                raise SyncError(f"{without_credentials(url)}: {answer['error']}")
             if answer["digests"] != answers[0]["digests"]:
                 raise SyncError(
                     f"{without_credentials(url)}: received other weights than {without_credentials(self.urls[0])}"
                 )
-        self.expected.require_all(answers[0]["digests"])
+        self.pushed.require_all(answers[0]["digests"])
         for url in self.urls:
             self._post(url, "/update_weight_version", {"new_version": str(version)})
             self._forget_old_keys(url)
         return answers[0]
+
+    def _load(self, url: str, folder: str) -> dict[str, Any]:
+        """Has a server load the adapter in a folder of its own, in the place of the last; what its layers took.
+
+        Under a new id: one that is loaded in place would be read from disk again in every step.
+        """
+        self._ask_once(url, "/v1/unload_lora_adapter", {"lora_name": NAME})  # the first time there is none
+        answer = self._ask_once(url, "/v1/load_lora_adapter", {"lora_name": NAME, "lora_path": folder})
+        taken = self._call(url, "rto_adapter_taken")
+        if answer.status_code >= 400:
+            shown = f"{without_credentials(url)}: vLLM did not take the adapter: {answer.text[:500]}"
+            raise SyncError(f"{shown}; use --lora-push merged")
+        return _whole(url, taken)
 
     def _forget_old_keys(self, url: str) -> None:
         """Empties a server's prefix cache; requests that were given up may hold it for a moment."""
@@ -228,6 +271,7 @@ class VLLMServeEngine:
             async def ask(i: int) -> None:
                 url = self.urls[requests[i].sample_index % len(self.urls)]  # a prompt's responses share its cache
                 body = {"token_ids": list(requests[i].prompt), "sampling_params": params | {"seed": requests[i].seed}}
+                body |= {"model": NAME} if self.adapter else {}
                 answers[i] = (await self._ask(clients[url], url, body))["choices"][0]
                 done.put_nowait(i)
 
@@ -293,8 +337,8 @@ class VLLMServeEngine:
         if self.device.type != "cpu" and not devices:
             raise ConfigError("vllm_devices: name the servers' devices, which the trainer must not use")
 
-    def _check_settings(self, url: str) -> None:
-        """ConfigError where the server cannot be what the trainer needs."""
+    def _check_settings(self, url: str) -> dict[str, Any]:
+        """What the server's worker describes; ConfigError where it cannot be what the trainer needs."""
         shown = without_credentials(url)
         version = str(self.apis[url].get("/version").json()["version"])
         if refused := too_old(version, OLDEST_SERVED):
@@ -319,6 +363,7 @@ class VLLMServeEngine:
             )
         if workers[0]["device"] != self.device.type:
             raise ConfigError(f"vllm_url: {shown} runs on {workers[0]['device']}, the trainer on {self.device.type}")
+        return workers[0]
 
     def _join(self) -> None:
         """Makes the group that weights are broadcast over: this rank and every server's worker."""
@@ -348,8 +393,12 @@ class VLLMServeEngine:
         return self._post(url, "/collective_rpc", {"method": method, "args": args})["results"]
 
     def _post(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        return _content(self._ask_once(url, path, body), url + path)
+
+    def _ask_once(self, url: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """A server's answer, whatever its status; EngineFailure where none comes."""
         try:
-            return _content(self.apis[url].post(path, json=body), url + path)
+            return self.apis[url].post(path, json=body)
         except httpx.TransportError as error:
             raise EngineFailure(
                 f"{without_credentials(url)}{path} does not answer: {error!r}{self._log_tail()}"
@@ -410,6 +459,13 @@ def _content(answer: httpx.Response, url: str) -> Any:
     return answer.json() if answer.content else None
 
 
+def _whole(url: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """A worker's answer to a push; SyncError where it says what was wrong."""
+    if "error" in answer:
+        raise SyncError(f"{without_credentials(url)}: {answer['error']}")
+    return answer
+
+
 def _raise(replies: Sequence[Future[Any]]) -> None:
     """The error of the first call that has failed already."""
     for reply in replies:
@@ -421,7 +477,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def from_config(config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype) -> VLLMServeEngine:
+def from_config(
+    config: RTOConfig, model_path: str | Path, device: torch.device, dtype: torch.dtype,
+    adapter: AdapterForm | None = None,
+) -> VLLMServeEngine:  # fmt: skip
     """The engine with the run's settings."""
     return VLLMServeEngine(
         model_path, device, dtype, urls=config.vllm_url, devices=config.vllm_devices, folder=config.output_dir,
@@ -429,4 +488,5 @@ def from_config(config: RTOConfig, model_path: str | Path, device: torch.device,
         memory_share=config.vllm_memory_share, max_sequences=config.vllm_max_sequences,
         prefix_caching=config.vllm_prefix_caching, cuda_graphs=config.vllm_cuda_graphs,
         timeout_s=config.rollout_timeout_s, start_timeout_s=config.vllm_start_timeout_s,
+        adapter=adapter,
     )  # fmt: skip

@@ -4,9 +4,10 @@ The order is the one that all accepted versions of vLLM allow:
 
     sleep(2) -> train -> empty the trainer's cache -> wake(weights) -> push -> wake(kv_cache) -> generate -> sleep(2)
 
-Level 2 drops weights and cache and copies nothing to the host: every push brings the weights anyway. Up to 0.30 vLLM
-does not sleep while a part of it is asleep, and 0.26 and 0.27 map memory a second time where it was woken in parts
-and then as a whole. On a CPU vLLM keeps its memory, but the order is the same.
+Level 2 drops weights and cache and copies nothing to the host: every push brings the weights anyway. Where a push
+brings an adapter alone, the engine sleeps at level 1: the weights under it lie in the host's memory meanwhile. Up to
+0.30 vLLM does not sleep while a part of it is asleep, and 0.26 and 0.27 map memory a second time where it was woken in
+parts and then as a whole. On a CPU vLLM keeps its memory, but the order is the same.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ GIB = 1 << 30
 class Memory:
     """What an LLM holds on its device."""
 
-    def __init__(self, llm: Any) -> None:
-        """llm: vLLM's LLM, awake."""
-        self.llm = llm
+    def __init__(self, llm: Any, *, keeps: bool = False) -> None:
+        """llm: vLLM's LLM, awake; keeps: weights and adapter outlast a sleep, in the host's memory."""
+        self.llm, self.keeps = llm, keeps
         self.asleep: set[str] = set()
         """Parts that hold no memory."""
         self.lost = False
@@ -43,9 +44,9 @@ class Memory:
             return
         self._wake(CACHE)
         before = free_bytes()
-        failing_as("putting vLLM to sleep", lambda: self.llm.sleep(level=2))
+        failing_as("putting vLLM to sleep", lambda: self.llm.sleep(level=1 if self.keeps else 2))
         self.slept_bytes = max(0, free_bytes() - before)
-        self.asleep, self.lost = {WEIGHTS, CACHE}, True
+        self.asleep, self.lost = {WEIGHTS, CACHE}, not self.keeps
 
     def wake_weights(self) -> None:
         """Makes room for a push. Raises as `wake`."""
@@ -59,6 +60,7 @@ class Memory:
         """
         if self.lost:
             raise RolloutError("sleeping has dropped the engine's weights; push() brings them back")
+        self._wake(WEIGHTS)
         self._wake(CACHE)
 
     def close(self) -> None:

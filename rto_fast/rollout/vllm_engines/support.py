@@ -13,7 +13,9 @@ from packaging.version import InvalidVersion, Version
 from transformers import AutoConfig
 
 from rto_fast import distributed
+from rto_fast.models.adapters import AdapterForm
 from rto_fast.rollout.engine import GREEDY, Sampling
+from rto_fast.rollout.vllm_engines.load_adapter import layer_rank
 
 OLDEST, OLDEST_SERVED, NEWEST = "0.26", "0.32", "0.33"
 """Series of vLLM that may sample here, in the training process and as servers, and the newest that was read or tried.
@@ -73,6 +75,27 @@ def unusable(model_path: str | Path, device: torch.device, oldest: str = OLDEST)
     if not known & set(config.architectures or ()):
         return f"vLLM {version} does not know {config.architectures}"
     return _no_attention(config) if torch.device(device).type == "cpu" else ""
+
+
+def no_form(form: AdapterForm) -> str:
+    """Why no vLLM's own LoRA can compute with an adapter of this form; empty when it can."""
+    if form.beyond:
+        return f"vLLM's LoRA has no {form.beyond}"
+    return "" if layer_rank(form.rank) else f"vLLM's LoRA has no rank of {form.rank}"
+
+
+def no_adapter(model_path: str | Path, form: AdapterForm) -> str:
+    """Why the vLLM here cannot compute with an adapter of this form on this model; empty when it can."""
+    if refused := no_form(form):
+        return refused
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import supports_lora
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    known = [name for name in config.architectures or () if name in ModelRegistry.models]
+    if not known or not supports_lora(ModelRegistry.models[known[0]].load_model_cls()):
+        return f"vLLM has no LoRA for {config.architectures}"
+    return ""
 
 
 def _no_attention(config: Any) -> str:

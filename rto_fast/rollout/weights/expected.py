@@ -1,9 +1,10 @@
-"""The names and shapes that a full set of weights must bring."""
+"""The names and shapes that a push must bring: whole weights, or an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,3 +60,20 @@ class ExpectedWeights:
         taken = {self.tied.get(name, name) for name in received}
         if lost := [name for name in self.once if name not in taken]:
             raise SyncError(f"{lost[0]}: never taken ({len(lost)} of {len(self.once)} parameters are missing)")
+
+
+class ExpectedAdapter(ExpectedWeights):
+    """What an engine checks the push of an adapter against."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = dict(shapes)
+        self.once: dict[str, Any] = self.shapes
+        self.tied = {}
+
+    def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """As for whole weights, and SyncError at the end where one is missing: an engine cannot take a part."""
+        seen = []
+        for name, tensor in super().checked(weights):
+            seen.append(name)
+            yield name, tensor
+        self.require_all(seen)

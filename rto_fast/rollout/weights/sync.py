@@ -67,6 +67,21 @@ class WeightSync:
         self.version = 0
         self.limits = Gap(float("inf"), float("inf"))
 
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether a push is of the policy's adapter alone."""
+        return getattr(self.engine, "takes_adapter", False)
+
+    @property
+    def said(self) -> str:
+        """Which engine samples, and what of an adapter it is pushed, for the log."""
+        name, why = type(self.engine).__name__, getattr(self.engine, "merged_because", "")
+        if self.takes_adapter:
+            return f"{name}; the adapter alone is pushed, to vLLM's own LoRA"
+        if not self.policy.adapted:
+            return name
+        return f"{name}; whole weights are pushed, the adapter merged{f' ({why})' if why else ''}"
+
     def push(self, version: int) -> SyncStats:
         """The policy's weights, checked at both ends; SyncError on every rank where one rank's differ.
 
@@ -86,7 +101,7 @@ class WeightSync:
         sent = Fingerprint()
 
         def told() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self.policy.weights():
+            for name, tensor in self.policy.adapter_weights() if self.takes_adapter else self.policy.weights():
                 sent.add(name, tensor)
                 yield name, tensor
 
@@ -226,13 +241,13 @@ class WeightSync:
         sampling = Sampling(min(PROOF_TOKENS, sampling.max_tokens), sampling.temperature, sampling.stop_ids)
         own, version = self.share(requests, sampling).requests, self.version
         self._fill()  # what the engine gets below must not be the moved weights yet
-        move(self.policy.model)
+        move(self.policy.model, trained=self.takes_adapter)
         try:
             blind = self._gap(self.sample(own, sampling), sampling.temperature)
             self.push(version)
             moved = self._gap(self.sample(own, sampling), sampling.temperature)
         finally:
-            move(self.policy.model)
+            move(self.policy.model, trained=self.takes_adapter)
         self.push(version)
         still = self._gap(self.sample(own, sampling), sampling.temperature)
         floor, limit = Gap(*FLOOR[self.config.dtype]), proof_limit(self.config.dtype, blind)
@@ -244,7 +259,8 @@ class WeightSync:
                     "Some weight does not reach the engine's computation"
                 )
         self.limits = Gap(max(floor.mean, SLACK[0] * still.mean), max(floor.max, SLACK[1] * still.max))
-        return f"sampler agrees with the policy: {still} (all weights moved and pushed: {moved}; not pushed: {blind})"
+        what = "the adapter" if self.takes_adapter else "all weights"
+        return f"sampler agrees with the policy: {still} ({what} moved and pushed: {moved}; not pushed: {blind})"
 
     def check(self, gap: Gap) -> None:
         """SyncError where the sampler's log-probs are further from the policy's than rounding explains."""
@@ -277,12 +293,15 @@ def proof_limit(dtype: str, blind: Gap) -> float:
 
 
 @torch.no_grad()
-def move(model: nn.Module) -> None:
+def move(model: nn.Module, *, trained: bool = False) -> None:
     """Moves every weight by up to a third of itself (0 becomes 0.0625); the second call undoes it bit for bit.
 
-    A mantissa bit is flipped, so no copy is kept, and it works on ZeRO's partitions.
+    A mantissa bit is flipped, so no copy is kept, and it works on ZeRO's partitions. trained: those alone that training
+    changes.
     """
     for parameter in model.parameters():
+        if trained and not parameter.requires_grad:
+            continue
         parts = [parameter.data] if parameter.data.numel() else []
         if hasattr(parameter, "ds_tensor"):  # small ones are kept whole beside their partition; on one rank as a view
             parts.append(parameter.ds_tensor.data)

@@ -35,7 +35,8 @@ def engine_of(**calls) -> VLLMEngine:
     engine = object.__new__(VLLMEngine)
     engine.llm = SimpleNamespace(**calls)
     engine.memory = SimpleNamespace(wake_weights=lambda: None, lost=False, asleep=set())
-    engine.expected = SimpleNamespace(checked_once=iter, require_all=lambda digests: None)
+    engine.pushed = SimpleNamespace(checked_once=iter, require_all=lambda digests: None)
+    engine.adapter = None
     engine.device, engine.torn, engine.version, engine.timeout_s = torch.device("cpu"), "", 0, 60.0
     return engine
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rto_fast.config import RTOConfig
-from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, OutOfMemory, RolloutError
+from rto_fast.errors import ConfigError, DeviceLost, EngineFailure, OutOfMemory, RolloutError, SyncError
 from rto_fast.rollout.vllm_engines import servers
 from rto_fast.rollout.vllm_engines.servers import VLLMServeEngine
 
@@ -67,6 +67,26 @@ def test_messages_hold_no_credentials():
         with pytest.raises(kind, match=r"http://127\.0\.0\.1:9") as caught:
             call()
         assert "secret" not in str(caught.value)
+
+
+def test_an_adapter_that_vllm_refuses_or_leaves_out_is_said():
+    def answers(status: int, taken: dict):
+        def answer(request):
+            if request.url.path == "/v1/load_lora_adapter":
+                return httpx.Response(status, text="expected target modules in q_proj")
+            found = 404 if request.url.path == "/v1/unload_lora_adapter" else 200
+            return httpx.Response(found, json={"results": [taken]})
+
+        return answer
+
+    whole = {"bytes": 4, "digests": {"a": 1}}
+    assert engine_of(answers(200, whole))._load(URL, "/folder") == whole
+    with pytest.raises(SyncError, match=r"127.*did not take the adapter: expected target.*; use --lora-push merged"):
+        engine_of(answers(500, whole))._load(URL, "/folder")
+    with pytest.raises(SyncError, match="a: no layer"):
+        engine_of(answers(200, {"error": "a: no layer"}))._load(URL, "/folder")
+    with pytest.raises(EngineFailure, match="unload_lora_adapter does not answer"):
+        engine_of(refuses)._load(URL, "/folder")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +149,7 @@ def test_a_broadcast_that_breaks(error, kind, message, monkeypatch):
 
     engine = engine_of(lambda request: httpx.Response(200, json={"results": [{}]}))
     engine.threads, engine.group = ThreadPoolExecutor(1), None
-    engine.expected = SimpleNamespace(checked_once=iter)
+    engine.pushed, engine.adapter = SimpleNamespace(checked_once=iter), None
     monkeypatch.setattr(servers.stream, "send", send)
     with pytest.raises(kind, match=message):
         engine._transfer(iter(()), 1)

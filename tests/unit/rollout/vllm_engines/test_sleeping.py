@@ -35,6 +35,22 @@ def test_three_iterations_free_everything_and_copy_nothing(device):
     assert device.log == ["sleep 2", *["wake weights", "wake kv_cache", "sleep 2"] * 3]
 
 
+def test_what_lies_under_an_adapter_outlasts_a_sleep(device):
+    """It is copied to the host and back, and an engine that was pushed nothing since can sample."""
+    memory = Memory(device, keeps=True)
+    for push in (True, False, True):
+        memory.sleep()
+        assert not any(device.mapped.values())
+        if push:
+            memory.wake_weights()
+            device.touch("weights")
+        memory.wake()
+        device.touch(*PARTS)
+    assert not memory.lost
+    assert device.copies == 6
+    assert device.log == ["sleep 1", "wake weights", "wake kv_cache"] * 3
+
+
 def test_sleeping_twice_and_waking_twice_are_harmless(device):
     memory = Memory(device)
     memory.wake()
