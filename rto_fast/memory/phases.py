@@ -330,7 +330,7 @@ def _update(config: RTOConfig, s: ModelShape, machine: Machine) -> dict[str, flo
     elif config.zero_stage < 2:
         gradients = {"gradients": b * s.trained + (4 * s.trained / ranks if config.zero_stage else 0)}
     layers = tokens * (_kept(config, s) + b * (3 * s.intermediate + 2 * s.hidden))
-    again = config.recomputes(s.parameters)
+    again = config.recomputes(s.parameters + s.adapter)
     layers += tokens * (s.layers * b * s.hidden if again else (s.layers - 1) * _kept(config, s))
     bucket = min(BUCKET, s.trained) if lazy else BUCKET
     backward = gradients | {"activations": layers}

@@ -39,7 +39,7 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
         score += sum(batches * width(config) * s.parameters for s in spread) / rates.link
     out = {"rollout": _rollout(config, models.policy, machine, rates, sequences), "scoring": score}
     for name, s in models.trained:
-        passes = 8 if config.recomputes(s.parameters) else 6
+        passes = 8 if config.recomputes(s.parameters + s.adapter) else 6
         passes -= 2 if config.lora_rank else 0  # no product for the gradient of a frozen matrix
         epochs = 1 if name == "online DPO" else config.ppo_epochs
         work = epochs * tokens * passes * _computed(s) / rates.flops
