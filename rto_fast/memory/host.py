@@ -22,6 +22,7 @@ from rto_fast.memory.phases import (
     Phase,
     frozen_bytes,
     sampler_of,
+    sleeps_with_base,
     stands,
     states_of,
     weights_of,
@@ -95,6 +96,10 @@ def _held(
                 out[f"{name} gradients"] = 4 * size
             if trained:
                 out[f"{name} moments"] = 8 * size
+        if (sampler or trained) and models.policy.adapter and sleeps_with_base(config, machine):
+            out["vLLM's base while it sleeps"] = (
+                ranks * width(config) * models.policy.parameters / config.vllm_tensor_parallel
+            )
     partitioned = partitions(config, split, machine.kind)
     for i, (name, s) in enumerate(models.frozen):
         own = not stands(config, s)

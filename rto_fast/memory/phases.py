@@ -201,10 +201,12 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
         out.append(Phase("rollout", held | waiting | _decoding(config, models, machine.ranks)))
     held |= asleep
     if models.policy.adapter:
-        merging = {"a merged matrix": float(MERGING * width(config) * models.policy.adapted)}
+        sending: dict[str, float] = {}
+        if merges(config, machine):
+            sending["a merged matrix"] = float(MERGING * width(config) * models.policy.adapted)
         if asleep:  # its cache sleeps on
-            merging["vLLM's weights"] = width(config) * models.policy.parameters / config.vllm_tensor_parallel
-        out.append(Phase("weights to the sampler", held | waiting | merging))
+            sending["vLLM's weights"] = width(config) * models.policy.parameters / config.vllm_tensor_parallel
+        out.append(Phase("weights to the sampler", held | waiting | sending))
     scoring = held | awake | _scoring(config, models, machine)
     if whole := whole_one(config, models):
         start = {k: v for k, v in scoring.items() if not k.endswith("moments")}
@@ -221,6 +223,17 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
 def uses_vllm(config: RTOConfig, machine: Machine) -> bool:
     """Whether vLLM shares the device. `auto` is taken to find it."""
     return config.rollout_engine in ("vllm", "auto") and machine.kind == "cuda"
+
+
+def merges(config: RTOConfig, machine: Machine) -> bool:
+    """Whether the sampler is pushed whole weights with the adapter merged, and not the adapter alone."""
+    vllm = uses_vllm(config, machine) or config.rollout_engine == "vllm-serve"
+    return not vllm or config.lora_push == "merged" or config.lora_dora
+
+
+def sleeps_with_base(config: RTOConfig, machine: Machine) -> bool:
+    """Whether a vLLM in the training process keeps the base in the host's memory while it sleeps."""
+    return uses_vllm(config, machine) and not merges(config, machine)
 
 
 def sampler_of(config: RTOConfig, models: Models, machine: Machine) -> float:

@@ -99,8 +99,8 @@ def changed(value, kind):
         value = next(choice for choice in get_args(kind) if choice != value)
     elif get_origin(kind) is tuple:
         value = tuple(0.25 if get_args(kind)[0] is float else f"other{i}" for i in range(2))
-    elif isinstance(value, bool):
-        value = not value
+    elif kind is bool or bool in get_args(kind):
+        value = value is not True
     elif kind is str:
         value = "other"
     else:

@@ -262,3 +262,20 @@ def test_a_run_with_adapters_is_asked_before_it_loads(tiny, folders, tmp_path, m
     with pytest.raises(ConfigError, match=r"memory: on 1 device of 0.0 GiB"):
         build.build(RTOConfig(**asked))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_push_to_vllm_takes():
+    """The adapter alone needs no merged matrix on the device, and the base waits in the host's memory."""
+    runs = {push: MemoryConfig(lora_rank=16, lora_push=push, ranks=2) for push in ("adapter", "merged")}
+    dora = MemoryConfig(lora_rank=16, lora_dora=True, ranks=2)
+    parts = {}
+    for name, config in (runs | {"dora": dora}).items():
+        models = models_of(config)
+        sent = next(p for p in phases(config, models, config.machine) if p.name == "weights to the sampler")
+        (training,) = (p for p in host_phases(config, models, config.machine) if p.name == "training")
+        parts[name] = sent.parts.get("a merged matrix", 0), training.parts.get("vLLM's base while it sleeps", 0)
+        weights = models.policy.parameters
+    assert parts["adapter"] == (0, 2 * 2 * weights), "two ranks, two bytes a number"
+    assert parts["merged"][0] > 5 * 2 * 14336 * 4096 - 1
+    assert parts["merged"][1] == parts["dora"][1] == 0
+    assert parts["dora"][0] == parts["merged"][0]
