@@ -38,9 +38,8 @@ from rto_fast.trainer import compute_targets
 from rto_fast.updates.online import BestWorstBatch, OutcomeBatch
 from rto_fast.updates.ppo import TrainBatch
 
-CASES = ((2, 1), (2, 512), (2, 4096), (3, 1))
-"""(ZeRO stage, tokens of a micro-batch): every sequence alone, some together, all together; under ZeRO-3 every sequence
-alone, so that the ranks' numbers of micro-batches differ the most."""
+CASES = ((2, 1), (2, 512), (2, 4096), (3, 1), (3, 512))
+"""(ZeRO stage, tokens of a micro-batch): every sequence alone, some together, all together."""
 RESPONSES = (1, 7)
 """Responses of a whole iteration: fewer than ranks, and an odd number."""
 SEQUENCES = 23
