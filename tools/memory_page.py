@@ -138,7 +138,7 @@ million for 70B. The policy's base lies there once, for all models whose folders
 | its fp32 gradients | 4 A / R | in an update |
 | a model with other weights, a critic with `--lora-critic own` | b P, as above | always |
 | the gradient of the frozen lm_head | none | |
-| one matrix with its adapter merged | 5 of its copies at most | while weights go to the sampler: transformers, `--lora-push merged` |
+| one matrix with its adapter merged | 5 of its copies at most | while whole weights go to the sampler |
 | vLLM's base, in the host's memory | b P a rank | while it sleeps, where the adapter alone is pushed |
 | vLLM, activations | as above | |
 
