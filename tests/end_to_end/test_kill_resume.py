@@ -47,9 +47,9 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / "checkpoints").glob("*"))
 
 
-def assert_same_weights(a: Path, b: Path) -> None:
+def assert_same_weights(a: Path, b: Path, file: str = "model.safetensors") -> None:
     """Bit for bit, NaN included."""
-    ours, theirs = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    ours, theirs = load_file(a / file), load_file(b / file)
     assert ours.keys() == theirs.keys()
     different = [n for n in ours if not torch.equal(ours[n].view(torch.uint8), theirs[n].view(torch.uint8))]
     assert not different, f"{a.name}: {len(different)} of {len(ours)} tensors differ, {different[:3]}"
@@ -134,6 +134,25 @@ def test_rto_on_two_ranks_killed(tiny, lives, tmp_path):
         killed_at_random(lives, "rto", settings, random.Random(row), row, s_a_row, ranks=2)
     assert lives.run("rto", settings, ranks=2) == 0, lives.log.read_text()
     assert_same_run(killed, whole)
+
+
+def test_rto_of_adapters_killed(tiny, lives, tmp_path):
+    """Once in the writing of a checkpoint of two adapters on one base, once at a random moment."""
+    pytest.importorskip("peft")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    adapters = {"lora_rank": 4, "lora_policy_lr": 1e-2, "lora_critic_lr": 1e-2, "ema_decay": 0.0, "iterations": 6}
+    changes = SETTINGS | adapters | {"rollout_engine": "transformers"}
+    assert lives.run("rto", small_run(tiny, whole, **changes)) == 0, lives.log.read_text()
+    s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / 6
+    settings, rng = small_run(tiny, killed, **changes), random.Random(3)
+    assert lives.run("rto", settings, die_at=rng.randint(1, SAVING_STEPS)) == -signal.SIGKILL, lives.log.read_text()
+    killed_at_random(lives, "rto", settings, rng, 2, s_a_row)
+    assert lives.run("rto", settings) == 0, lives.log.read_text()
+    for name in ("policy", "critic"):
+        assert_same_weights(killed / name, whole / name, "adapter_model.safetensors")
+    assert figures(killed / "metrics.jsonl") == figures(whole / "metrics.jsonl")
+    assert rows(killed / "samples.jsonl") == rows(whole / "samples.jsonl")
+    assert checkpoints(killed) == checkpoints(whole) == ["step-00000005", "step-00000006"]
 
 
 @pytest.mark.parametrize("online", ["prime", "dpo"])
