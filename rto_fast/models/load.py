@@ -197,10 +197,21 @@ def load_scalar(
 
     Its class is sequence classification, or token classification, whose head has a bias.
     """
+    loading: dict[str, Any] = {
+        "dtype": dtype, "attention": attention, "argument": argument, "placement": placement, "home": home,
+    }  # fmt: skip
+    return _at_home(_scalar(path, lora=lora, **loading), home)
+
+
+def _scalar(
+    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None, home: Home,
+    lora: Lora | None = None,
+) -> Callable[[], ScalarModel]:  # fmt: skip
+    """What loads it where it is called."""
     adapter = _adapter_at(path, argument, lora)
     if adapter:
         return _adapted_scalar(
-            adapter, lora, argument, dtype=dtype, attention=attention, placement=placement, home=home
+            adapter, lora, dtype=dtype, attention=attention, argument=argument, placement=placement, home=home
         )
     config = load_config(path, argument)
     _check_statistics(config, path, argument)
@@ -223,22 +234,22 @@ def load_scalar(
         made = _checked(ScalarModel, classifier, path, argument, placement, home)
         return _adapted(made, None, lora, path, argument)
 
-    return _at_home(load, home)
+    return load
 
 
-def _adapted_scalar(adapter: AdapterFolder, lora: Lora | None, argument: str, **loading: Any) -> ScalarModel:
-    """A reward model from an adapter, whose head lies beside it, and the reward or language model under it."""
+def _adapted_scalar(adapter: AdapterFolder, lora: Lora | None, **loading: Any) -> Callable[[], ScalarModel]:
+    """What loads a reward model from an adapter, whose head lies beside it, and the reward or language model under
+    it."""
+    argument = loading["argument"]
     check_reward_head(adapter.path, argument)
-    of_base = load_scalar if is_reward_model(adapter.base, argument) else new_scalar
-    home = loading.pop("home")
+    load_base = (_scalar if is_reward_model(adapter.base, argument) else _new_scalar)(adapter.base, **loading)
 
     def load() -> ScalarModel:
-        together: Home = "host" if _on_one(home) else home
-        model = of_base(adapter.base, argument=argument, home=together, **loading)
+        model = load_base()
         model.mean, model.std = (float(adapter.record.get(k, v)) for k, v in (("mean", 0.0), ("std", 1.0)))
         return _adapted(model, adapter, lora, adapter.base, argument)
 
-    return _at_home(load, home)
+    return load
 
 
 def check_weights(path: str, argument: str) -> set[str]:
@@ -344,6 +355,17 @@ def new_scalar(
 
     placement, home, lora: see load_policy.
     """
+    loading: dict[str, Any] = {
+        "dtype": dtype, "attention": attention, "argument": argument, "placement": placement, "home": home,
+    }  # fmt: skip
+    return _at_home(_new_scalar(path, head_std=head_std, lora=lora, **loading), home)
+
+
+def _new_scalar(
+    path: str, *, dtype: torch.dtype, attention: str | None, argument: str, placement: Placement | None, home: Home,
+    head_std: float = 0.0, lora: Lora | None = None,
+) -> Callable[[], ScalarModel]:  # fmt: skip
+    """What loads it where it is called."""
     adapter = _adapter_at(path, argument, lora)
     path = adapter.base if adapter else path
 
@@ -361,7 +383,7 @@ def new_scalar(
         made = _checked(ScalarModel, classifier, path, argument, placement, home)
         return _adapted(made, adapter, lora, path, argument)
 
-    return _at_home(load, home)
+    return load
 
 
 def _some(names: object, limit: int = 4) -> str:

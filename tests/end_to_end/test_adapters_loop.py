@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from loop_helpers import small_run
+from loop_helpers import ROOT, small_run
 from safetensors.torch import load_file
 
 from rto_fast import trainer
@@ -94,6 +95,20 @@ def test_a_critic_on_a_base_of_its_own_learns_the_same(runs):
         assert len(wanted) > 5
         for name, value in learnt(ours).items():
             assert value == pytest.approx(wanted[name], rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_do_what_one_does(runs, tmp_path, launch, zero_stage):
+    """The first iteration: on one base under ZeRO-2, each model on its own under ZeRO-3."""
+    settings = dataclasses.asdict(runs["Run"].config) | {
+        "output_dir": str(tmp_path / "run"), "zero_stage": zero_stage, "save_every": 0, "report_samples": 0,
+    }  # fmt: skip
+    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps([settings])], ranks=2)
+    assert result.returncode == 0, result.output
+    ours, alone = learnt(rows(tmp_path / "run")[0]), learnt(rows(runs["whole"])[0])
+    assert ours.keys() == alone.keys()
+    for name, value in alone.items():
+        assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_a_finished_run_of_adapters_is_not_begun_again(tiny, runs):
