@@ -96,10 +96,10 @@ def test_the_clip_bounds_what_was_scaled(tiny, tmp_path, one_rank):
 def test_resumed_bit_for_bit(whole, tiny, tmp_path):
     folder, _ = whole
 
-    def stops(run, iteration, observe=None, turn=trainer.rto_iteration):
+    def stops(run, iteration, *more, turn=trainer.rto_iteration):
         if iteration == 2:
             raise KeyboardInterrupt
-        return turn(run, iteration, observe)
+        return turn(run, iteration, *more)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer, "rto_iteration", stops)

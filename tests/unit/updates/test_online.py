@@ -261,11 +261,11 @@ def test_resumed_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
     settings = {"iterations": 3, "save_every": 2, "policy_lr": 1e-3, "critic_lr": 1e-3, "online_lr": 1e-3} | changes
     whole_run = trainer.train(online_run(tiny, tmp_path / "whole", **settings))
 
-    def stops(run, iteration, observe=None, whole=trainer.rto_iteration):
+    def stops(run, iteration, *more, whole=trainer.rto_iteration):
         if iteration == 2:
             raise KeyboardInterrupt
         run.state.wrong_in_a_row = 7
-        return whole(run, iteration, observe)
+        return whole(run, iteration, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "rto_iteration", stops)

@@ -140,10 +140,10 @@ def test_resumed_bit_for_bit(tiny, tmp_path, monkeypatch):
     settings = {"iterations": 3, "save_every": 2, "policy_lr": 1e-3, "critic_lr": 1e-3, "sync_proof": False}
     trainer.train(ptx_run(tiny, tmp_path / "whole", **settings))
 
-    def stops(run, iteration, observe=None, whole=trainer.rto_iteration):
+    def stops(run, iteration, *more, whole=trainer.rto_iteration):
         if iteration == 2:
             raise KeyboardInterrupt
-        return whole(run, iteration, observe)
+        return whole(run, iteration, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "rto_iteration", stops)
