@@ -20,13 +20,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a cell is too small for a second thread
 
-import tyro
-
 from bench.claim.cells import ONLINE, Cell
-from bench.claim.grid import ROOT, CellsConfig, opened
+from bench.claim.grid import ROOT, CellsConfig, by_flags, opened
 from bench.claim.report import compact, markdown
 from rto_fast.demo.config import DemoConfig
-from rto_fast.errors import ConfigError, require, shown
+from rto_fast.errors import require
 from rto_fast.logs.files import write_atomic
 
 MARKS = ("<!-- online -->", "<!-- /online -->")
@@ -183,8 +181,4 @@ def main(config: OnlineConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(OnlineConfig, description=__doc__))
-    except ConfigError as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
-        sys.exit(2)
+    by_flags(main, OnlineConfig, __doc__)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are too small for a second thread
 
 import torch
-import tyro
 
-from bench.claim.grid import ROOT, commit
+from bench.claim.grid import ROOT, by_flags, commit
 from bench.claim.report import markdown
 from bench.claim.stories import PAIRS, SHARED
 from rto_fast import distributed, trainer
@@ -34,7 +32,7 @@ from rto_fast.audit import AuditConfig, show
 from rto_fast.config import DistillConfig, DPOConfig, RMConfig, SFTConfig
 from rto_fast.demo import pipeline
 from rto_fast.demo.config import DemoConfig
-from rto_fast.errors import ConfigError, Diverged, require, shown
+from rto_fast.errors import Diverged, require
 from rto_fast.generate import GenerateConfig, generate
 from rto_fast.logs.files import METRICS, json_line, read_metrics, read_rows, write_atomic
 from rto_fast.supervised.dpo import train_dpo
@@ -291,8 +289,4 @@ def main(config: TokenRewardConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(TokenRewardConfig, description=__doc__))
-    except ConfigError as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
-        sys.exit(2)
+    by_flags(main, TokenRewardConfig, __doc__)

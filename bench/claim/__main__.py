@@ -17,12 +17,10 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a cell is too small for a second thread
 
-import tyro
-
 from bench.claim import design_report, stories
 from bench.claim.designs import Design, DesignConfig
-from bench.claim.grid import ROOT, opened
-from rto_fast.errors import ConfigError, require, shown
+from bench.claim.grid import ROOT, by_flags, opened
+from rto_fast.errors import require
 
 
 def main(config: DesignConfig) -> None:
@@ -48,8 +46,4 @@ def main(config: DesignConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(DesignConfig, description=__doc__))
-    except ConfigError as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
-        sys.exit(2)
+    by_flags(main, DesignConfig, __doc__)

@@ -16,7 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -296,6 +296,15 @@ def opened(config: CellsConfig, runs: Path) -> Iterator[Grid]:
         yield Grid(config, runs, pool, progress)
 
 
+def by_flags(main: Callable[[Any], None], settings: type, text: str | None) -> None:
+    """`main` of the settings that the command line gives; what is wrong with them is one line, and exit code 2."""
+    try:
+        main(tyro.cli(settings, description=text))
+    except ConfigError as error:
+        print(f"error: {shown(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(config: ClaimConfig) -> None:
     config = quickened(config) if config.quick else config
     config.validate()
@@ -315,8 +324,4 @@ def main(config: ClaimConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(ClaimConfig, description=__doc__))
-    except ConfigError as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
-        sys.exit(2)
+    by_flags(main, ClaimConfig, __doc__)
