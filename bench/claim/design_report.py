@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import matplotlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.claim.ablations import METHODS as ABLATED_METHODS
 from bench.claim.cells import TWO_RMS, Cell
-from bench.claim.designs import CENTRE, MAIN, METHODS, Choice, Design, DesignConfig, as_json
+from bench.claim.designs import CENTRE, MAIN, Choice, Design, DesignConfig, as_json
 from bench.claim.estimates import (
     Points,
     at_kl,
@@ -23,6 +23,7 @@ from bench.claim.estimates import (
     holm,
     interval,
     mean_differences,
+    running_best,
     sign_flip_p,
 )
 from bench.claim.report import COLOURS, compact, draw_oracle, markdown, save, shown
@@ -44,14 +45,28 @@ STYLES = COLOURS | {"DDPO": "#8e44ad", "RS-PPO": "#c0392b", TWO_RMS: "#b7950b"}
 Contrast = dict[str, Any]
 
 
+def all_matched(design: Design) -> dict[str, dict[int, Points]]:
+    """Method -> seed -> its models, of the task's methods."""
+    return {m: design.matched(m) for m in design.scale.methods}
+
+
+def contrasted(design: Design) -> dict[str, tuple[str, str]]:
+    """The contrasts whose methods the task has."""
+    return {name: pair for name, pair in CONTRASTS.items() if {*pair} <= {*design.scale.methods}}
+
+
 def contrasts(design: Design) -> list[Contrast]:
-    """Design A's differences at equal KL: at each level and over the range; p values over the range."""
-    config, points = design.config, {m: design.matched(m) for m in METHODS}
+    """Design A's differences at equal KL: at each level and over the range; p values over the range.
+
+    `best` is over the range too, where runs that collapsed do not count (estimates.running_best); it tests nothing.
+    """
+    config, points = design.config, all_matched(design)
+    best = {m: {s: running_best(p) for s, p in of_seeds.items()} for m, of_seeds in points.items()}
     rows = []
-    for name, (ours, theirs) in CONTRASTS.items():
+    for name, (ours, theirs) in contrasted(design).items():
         at = {kl: differences(points[ours], points[theirs], kl) for kl in design.kl_levels}
-        over = mean_differences(points[ours], points[theirs], *design.kl_range, config.least)
-        rows.append({"name": name, "at": at, "over": over, "p": sign_flip_p(list(over.values()))})
+        over, kept = (mean_differences(p[ours], p[theirs], *design.kl_range, config.least) for p in (points, best))
+        rows.append({"name": name, "at": at, "over": over, "best": kept, "p": sign_flip_p(list(over.values()))})
     tested = {r["name"]: r["p"] for r in rows if not math.isnan(r["p"])}
     adjusted = holm(tested) if design.task == MAIN else {}
     return [r | {"holm": adjusted.get(r["name"])} for r in rows]
@@ -125,6 +140,20 @@ def contrast_table(design: Design, rows: Sequence[Contrast]) -> str:
     return markdown(header, lines)
 
 
+def collapse_table(design: Design, rows: Sequence[Contrast]) -> str:
+    """How much of a difference is runs that collapsed: medians, signs, and curves that never fall."""
+    seeds, lines = len(design.scale.seeds), []
+    for r in rows:
+        over = list(r["over"].values())
+        if over:
+            ahead = f"{sum(d > 0 for d in over)} of {len(over)}"
+            lines.append([r["name"], shown(over, "+"), f"{median(over):+.2f}", ahead,
+                          with_seeds(list(r["best"].values()), seeds)])  # fmt: skip
+    low, high = design.kl_range
+    header = [f"{low:g} to {high:g} nats", "mean", "median", "seeds ahead", "mean, no curve falling"]
+    return markdown(header, lines)
+
+
 SMALL = 0.5
 """A difference below which nothing is lost, a sixth of what PPO gains."""
 
@@ -140,7 +169,7 @@ def decision(values: Sequence[float], p: float) -> str:
 def method_table(design: Design) -> str:
     """Every method at every penalty: true reward and KL."""
     lines = []
-    for method in METHODS:
+    for method in design.scale.methods:
         for beta2 in design.scale.penalties(method):
             found = [design.judged(design.matched_cell(s, method, beta2)) for s in design.scale.seeds]
             there = [f for f in found if f]
@@ -220,7 +249,7 @@ def draw_matched(design: Design, path: Path) -> None:
     """True reward against KL with the oracle's lines, and the contrasts' differences; bands are 95 % t intervals."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     grid = np.linspace(0.25, 1.2 * max(design.kl_levels), 40)
-    points = {m: design.matched(m) for m in METHODS}
+    points = all_matched(design)
     for method, of_seeds in points.items():
         values = {kl: [v for p in of_seeds.values() if not math.isnan(v := at_kl(p, kl))] for kl in grid}
         band(left, values, len(of_seeds), method, STYLES[method])
@@ -231,7 +260,8 @@ def draw_matched(design: Design, path: Path) -> None:
     draw_oracle(left, oracles)
     left.set(xlabel="KL to SFT, nats a response", ylabel="true reward", xlim=(0, 1.2 * grid[-1]))
     left.legend(fontsize=7, frameon=False)
-    for (name, (ours, theirs)), colour in zip(CONTRASTS.items(), pyplot.colormaps["tab10"].colors, strict=False):
+    colours = pyplot.colormaps["tab10"].colors
+    for (name, (ours, theirs)), colour in zip(contrasted(design).items(), colours, strict=False):
         values = {kl: list(differences(points[ours], points[theirs], kl).values()) for kl in grid}
         band(right, values, len(points[ours]), name, colour)
     right.axhline(0, color="black", linewidth=0.7)
@@ -288,8 +318,8 @@ def task_record(design: Design) -> dict[str, Any]:
     rows = contrasts(design) if "A" in design.config.designs else []
     return {
         "choices": [as_json(c) | {"design": key[0]} for key, c in design.choices.items()],
-        "contrasts": [r | {"at": {str(k): by_name(v) for k, v in r["at"].items()}, "over": by_name(r["over"])}
-                      for r in rows],
+        "contrasts": [r | {"at": {str(k): by_name(v) for k, v in r["at"].items()}, "over": by_name(r["over"]),
+                           "best": by_name(r["best"])} for r in rows],
         "factors": factors(design) if "B" in design.config.designs else [],
         "ablations": [r | {"over": {n: by_name(d) for n, d in r["over"].items()},
                            "points": {m: by_name(p) for m, p in r["points"].items()}} for r in ablated(design)],
@@ -306,7 +336,10 @@ def task_section(design: Design, found: Mapping[str, Any], folder: str) -> list[
         text += [
             f"Design A, seeds {span(scale.seeds)}: differences of true rewards at equal KL, paired by seed, mean ±\n"
             "95 % t interval; the number of seeds in brackets where not all reach. p: all changes of signs, two-sided.",
-            contrast_table(design, contrasts(design)),
+            contrast_table(design, rows := contrasts(design)),
+            "Beside the protocol: how much of that is runs that collapsed. In the last column each curve is its\n"
+            "running maximum, so that such a run counts as the best one before it.",
+            collapse_table(design, rows),
             f"![True reward against KL, and differences at equal KL]({folder}/matched-{design.task}.svg)",
             f"<details><summary>Every method at every penalty, and the rates (tuned on {span(scale.tuning_seeds)})"
             "</summary>",
@@ -360,7 +393,7 @@ def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str,
     out, page = root / config.out, root / "docs" / "results" / "designs.md"
     record["tasks"] = {task: task_record(d) for task, d in designs.items()}
     for task, design in designs.items():
-        if "A" in config.designs and any(design.matched(m) for m in METHODS):
+        if "A" in config.designs and any(all_matched(design).values()):
             draw_matched(design, out / f"matched-{task}.svg")
         if record["tasks"][task]["factors"]:
             draw_budgets(design, record["tasks"][task]["factors"], out / f"budgets-{task}.svg")

@@ -30,6 +30,8 @@ DESIGNS = ("A", "B", "C", "D")
 MAIN = "medium"
 TASKS = (MAIN, *other_tasks.TASKS, *stories.TASKS)
 METHODS = ("PPO", "RTO", "DDPO", "RS-PPO", TWO_RMS)
+FEW_METHODS = ("PPO", "RTO", "DDPO")
+"""Of the tasks whose runs take longest: `long` and the stories."""
 BUDGETED = ("PPO", "RTO")
 KL_SCALE = {"long": 5.0, **dict.fromkeys(stories.TASKS, 3.0)}
 """By how much longer a task's responses are than medium's; its KL levels, range and bound are multiplied by it."""
@@ -134,11 +136,11 @@ class DesignConfig(CellsConfig):
         """How much of the designs a task gets."""
         if task == MAIN:
             return Scale(self.seeds, self.budget_seeds, self.tuning_seeds, self.budget_tuning_seeds, self.beta2,
-                         self.few_beta2, self.budgets, self.learning_rates, 1.0)  # fmt: skip
+                         self.few_beta2, self.budgets, self.learning_rates, METHODS, 1.0)  # fmt: skip
         seeds, tuning = self.seeds[: self.small_seeds], self.tuning_seeds[: self.small_tuning_seeds]
         rates = self.story_learning_rates if task in stories.TASKS else self.learning_rates
         return Scale(seeds, seeds, tuning, tuning, self.few_beta2, self.few_beta2, self.small_budgets, rates,
-                     KL_SCALE.get(task, 1.0))  # fmt: skip
+                     FEW_METHODS if task in KL_SCALE else METHODS, KL_SCALE.get(task, 1.0))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class Scale:
     """Of the others."""
     budgets: tuple[int, ...]
     rates: tuple[float, ...]
+    methods: tuple[str, ...]
+    """Of design A."""
     kl: float
     """What the config's KLs are multiplied by."""
 
@@ -221,9 +225,9 @@ class Design:
     def run(self) -> None:
         """Everything of this task that is not there yet."""
         if "A" in self.config.designs:
-            self.choose("A", METHODS, (self.config.iterations,), self.scale.tuning_seeds)
+            self.choose("A", self.scale.methods, (self.config.iterations,), self.scale.tuning_seeds)
             self.grid.run(f"A on {self.task}", [
-                self.matched_cell(s, m, beta2) for s in self.scale.seeds for m in METHODS
+                self.matched_cell(s, m, beta2) for s in self.scale.seeds for m in self.scale.methods
                 for beta2 in self.scale.penalties(m)
             ])  # fmt: skip
             self.grid.run(f"oracle on {self.task}", [self.oracle(s) for s in self.scale.seeds])

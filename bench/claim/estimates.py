@@ -69,6 +69,13 @@ def at_kl(points: Points, kl: float) -> float:
     return float(np.interp(wanted, [x for x, _ in order], [y for _, y in order]))
 
 
+def running_best(points: Points) -> list[tuple[float, float]]:
+    """Each model's reward replaced by the best of those that are no further: a run that collapsed counts as what came
+    before it."""
+    order = sorted(points)
+    return list(zip((x for x, _ in order), itertools.accumulate((y for _, y in order), max), strict=True))
+
+
 def differences(ours: Mapping[int, Points], theirs: Mapping[int, Points], kl: float) -> dict[int, float]:
     """Seed -> difference of the true rewards at a KL, where both methods reach it."""
     found = {s: at_kl(ours[s], kl) - at_kl(theirs[s], kl) for s in ours if s in theirs}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pytest
 from launches import Launch
 from loop_helpers import ROOT
@@ -162,6 +163,11 @@ def test_tasks_in_small():
     assert 3e-4 in design.choices["A", "PPO", 32].tried, "the stories' own rates"
     assert design.kl_levels == (12.0, 18.0, 24.0, 30.0), "their responses are three times as long"
     assert design.choices["A", "RTO", 32].rate == 2e-3, "24 nats are within their bound"
+    assert {c.method for c in grid.trained if c.lr} == {"PPO", "RTO", "DDPO"}
+    rows = design_report.contrasts(design)
+    assert [r["name"] for r in rows] == ["RTO − PPO", "credit: RTO − DDPO"]
+    assert "RS-PPO" not in design_report.method_table(design)
+    assert design_of(FakeGrid(), "whole").scale.methods == METHODS
 
 
 # Comparisons
@@ -181,6 +187,29 @@ def test_contrasts_at_equal_kl_are_the_gains_that_were_put_in():
         assert rows[name]["holm"] == 1.0, "four times .25"
     table = design_report.contrast_table(design, list(rows.values()))
     assert "| RTO − PPO | +1.00 ± 0.00 | +1.50 ± 0.00 | +1.00 ± 0.00 | 0.250 | 1.000 | unresolved |" in table
+
+
+def test_a_collapsed_run_does_not_count_where_no_curve_falls():
+    """PPO's furthest run on one seed collapses to its SFT model's reward: the mean difference grows, the median and the
+    curves that never fall keep near what they were."""
+    settings = {"designs": ("A",), "seeds": (200, 201, 202), "kl_range": (3.0, 5.0)}
+    design = design_of(FakeGrid(), **settings)
+    design.run()
+    whole = design_report.contrasts(design)[0]
+    design = design_of(grid := FakeGrid(), **settings)
+    design.run()
+    near = max(kl for kl, _ in design.matched("PPO")[201] if kl < 5)
+    for beta2 in design.scale.penalties("PPO"):
+        cell = design.matched_cell(201, "PPO", beta2)
+        if grid.found[cell]["judgement"]["kl"] > near:
+            grid.found[cell]["judgement"]["true_reward"] = 0.0
+    fallen = design_report.contrasts(design)[0]
+    assert whole["best"] == pytest.approx(whole["over"]), "no curve falls"
+    assert fallen["over"][201] > whole["over"][201] + 0.1
+    assert fallen["best"][201] < fallen["over"][201] - 0.1
+    assert {s: fallen["best"][s] for s in (200, 202)} == {s: whole["over"][s] for s in (200, 202)}
+    assert "| RTO − PPO |" in design_report.collapse_table(design, [fallen])
+    assert f"{np.median(list(fallen['over'].values())):+.2f} | 3 of 3" in design_report.collapse_table(design, [fallen])
 
 
 def test_a_seed_without_a_model_is_left_out_and_counted():
