@@ -153,10 +153,10 @@ def audit_stories(config: TokenRewardConfig, root: Path) -> Figures:
     openings = list(dict.fromkeys(r["prompt"] for r in reversed(rows)))[: config.story_openings]
     prompts = write(root / "prompts.jsonl", [{"prompt": p} for p in openings])
     learns = ON_CPU | {"model": model, "data": pairs, "data_split": "train", "eval_split": "", "eval_fraction": 0.1,
-                       "batch": 32, "max_length": 256, "lr": 5e-4, "invalid_rows": "skip_empty"}  # fmt: skip
-    for name, kind, learn in (("dpo", DPOConfig, train_dpo), ("rm", RMConfig, train_rm)):
+                       "batch": 32, "max_length": 256, "invalid_rows": "skip_empty"}  # fmt: skip
+    for name, kind, learn, lr in (("dpo", DPOConfig, train_dpo, 5e-4), ("rm", RMConfig, train_rm, 2e-3)):
         if not (root / name / "model").exists():
-            learn(kind(output_dir=str(root / name), resume="auto", **learns))
+            learn(kind(output_dir=str(root / name), lr=lr, resume="auto", **learns))
     return {"stories260k": kept(root / "stories260k.json", lambda: audited(
         root / "stories260k", model, prompts, config.story_tokens, config.each, dpo_model=str(root / "dpo" / "model"),
         reference=model, reward_model=str(root / "rm" / "model"), dpo_clip=0.05, beta1=0.05,
