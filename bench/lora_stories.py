@@ -20,7 +20,7 @@ from rto_fast.logs.files import METRICS, read_metrics, write_atomic
 
 SHARED = Path(__file__).parents[2] / "shared"
 MODEL, PAIRS = SHARED / "models" / "stories1m", SHARED / "data" / "story_preferences.jsonl"
-RATES = {"sft": {"lr": 2e-3}, "rm": {"lr": 1e-3}, "dpo": {"lr": 2e-3}, "rto": {"policy_lr": 1e-3, "critic_lr": 1e-2}}
+RATES = {"sft": {"lr": 2e-3}, "rm": {"lr": 1e-3}, "dpo": {"lr": 2e-3}, "rto": {"policy_lr": 3e-4, "critic_lr": 1e-2}}
 """Of adapters; whole weights get a tenth."""
 SUPERVISED = {
     "data": PAIRS, "dtype": "fp32", "batch": 32, "max_length": 256, "eval_split": "", "gradient_checkpointing": False,

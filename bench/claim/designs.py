@@ -39,6 +39,8 @@ CENTRE = 0.05
 """beta2 of tuning and of design B."""
 HELD = 0.1
 """beta2 of design B's second RTO: between it and CENTRE lies PPO's KL."""
+HALVINGS = 2
+"""How often, on a task in small, a method that stays too near gets half its weakest penalty."""
 ROLLOUT = 64
 """Responses a rollout."""
 
@@ -191,6 +193,8 @@ class Design:
         self.config, self.grid, self.task, self.scale = config, grid, task, config.scale(task)
         self.choices: dict[tuple[str, str, int], Choice] = {}
         """(design, method, rollouts) -> its rate."""
+        self.weaker: dict[str, tuple[float, ...]] = {}
+        """Method -> penalties below the scale's, weakest first, where it stays too near."""
 
     def cell(self, seed: int, method: str, rate: float, beta2: float, iterations: int) -> Cell:
         """A's and B's cells are the same where their settings are."""
@@ -226,10 +230,7 @@ class Design:
         """Everything of this task that is not there yet."""
         if "A" in self.config.designs:
             self.choose("A", self.scale.methods, (self.config.iterations,), self.scale.tuning_seeds)
-            self.grid.run(f"A on {self.task}", [
-                self.matched_cell(s, m, beta2) for s in self.scale.seeds for m in self.scale.methods
-                for beta2 in self.scale.penalties(m)
-            ])  # fmt: skip
+            self.run_matched()
             self.grid.run(f"oracle on {self.task}", [self.oracle(s) for s in self.scale.seeds])
         if "B" in self.config.designs:
             self.choose("B", BUDGETED, self.rollouts(), self.scale.budget_tuning_seeds)
@@ -243,6 +244,32 @@ class Design:
             if "A" not in self.config.designs:
                 self.choose("A", ablations.METHODS, (self.config.iterations,), self.scale.tuning_seeds)
             self.run_variants()
+
+    def run_matched(self) -> None:
+        """Design A's runs; in small, half the weakest penalty and half of that where a method stays too near."""
+        for step in range(HALVINGS + 1):
+            self.grid.run(f"A on {self.task}", [
+                self.matched_cell(s, m, beta2) for s in self.scale.seeds for m in self.scale.methods
+                for beta2 in self.penalties(m)
+            ])  # fmt: skip
+            near = [m for m in self.scale.methods if self.stays_near(m)] if self.task != MAIN else []
+            if not near or step == HALVINGS:
+                return
+            for method in near:
+                self.weaker[method] = (min(self.penalties(method)) / 2, *self.weaker.get(method, ()))
+
+    def stays_near(self, method: str) -> bool:
+        """Whether fewer than three of four seeds reach so far into the range of KLs that they count."""
+        low, high = self.kl_range
+        cells = {s: [self.matched_cell(s, method, b) for b in self.penalties(method)] for s in self.scale.seeds}
+        if any(c not in self.grid.found for of_seed in cells.values() for c in of_seed):
+            return False  # not all is there to say so
+        furthest = [max((p[0] for c in of_seed if (p := self.judged(c))), default=0.0) for of_seed in cells.values()]
+        return sum(kl >= low + self.config.least * (high - low) for kl in furthest) < 0.75 * len(furthest)
+
+    def penalties(self, method: str) -> tuple[float, ...]:
+        """Design A's beta2 of a method, weakest first."""
+        return self.weaker.get(method, ()) + self.scale.penalties(method)
 
     def run_variants(self) -> None:
         """Designs C and D, at design A's rates."""
@@ -312,7 +339,7 @@ class Design:
     def matched(self, method: str) -> dict[int, Points]:
         """Design A: seed -> (KL, true reward) of the SFT model and of the method at each penalty."""
         return self._points(self.scale.seeds, lambda seed: [
-            self.matched_cell(seed, method, b) for b in self.scale.penalties(method)
+            self.matched_cell(seed, method, b) for b in self.penalties(method)
         ])  # fmt: skip
 
     def ablated(self, ablation: Ablation, method: str) -> dict[int, Points]:

@@ -170,6 +170,32 @@ def test_tasks_in_small():
     assert design_of(FakeGrid(), "whole").scale.methods == METHODS
 
 
+def test_in_small_a_method_that_stays_near_gets_weaker_penalties_and_the_main_task_has_its_own():
+    """KL is .3 / beta2 times the rate: PPO at .0005 ends at 6 nats on .025, RTO at 12."""
+    design = design_of(grid := FakeGrid(), "whole", designs=("A",), learning_rates=(5e-4,))
+    design.run()
+    assert design.penalties("RTO") == (0.025, 0.05, 0.1)
+    assert design.penalties("PPO") == (0.0125, 0.025, 0.05, 0.1)
+    assert {dict(c.change)["beta2"] for c in grid.trained if (c.seed, c.method) == (200, "PPO")} == {
+        *design.penalties("PPO")
+    }
+    assert all(len(r["over"]) == 4 for r in design_report.contrasts(design))
+    assert "| PPO | 0.0125 |" in design_report.method_table(design)
+
+    nearer = design_of(FakeGrid(), "whole", designs=("A",), learning_rates=(1e-5,))
+    nearer.run()
+    assert nearer.penalties("PPO") == (0.00625, 0.0125, 0.025, 0.05, 0.1), "twice and no more"
+    main = design_of(FakeGrid(), designs=("A",), learning_rates=(1e-5,))
+    main.run()
+    assert main.penalties("PPO") == main.scale.penalties("PPO")
+
+
+def test_the_factor_is_decided_on_the_main_task_alone():
+    rows = [{"held": False, "share": 0.95, "factor": 2.0, "low": 1.0, "high": 3.0, "seeds": 4}]
+    assert "refuted" in design_report.factor_table(rows, True)
+    assert "refuted" not in design_report.factor_table(rows, False)
+
+
 # Comparisons
 
 
@@ -242,7 +268,7 @@ def test_factors_with_and_without_ppos_kl():
             if n != 2048:  # the fake's full run has no saturation
                 speed = (1 - math.exp(-n / 64 / 16)) / (1 - math.exp(-n / 64 / 32))
                 assert b == pytest.approx(1.5 * a * speed, rel=1e-6), "at PPO's own KL"
-    assert "refuted" in design_report.factor_table(list(rows.values()))
+    assert "refuted" in design_report.factor_table(list(rows.values()), True)
 
 
 def test_design_c_changes_one_part_of_design_as_cells():
