@@ -26,7 +26,7 @@ from bench.claim.estimates import (
     running_best,
     sign_flip_p,
 )
-from bench.claim.report import COLOURS, compact, draw_oracle, markdown, save, shown
+from bench.claim.report import COLOURS, compact, draw_oracle, markdown, put_between, save, shown
 from rto_fast.logs.files import finite_or_none, write_atomic
 
 matplotlib.use("svg")
@@ -407,8 +407,9 @@ def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str,
     write_atomic(out / "tables.md", tables)
     if config.page:
         text = section(designs, record, Path(os.path.relpath(out, page.parent)).as_posix())
-        head, rest = (page.read_text() if page.exists() else HEAD).split(MARKS[0])
-        write_atomic(page, f"{head}{MARKS[0]}\n{text}{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        if not page.exists():
+            write_atomic(page, HEAD)
+        put_between(page, MARKS, f"\n{text}")
     return tables
 
 

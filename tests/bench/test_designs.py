@@ -355,6 +355,8 @@ def test_the_page_keeps_what_stands_around_its_section(tmp_path):
         ({"tuning_seeds": (200,)}, r"tuning_seeds: \[200\] are reported too"),
         ({"budget_tuning_seeds": (205,)}, r"tuning_seeds: \[205\] are reported too"),
         ({"budgets": (100,)}, r"budgets: \[100\] are no multiples"),
+        ({"eval_prompts": 0}, "eval_prompts: must be positive, got 0"),
+        ({"oracle_samples": (0, 8)}, "oracle_samples: must be positive"),
         ({"value_samples": 0}, "value_samples: must be at least 1"),
         ({"ablation_seeds": (100,)}, r"tuning_seeds: \[100\] are reported too"),
         ({"few_beta2": (0.1,)}, "few_beta2: 0.05, where rates are tuned"),
