@@ -1,4 +1,4 @@
-"""Designs A and B: rules that choose rates, what is compared with what, tables, and tiny designs end to end."""
+"""Designs A to D: rules that choose rates, what is compared with what, tables, and tiny designs end to end."""
 
 from __future__ import annotations
 
@@ -330,6 +330,12 @@ def test_verdicts():
 ])  # fmt: skip
 def test_decisions(values, p, says):
     assert design_report.decision(values, p) == says
+
+
+def test_a_small_p_is_not_shown_as_none():
+    assert [design_report.p_value(p) for p in (2 / 4096, 0.001, 0.25, 1.0, math.nan)] == [
+        "< 0.001", "0.001", "0.250", "1.000", "",
+    ]  # fmt: skip
 
 
 def test_the_page_keeps_what_stands_around_its_section(tmp_path):
