@@ -19,7 +19,7 @@ def test_each_stage_takes_the_last_ones_folder(tmp_path, rank):
     for config in parsed.values():
         config.validate()
         assert config.lora_rank == rank
-    rto, rate = parsed["rto"], {0: 1e-4, 16: 1e-3}[rank]
+    rto, rate = parsed["rto"], lora_stories.RATES["rto"]["policy_lr"] / (1 if rank else 10)
     assert (rto.lora_policy_lr if rank else rto.policy_lr) == pytest.approx(rate)
     assert parsed["dpo"].model == rto.policy == str(tmp_path / "sft/model")
     assert rto.dpo_model == (f"{parsed['dpo'].output_dir}/model",)
