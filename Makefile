@@ -20,8 +20,12 @@ $(VENV)/installed: setup.py
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -e ".[train]"
 	touch $@
 
+# Sources of trainers that the integrations are tested against, in a folder of their own: what they want is not needed.
+PEERS := openrlhf==0.11.2 verl==0.9.1
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[train,dev]"
+	@$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/peers $(PEERS) || \
+	  echo "SKIPPED: the integrations' tests against $(PEERS), which could not be installed (why: see above)."
 	touch $@
 
 # vLLM on a CPU has a folder of its own: it brings builds of torchvision, torchaudio and torchcodec that break
@@ -75,6 +79,7 @@ try-vllm:
 
 test-vllm: $(VLLM_VENV)/installed
 	PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm_engines/test_colocated.py \
+	  tests/vllm_engines/test_colocated_runs.py \
 	  tests/vllm_engines/test_vllm_adapters.py -n auto --maxprocesses 4
 
 # Servers in processes of their own: each start takes half a minute or more on a CPU, so that these tests stand apart.
@@ -94,7 +99,7 @@ fuzz: $(VENV)/installed-dev
 	@echo "seed $(SEED)"
 	RTO_FUZZ=full $(BIN)/pytest tests/fuzz -s --timeout 7200 -n auto --maxprocesses 4 --dist loadfile --hypothesis-seed=$(SEED)
 
-# Designs A and B of docs/results/protocol.md, two cells at a time on two cores; started again, it goes on where it stopped.
+# Designs A to D of docs/results/protocol.md, two cells at a time on two cores; started again, it goes on where it stopped.
 claim: export OMP_NUM_THREADS := 1
 claim: $(VENV)/installed-dev
 	$(BIN)/python -m bench.claim $(ARGS)

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a cell is too sma
 
 from bench.claim.cells import ONLINE, Cell
 from bench.claim.grid import ROOT, CellsConfig, by_flags, opened
-from bench.claim.report import compact, markdown
+from bench.claim.report import compact, markdown, put_between
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import require
 from rto_fast.logs.files import write_atomic
@@ -60,8 +60,8 @@ class OnlineConfig(CellsConfig):
     def validate(self) -> None:
         require(bool(self.seeds), "seeds: at least one is needed")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds: one of {self.seeds} comes twice")
-        for name in ("online_lr", "iterations", "corpus_rows", "pairs", "eval_prompts"):
-            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+        require(self.online_lr > 0, f"online_lr: must be positive, got {self.online_lr}")
+        super().validate()
 
     def cells(self) -> dict[tuple[int, str], Cell]:
         """(seed, model) -> its cell."""
@@ -145,13 +145,6 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.2f}" + more
 
 
-def section(page: str, text: str) -> str:
-    """The page with `text` between MARKS."""
-    start, end = MARKS
-    head, rest = page.split(start)
-    return f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}"
-
-
 def write(config: OnlineConfig, record: Found, table: Table) -> str:
     """Writes the record and, where it is asked for, the page; returns the tables."""
     text = f"`{record['command']}`:\n\n{table.by_model()}\n\nTrue reward, seed by seed:\n\n{table.by_seed()}"
@@ -159,8 +152,7 @@ def write(config: OnlineConfig, record: Found, table: Table) -> str:
         text += f"\n\n{len(record['missing'])} cells had not run."
     write_atomic(ROOT / config.out, compact(record))
     if config.page:
-        page = ROOT / "docs" / "results" / "demo.md"
-        write_atomic(page, section(page.read_text(), text))
+        put_between(ROOT / "docs" / "results" / "demo.md", MARKS, f"\n{text}\n")
     return text
 
 

@@ -1,11 +1,11 @@
 """SFT, reward model, DPO and RTO with adapters, on the 0.8M-parameter story model and real pairs; one table.
 
-python -m bench.lora_stories --runs runs/lora_stories                  # adapters of rank 16, transformers engine
-python -m bench.lora_stories --runs runs/lora_stories --rank 0         # whole weights at a tenth of the rates
-python -m bench.lora_stories --runs runs/lora_stories --engine vllm
+python -m bench.lora_stories                                           # adapters of rank 16, transformers engine
+python -m bench.lora_stories --runs runs/whole_stories --rank 0        # whole weights at a tenth of the rates
+python -m bench.lora_stories --runs runs/lora_stories_vllm --engine vllm
 
-A stage whose folder is whole is not run again, one that was stopped goes on; the table is written at the end. Needs the
-model and the pairs beside the checkout (../shared).
+A stage whose folder is whole is not run again, one that was stopped goes on; the table is written at the end. A folder
+of other settings is refused. Needs the model and the pairs beside the checkout (../shared).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.claim.grid import of_one_size
+from rto_fast.errors import ConfigError, shown
 from rto_fast.logs.files import METRICS, read_metrics, write_atomic
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -86,11 +88,13 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/lora_stories"))
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--engine", default="transformers")
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--iterations", type=int, default=20)
     asked = parser.parse_args(args)
     if not MODEL.is_dir() or not PAIRS.is_file():
-        sys.exit(f"error: no {MODEL} and {PAIRS}")
+        raise ConfigError(f"no {MODEL} and {PAIRS}")
+    sizes = {"rank": asked.rank, "engine": asked.engine, "iterations": asked.iterations}
+    of_one_size(asked.runs, "stages", sizes)
     for name, settings in stages(asked.runs, asked.rank, asked.engine, asked.iterations).items():
         run(name, settings)
     write_atomic(asked.runs / "table.md", table(asked.runs))
@@ -98,4 +102,8 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {shown(error)}", file=sys.stderr)
+        sys.exit(2)

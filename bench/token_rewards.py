@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are to
 
 import torch
 
-from bench.claim.grid import ROOT, by_flags, commit
+from bench.claim.grid import ROOT, by_flags, commit, of_one_size
 from bench.claim.report import markdown
 from bench.claim.stories import PAIRS, SHARED
 from rto_fast import distributed, trainer
@@ -39,7 +40,13 @@ from rto_fast.supervised.dpo import train_dpo
 from rto_fast.supervised.reward_model import train_rm
 from rto_fast.supervised.sft import train_sft
 
-PARTS = ("audit-demo", "audit-stories", "distill")
+SIZES = {
+    "audit-demo": ("demo_iterations", "demo_prompts", "each"),
+    "audit-stories": ("story_pairs", "story_openings", "story_tokens", "each"),
+    "distill": ("teacher_rows", "held_out", "iterations", "rollout", "tokens"),
+}
+"""Part -> the settings that its figures are of."""
+PARTS = tuple(SIZES)
 ON_CPU: dict[str, Any] = {"dtype": "fp32", "data_workers": 1, "data_cache": False, "gradient_checkpointing": False,
                           "save_minutes": 0.0}  # fmt: skip
 DRAWN: dict[str, Any] = {"rollout_engine": "transformers", "rollout_tokens": 16384}
@@ -97,15 +104,32 @@ class TokenRewardConfig:
     """Learning rates of SFT on the teacher's samples."""
 
     def validate(self) -> None:
+        require(bool(self.parts), "parts: at least one is needed")
         wrong = [p for p in self.parts if p not in PARTS]
         require(not wrong, f"parts: unknown {', '.join(wrong)}; choose from {', '.join(PARTS)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(not isinstance(value, int) or value > 0, f"{field.name}: must be positive, got {value}")
+        for words in self.own:
+            require(
+                rate_and_gamma(words) is not None,
+                f"own: {words!r} is neither a learning rate nor learning rate:gamma, such as 3e-4:1",
+            )
+        for lr in self.sft:
+            require(lr > 0, f"sft: learning rates must be positive, got {lr:g}")
         needs = {*self.parts} - {"audit-demo"}
         require(
             not needs or PAIRS.is_file(), f"parts: {', '.join(sorted(needs))} need {PAIRS}; pass --parts audit-demo"
         )
+
+
+def rate_and_gamma(words: str) -> tuple[float, float] | None:
+    """Of one of `own`; None where it is none. Gamma is 0 where it is not given."""
+    try:
+        lr, gamma = map(float, words.split(":") if ":" in words else (words, 0))
+    except ValueError:
+        return None
+    return (lr, gamma) if 0 < lr < math.inf and 0 <= gamma <= 1 else None
 
 
 def kept(path: Path, make: Callable[[], Figures]) -> Figures:
@@ -171,6 +195,9 @@ class Distillation:
         rows = read_rows(PAIRS)
         prompts = [{"prompt": p} for p in dict.fromkeys(r["prompt"] for r in rows)]
         wanted = config.iterations * config.rollout
+        require(
+            config.held_out < len(prompts), f"held_out: {config.held_out} leaves none of the {len(prompts)} openings"
+        )
         seen = prompts[: -config.held_out]
         self.held = write(root / "held.jsonl", prompts[-config.held_out :])
         self.seen = write(root / "seen.jsonl", [seen[i % len(seen)] for i in range(wanted)])
@@ -204,11 +231,11 @@ class Distillation:
 
     def on_own(self, words: str) -> Figures:
         """Learning rate, or learning rate:gamma, of a run on the student's own responses."""
-        lr, _, gamma = words.partition(":")
+        lr, gamma = rate_and_gamma(words) or (0.0, 0.0)
         name = f"own-{words.replace(':', '-')}"
         config = self.settings(
             name, self.student, self.seen, iterations=self.config.iterations, rollout_batch=self.config.rollout,
-            train_batch=min(16, self.config.rollout), policy_lr=float(lr), gamma=float(gamma or 0),
+            train_batch=min(16, self.config.rollout), policy_lr=lr, gamma=gamma,
         )  # fmt: skip
         try:
             trainer.train(config)
@@ -277,8 +304,9 @@ def main(config: TokenRewardConfig) -> None:
     torch.set_num_threads(1)
     found, runs = {}, ROOT / config.runs
     for part in config.parts:
+        of_one_size(runs / part, "figures", {name: getattr(config, name) for name in SIZES[part]})
+    for part in config.parts:
         root = runs / part
-        root.mkdir(parents=True, exist_ok=True)
         if part == "distill":
             found[part] = Distillation(config, root).run()
         else:

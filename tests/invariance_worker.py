@@ -1,7 +1,7 @@
 """Losses and gradients of every objective on this number of ranks, for several ZeRO stages and micro-batch sizes.
 
-python invariance_worker.py MODELS URL OUT    # MODELS: a JSON dict of paths; URL: a server of token rewards;
-                                              # OUT: a file that rank 0 writes
+python invariance_worker.py MODELS TAGGER URL OUT    # MODELS: a JSON dict of paths; TAGGER: a token classifier; URL: a
+                                                     # server of token rewards; OUT: a file that rank 0 writes
 """
 
 from __future__ import annotations
@@ -192,11 +192,14 @@ EMPTY = (2, 3, 22)
 """Responses without a token, of those that are given token rewards."""
 
 
-def token_rewards(paths: dict[str, str], url: str, stage: int, responses: int, folder: Path) -> tuple:
+def token_rewards(
+    paths: dict[str, str], tagger: str, url: str, stage: int, responses: int, folder: Path
+) -> tuple:  # fmt: skip
     """(a rollout, what every kind of source says of it, what is paid); also where a rank has no response of its own."""
     sources = (
         f"logratio:{paths['dpo_ref']}:{paths['dpo']}", "endogenous", f"scalar:{paths['reward']}",
-        f"scalar-diff:{paths['reward']}", "fn:invariance_worker:places", f"url:{url}",
+        f"scalar-diff:{paths['reward']}", "fn:invariance_worker:places", f"url:{url}", f"logratio:{paths['dpo_ref']}",
+        f"endogenous:{paths['dpo']}", f"scalar:{tagger}",
     )  # fmt: skip
     config = RTOConfig(**small_run(
         TinyModels(**paths), folder, zero_stage=stage, score_tokens=64, max_response_length=100,
@@ -211,7 +214,7 @@ def token_rewards(paths: dict[str, str], url: str, stage: int, responses: int, f
 
 
 def main() -> None:
-    paths, url, target = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    paths, tagger, url, target = json.loads(sys.argv[1]), *sys.argv[2:4], Path(sys.argv[4])
     distributed.init()
     torch.set_num_threads(1)
     found = {}
@@ -232,7 +235,7 @@ def main() -> None:
         for responses in (1, SEQUENCES):
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(distributed.broadcast_object(folder))
-                made = token_rewards(paths, url, stage, responses, root / "tokens")
+                made = token_rewards(paths, tagger, url, stage, responses, root / "tokens")
                 found["token rewards", stage, responses] = made
                 distributed.barrier()
     if distributed.rank() == 0:

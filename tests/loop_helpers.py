@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,20 @@ def save_moved(source: Path, folder: Path, *, seed: int, by: float) -> None:
     model.save_pretrained(folder)
 
 
+def save_tagger(folder: Path, source: str, *, bias: float) -> str:
+    """A reward model as a token-classification model of one output, whose head has a bias; the folder's path."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlamaForTokenClassification"], "mean": 0.0, "std": 1.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"score.bias": torch.tensor([bias])}, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
 def save_reward_model(folder: Path, source: Path, *, seed: int, mean: float, std: float) -> None:
     """A classifier on the backbone of `source`, with a random head and statistics to normalise by."""
     import torch
@@ -128,6 +143,14 @@ def small_run(tiny: TinyModels, output_dir: Path | str, **settings) -> dict[str,
         "max_prompt_length": 16, "max_response_length": 12, "gradient_checkpointing": False, "data_cache": False,
         "data_workers": 1, "report_samples": 2,
     } | settings  # fmt: skip
+
+
+def run_with(tiny: TinyModels, folder: Path, **settings):
+    """The run of a `small_run` on rows {prompt}, built and not begun."""
+    from rto_fast import build
+    from rto_fast.config import RTOConfig
+
+    return build.build(RTOConfig(**small_run(tiny, folder, prompt_key="prompt", **settings)))
 
 
 # Looking into engines

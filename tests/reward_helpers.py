@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 
+from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.data.columns import DataColumns
 from rto_fast.data.sources import Table
 
@@ -19,6 +20,18 @@ def columns_of(*rows: dict) -> DataColumns:
     """The columns of made-up rows; of none by default."""
     names = list(rows[0]) if rows else []
     return DataColumns(lambda: Table("data", "made up", datasets.Dataset.from_list(list(rows)), names, False, False))
+
+
+WORDS = ["a", "bb", "", "dddd", "eeeee", "ff", "g"]
+
+
+def case(responses: list[str] = WORDS) -> tuple[Rollout, ResponseTexts]:
+    """A rollout of such texts, and the texts."""
+    requests = [Request((1, 2), i, i, 0, i) for i in range(len(responses))]
+    ids = [[3] * len(r) for r in responses]
+    rollout = Rollout.from_lists(requests, ids, [[0.0] * len(r) for r in ids], [False] * len(ids), 0)
+    prompts = [f"p{i}:" for i in range(len(responses))]
+    return rollout, ResponseTexts(prompts, responses, [[{"role": "user", "content": p}] for p in prompts])
 
 
 class Server:

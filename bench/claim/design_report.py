@@ -26,7 +26,7 @@ from bench.claim.estimates import (
     running_best,
     sign_flip_p,
 )
-from bench.claim.report import COLOURS, compact, draw_oracle, markdown, save, shown
+from bench.claim.report import COLOURS, compact, draw_oracle, markdown, put_between, save, shown
 from rto_fast.logs.files import finite_or_none, write_atomic
 
 matplotlib.use("svg")
@@ -132,10 +132,10 @@ def contrast_table(design: Design, rows: Sequence[Contrast]) -> str:
     lines = []
     for r in rows:
         line = [r["name"], *(with_seeds(list(d.values()), seeds) for d in r["at"].values())]
-        line += [with_seeds(list(r["over"].values()), seeds), "" if math.isnan(r["p"]) else f"{r['p']:.3f}"]
+        line += [with_seeds(list(r["over"].values()), seeds), p_value(r["p"])]
         if tested:
             p = r["holm"]
-            line += ["", ""] if p is None else [f"{p:.3f}", decision(list(r["over"].values()), p)]
+            line += ["", ""] if p is None else [p_value(p), decision(list(r["over"].values()), p)]
         lines.append(line)
     return markdown(header, lines)
 
@@ -152,6 +152,11 @@ def collapse_table(design: Design, rows: Sequence[Contrast]) -> str:
     low, high = design.kl_range
     header = [f"{low:g} to {high:g} nats", "mean", "median", "seeds ahead", "mean, no curve falling"]
     return markdown(header, lines)
+
+
+def p_value(p: float) -> str:
+    """Three digits; no p of a test is 0."""
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 SMALL = 0.5
@@ -407,8 +412,9 @@ def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str,
     write_atomic(out / "tables.md", tables)
     if config.page:
         text = section(designs, record, Path(os.path.relpath(out, page.parent)).as_posix())
-        head, rest = (page.read_text() if page.exists() else HEAD).split(MARKS[0])
-        write_atomic(page, f"{head}{MARKS[0]}\n{text}{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        if not page.exists():
+            write_atomic(page, HEAD)
+        put_between(page, MARKS, f"\n{text}")
     return tables
 
 

@@ -110,6 +110,7 @@ class DesignConfig(CellsConfig):
     """Write docs/results/designs.md."""
 
     def validate(self) -> None:
+        super().validate()
         for name, known in (("designs", DESIGNS), ("tasks", TASKS)):
             wrong = [v for v in getattr(self, name) if v not in known]
             require(not wrong, f"{name}: unknown {', '.join(wrong)}; choose from {', '.join(known)}")
@@ -120,6 +121,7 @@ class DesignConfig(CellsConfig):
             require(bool(values) and min(values) > 0, f"{name}: positive numbers are needed, got {values}")
         for name in ("beta2", "few_beta2"):
             require(CENTRE in getattr(self, name), f"{name}: {CENTRE:g}, where rates are tuned, must be among them")
+        require(min(self.oracle_samples) > 0, f"oracle_samples: must be positive, got {self.oracle_samples}")
         require(self.value_samples >= 1, f"value_samples: must be at least 1, got {self.value_samples}")
         for name in ("seeds", "budget_seeds", "ablation_seeds", "tuning_seeds", "budget_tuning_seeds"):
             require(bool(getattr(self, name)), f"{name}: at least one is needed")

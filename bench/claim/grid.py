@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.claim import other_tasks, report, stories
 from bench.claim.cells import METHODS, TWO_RMS, Cell, DemoWorld, TinyWorld, World, oracle_cell, run_cell, start_worker
 from rto_fast.demo.config import DemoConfig
-from rto_fast.demo.tiny_task import HELD_OUT
+from rto_fast.demo.tiny_task import DIFFICULTIES, HELD_OUT
 from rto_fast.errors import ConfigError, require, shown
 from rto_fast.logs.files import write_atomic
 
@@ -60,6 +60,12 @@ class CellsConfig:
     """Folder of the cells' results; a finished cell is never run again."""
     report_only: bool = False
     """Train nothing; report the cells that are there."""
+
+    def validate(self) -> None:
+        """Raises ConfigError on settings that cannot work."""
+        for name in ("iterations", "corpus_rows", "pairs", "eval_prompts"):
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+        require(self.workers >= 0, f"workers: must not be negative, got {self.workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,7 @@ class ClaimConfig(CellsConfig):
     """A grid of minutes: every setting that is not given shrinks, and the results go below `runs`."""
 
     def validate(self) -> None:
+        super().validate()
         for name, known in (("parts", PARTS), ("methods", METHODS)):
             wrong = [v for v in getattr(self, name) if v not in known]
             require(not wrong, f"{name}: unknown {', '.join(wrong)}; choose from {', '.join(known)}")
@@ -105,6 +112,8 @@ class ClaimConfig(CellsConfig):
         require({"SFT", "PPO", "RTO"} <= set(self.methods), "methods: SFT, PPO and RTO must be among them")
         shared = set(self.tuning_seeds) & {*self.seeds, *self.ablation_seeds}
         require(not shared, f"tuning_seeds: {sorted(shared)} are reported too; the report would be of tuned seeds")
+        require(min(self.oracle_samples) > 0, f"oracle_samples: must be positive, got {self.oracle_samples}")
+        require(all(n > 0 for n in self.fractions), f"fractions: must be positive, got {self.fractions}")
         for n in self.fractions:
             require(self.iterations % n == 0, f"fractions: 1/{n} of {self.iterations} iterations is no whole number")
 
@@ -121,6 +130,13 @@ def quickened(config: ClaimConfig) -> ClaimConfig:
     """Every field that still has its default gets QUICK's."""
     default = ClaimConfig()
     return dataclasses.replace(config, **{k: v for k, v in QUICK.items() if getattr(config, k) == getattr(default, k)})
+
+
+def unknown(task: str) -> bool:
+    """Whether `make_world` has no such task."""
+    name, _, pairs = task.partition("-")
+    many = not pairs or (pairs.isdecimal() and int(pairs) > 0)
+    return task not in stories.TASKS and not (name in (*DIFFICULTIES, *other_tasks.TASKS) and many)
 
 
 @functools.lru_cache(maxsize=4)
@@ -259,11 +275,15 @@ def experiment(config: ClaimConfig, grid: Grid) -> dict[str, dict[str, float]]:
 def open_runs(config: CellsConfig, runs: Path) -> None:
     """Makes the folder of runs, or checks that its cells have these sizes."""
     sizes = {k: getattr(config, k) for k in ("iterations", "corpus_rows", "pairs", "eval_prompts")}
-    path = runs / "sizes.json"
-    sizes["held_out"] = HELD_OUT
+    of_one_size(runs, "cells", sizes | {"held_out": HELD_OUT})
+
+
+def of_one_size(folder: Path, what: str, sizes: dict[str, Any]) -> None:
+    """Makes a folder of results that are made once; ConfigError where it holds those of other sizes."""
+    path, sizes = folder / "sizes.json", json.loads(json.dumps(sizes))
     theirs = json.loads(path.read_text()) if path.exists() else sizes
     changed = [f"{k}={theirs.get(k)} (now {v})" for k, v in sizes.items() if theirs.get(k) != v]
-    require(not changed, f"runs: {runs} holds cells of other sizes: {', '.join(changed)}; use another --runs")
+    require(not changed, f"runs: {folder} holds {what} of other sizes: {', '.join(changed)}; use another --runs")
     write_atomic(path, json.dumps(sizes) + "\n")
 
 

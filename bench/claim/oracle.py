@@ -7,18 +7,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
-from bench.claim import grid
+from bench.claim import grid, other_tasks, stories
 from bench.claim.cells import oracle_cell
 from bench.claim.report import markdown, shown
 from bench.claim.tilting import REWARDS
-from rto_fast import errors
+from rto_fast.demo.tiny_task import DIFFICULTIES
+from rto_fast.errors import require
 
 
 def table(results: Sequence[dict[str, Any]], at: Sequence[float] = (1, 2, 3, 4, 6, 8)) -> str:
@@ -49,8 +47,17 @@ class OracleConfig:
     runs: str = "runs/claim"
     """Folder of bench.claim.grid's cells: what is there is not trained again."""
 
+    def validate(self) -> None:
+        require(bool(self.seeds), "seeds: at least one is needed")
+        known = ", ".join((*DIFFICULTIES, *other_tasks.TASKS, *stories.TASKS))
+        wrong = [t for t in self.tasks if grid.unknown(t)]
+        require(not wrong, f"tasks: unknown {', '.join(wrong)}; choose from {known}, or one with pairs, as medium-250")
+        for name in ("prompts", "each"):
+            require(getattr(self, name) > 0, f"{name}: must be positive, got {getattr(self, name)}")
+
 
 def main(config: OracleConfig) -> None:
+    config.validate()
     settings = grid.ClaimConfig(runs=config.runs)
     with grid.opened(settings, grid.ROOT / config.runs) as cells:
         wanted = {t: [oracle_cell(t, s, config.prompts, config.each) for s in config.seeds] for t in config.tasks}
@@ -61,8 +68,4 @@ def main(config: OracleConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(OracleConfig, description=__doc__))
-    except errors.ConfigError as error:
-        print(f"error: {errors.shown(error)}", file=sys.stderr)
-        sys.exit(2)
+    grid.by_flags(main, OracleConfig, __doc__)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bench.claim.cells import METHODS, ORACLE, PAYS_TOKENS, PREFERENCE, RL
 from bench.claim.estimates import interval
+from rto_fast.errors import require
 from rto_fast.logs.files import finite_or_none, write_atomic
 
 matplotlib.use("svg")
@@ -309,9 +310,16 @@ def write(record: dict[str, Any], out: Path, page: Path | None, console: Console
     console.print(f"{out}: claim.json, tables.md, curves.svg, scale.svg")
     if page:
         text = section(record, Path(os.path.relpath(out, page.parent)).as_posix())
-        start, end = "<!-- claim -->", "<!-- /claim -->"
-        head, rest = page.read_text().split(start)
-        write_atomic(page, head + start + text + end + rest.split(end)[1])
+        put_between(page, ("<!-- claim -->", "<!-- /claim -->"), text)
+
+
+def put_between(page: Path, marks: tuple[str, str], made: str) -> None:
+    """Writes `made` between a page's marks; ConfigError where one of them is missing or comes twice."""
+    text, (start, end) = page.read_text(), marks
+    whole = text.count(start) == text.count(end) == 1
+    require(whole, f"page: {page} must have {start} and {end} once each")
+    head, _, rest = text.partition(start)
+    write_atomic(page, f"{head}{start}{made}{end}{rest.partition(end)[2]}")
 
 
 def compact(record: dict[str, Any]) -> str:

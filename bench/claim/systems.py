@@ -21,11 +21,6 @@ class System:
     against: str = ""
     """Name of the row that it varies; empty = it is one of those."""
 
-    @property
-    def uses_more(self) -> bool:
-        """Whether it takes DPO models that are trained for this design alone."""
-        return any(name in ("round", "dpo_models", "extrapolate") for name, _ in self.change)
-
 
 SYSTEMS = (
     System("RTO", "RTO"),

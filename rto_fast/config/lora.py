@@ -61,9 +61,15 @@ class LoraSettings:
             ALL_LINEAR not in self.lora_targets or len(self.lora_targets) == 1,
             f"lora_targets: {ALL_LINEAR} names all linear maps already; leave {ALL_LINEAR} out, or the others",
         )
-        for field in dataclasses.fields(LoraSettings):
-            changed = getattr(self, field.name) != field.default
+        for field in dataclasses.fields(self):
+            changed, own = getattr(self, field.name) != field.default, field.name.startswith("lora_")
             require(
-                self.lora_rank > 0 or not changed,
+                self.lora_rank > 0 or not (own and changed),
                 f"{field.name}: is for adapters; pass --lora-rank too, such as 16, or leave it out",
+            )
+            rate = f"lora_{field.name}"
+            require(
+                not self.lora_rank or not changed or not (field.name.endswith("lr") and hasattr(self, rate)),
+                f"{field.name}: {getattr(self, field.name)} is of whole weights; pass --{rate.replace('_', '-')}, the "
+                "adapter's, or leave it out",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from recipe_helpers import needs_shared
 
 from bench import token_rewards
-from bench.token_rewards import TokenRewardConfig, audit_table, distill_table, kept, main
+from bench.token_rewards import Distillation, TokenRewardConfig, audit_table, distill_table, kept, main
 from rto_fast.errors import ConfigError
 
 
@@ -47,7 +48,16 @@ def test_a_figure_is_made_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"parts": ("audit",)}, "parts: unknown audit; choose from audit-demo"), ({"each": 0}, "each: must be positive")],
+    [
+        ({"parts": ("audit",)}, "parts: unknown audit; choose from audit-demo"),
+        ({"parts": ()}, "parts: at least one is needed"),
+        ({"each": 0}, "each: must be positive"),
+        ({"own": ("1e-3", "fast")}, "own: 'fast' is neither a learning rate nor learning rate:gamma"),
+        ({"own": ("1e-3:",)}, "own: '1e-3:' is neither"),
+        ({"own": ("-1e-3",)}, "own: '-1e-3' is neither"),
+        ({"own": ("1e-3:1.5",)}, "own: '1e-3:1.5' is neither"),
+        ({"sft": (1e-3, 0.0)}, "sft: learning rates must be positive, got 0"),
+    ],
 )
 def test_settings_that_cannot_work(setting, message):
     with pytest.raises(ConfigError, match=message):
@@ -85,6 +95,16 @@ def test_the_demos_audit(one_rank, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(token_rewards, "generate", None)
     main(config)
     assert json.loads((tmp_path / "out.json").read_text()) == record
+    with pytest.raises(ConfigError, match=r"runs: .*audit-demo holds figures of other sizes: demo_prompts=3 \(now 4\)"):
+        main(dataclasses.replace(config, demo_prompts=4))
+    assert json.loads((tmp_path / "out.json").read_text()) == record
+    main(dataclasses.replace(config, story_tokens=7))  # of another part
+
+
+@needs_shared
+def test_more_openings_than_there_are_cannot_be_held_out(tmp_path):
+    with pytest.raises(ConfigError, match=r"held_out: 100000 leaves none of the \d+ openings"):
+        Distillation(TokenRewardConfig(held_out=100_000), tmp_path)
 
 
 @needs_shared

@@ -80,6 +80,18 @@ def test_the_other_tables(record):
     ]
 
 
+def test_a_page_without_its_marks_is_named(tmp_path):
+    page, marks = tmp_path / "claim.md", ("<!-- a -->", "<!-- /a -->")
+    for text in ("no mark", "<!-- a -->\n", "<!-- a --><!-- /a --><!-- a --><!-- /a -->"):
+        page.write_text(text)
+        with pytest.raises(ConfigError, match=r"page: .*claim.md must have <!-- a --> and <!-- /a --> once each"):
+            report.put_between(page, marks, "made")
+        assert page.read_text() == text
+    page.write_text("x<!-- a -->old<!-- /a -->y")
+    report.put_between(page, marks, "made")
+    assert page.read_text() == "x<!-- a -->made<!-- /a -->y"
+
+
 def test_the_section_stands_between_its_marks(record, tmp_path):
     from rich.console import Console
 
@@ -109,6 +121,10 @@ def test_the_section_stands_between_its_marks(record, tmp_path):
         ({"parts": ("all",)}, "parts: unknown all"),
         ({"iterations": 24}, "fractions: 1/16 of 24"),
         ({"seeds": ()}, "seeds: at least one"),
+        ({"fractions": (0,)}, "fractions: must be positive"),
+        ({"pairs": 0}, "pairs: must be positive, got 0"),
+        ({"workers": -1}, "workers: must not be negative, got -1"),
+        ({"oracle_samples": (32, 0)}, "oracle_samples: must be positive, got"),
     ],
 )
 def test_settings_that_cannot_work(setting, message):

@@ -14,9 +14,10 @@ from launches import Launch
 from loop_helpers import ROOT
 from recipe_helpers import flags_of
 
+from bench import demo_online
 from bench.claim.cells import METHODS, ONLINE, DemoWorld, rl_settings
 from bench.claim.grid import ClaimConfig, make_world
-from bench.demo_online import MODELS, OnlineConfig, Table, section, spread
+from bench.demo_online import MODELS, OnlineConfig, Table, spread
 from rto_fast import trainer
 from rto_fast.demo.config import DemoConfig
 from rto_fast.demo.pipeline import rl_config
@@ -66,10 +67,14 @@ def test_mean_and_deviation():
     assert spread([-1.0, -3.0]) == "-2.00 ± 1.41"
 
 
-def test_the_section_stands_between_its_marks():
-    page = "a\n<!-- online -->\nold\n<!-- /online -->\nb\n"
-    assert section(page, "new") == "a\n<!-- online -->\nnew\n<!-- /online -->\nb\n"
-    assert section(section(page, "x"), "new") == section(page, "new")
+def test_the_section_stands_between_its_marks(table, tmp_path, monkeypatch):
+    page = tmp_path / "docs" / "results" / "demo.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("a\n<!-- online -->\nold\n<!-- /online -->\nb\n")
+    monkeypatch.setattr(demo_online, "ROOT", tmp_path)
+    for _ in range(2):
+        made = demo_online.write(OnlineConfig(page=True), {"command": "c", "missing": [], "cells": []}, table)
+        assert page.read_text() == f"a\n<!-- online -->\n{made}\n<!-- /online -->\nb\n"
     assert (ROOT / "docs" / "results" / "demo.md").read_text().count("<!-- online -->") == 1
 
 

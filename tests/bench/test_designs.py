@@ -1,4 +1,4 @@
-"""Designs A and B: rules that choose rates, what is compared with what, tables, and tiny designs end to end."""
+"""Designs A to D: rules that choose rates, what is compared with what, tables, and tiny designs end to end."""
 
 from __future__ import annotations
 
@@ -332,6 +332,12 @@ def test_decisions(values, p, says):
     assert design_report.decision(values, p) == says
 
 
+def test_a_small_p_is_not_shown_as_none():
+    assert [design_report.p_value(p) for p in (2 / 4096, 0.001, 0.25, 1.0, math.nan)] == [
+        "< 0.001", "0.001", "0.250", "1.000", "",
+    ]  # fmt: skip
+
+
 def test_the_page_keeps_what_stands_around_its_section(tmp_path):
     page = tmp_path / "docs" / "results" / "designs.md"
     page.parent.mkdir(parents=True)
@@ -355,6 +361,8 @@ def test_the_page_keeps_what_stands_around_its_section(tmp_path):
         ({"tuning_seeds": (200,)}, r"tuning_seeds: \[200\] are reported too"),
         ({"budget_tuning_seeds": (205,)}, r"tuning_seeds: \[205\] are reported too"),
         ({"budgets": (100,)}, r"budgets: \[100\] are no multiples"),
+        ({"eval_prompts": 0}, "eval_prompts: must be positive, got 0"),
+        ({"oracle_samples": (0, 8)}, "oracle_samples: must be positive"),
         ({"value_samples": 0}, "value_samples: must be at least 1"),
         ({"ablation_seeds": (100,)}, r"tuning_seeds: \[100\] are reported too"),
         ({"few_beta2": (0.1,)}, "few_beta2: 0.05, where rates are tuned"),

@@ -9,6 +9,7 @@ import pytest
 
 from bench import lora_stories
 from rto_fast import cli, commands
+from rto_fast.errors import ConfigError
 
 
 @pytest.mark.parametrize("rank", [0, 16])
@@ -18,7 +19,7 @@ def test_each_stage_takes_the_last_ones_folder(tmp_path, rank):
     for config in parsed.values():
         config.validate()
         assert config.lora_rank == rank
-    rto, rate = parsed["rto"], {0: 1e-4, 16: 1e-3}[rank]
+    rto, rate = parsed["rto"], lora_stories.RATES["rto"]["policy_lr"] / (1 if rank else 10)
     assert (rto.lora_policy_lr if rank else rto.policy_lr) == pytest.approx(rate)
     assert parsed["dpo"].model == rto.policy == str(tmp_path / "sft/model")
     assert rto.dpo_model == (f"{parsed['dpo'].output_dir}/model",)
@@ -42,3 +43,24 @@ def test_a_whole_stage_is_not_run_again_and_the_table_has_its_figures(tmp_path, 
         lora_stories.run(name, settings)
     assert ran == ["dpo"]
     assert "| rto | reward/score | 0.5 | 2.5 | 5 |" in lora_stories.table(tmp_path)
+
+
+def test_a_folder_of_other_settings_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+    """What lies there would be shown as that of a rank that was never trained."""
+    monkeypatch.setattr(lora_stories, "MODEL", tmp_path)
+    monkeypatch.setattr(lora_stories, "PAIRS", tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").touch()
+    ran = []
+    monkeypatch.setattr(lora_stories, "run", lambda name, settings: ran.append(name))
+    monkeypatch.setattr(lora_stories, "table", lambda runs: "the table")
+    asked = ["--runs", str(tmp_path / "runs")]
+    for _ in range(2):
+        lora_stories.main([*asked, "--rank", "4"])
+    assert ran == [*lora_stories.RATES] * 2
+    for other in (["--rank", "0"], ["--rank", "4", "--iterations", "3"], ["--rank", "4", "--engine", "vllm"]):
+        with pytest.raises(ConfigError, match=r"holds stages of other sizes: .*; use another --runs"):
+            lora_stories.main([*asked, *other])
+    with pytest.raises(SystemExit):
+        lora_stories.main([*asked, "--engine", "vlm"])
+    assert "invalid choice: 'vlm'" in capsys.readouterr().err
+    assert len(ran) == 2 * len(lora_stories.RATES)

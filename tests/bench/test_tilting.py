@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.claim import oracle, tilting
 from bench.claim.report import draw_oracle
 from bench.claim.tilting import Samples, at_kl, line, tilt
+from rto_fast.errors import ConfigError
 
 TOKENS, LENGTH, END, PROMPTS = 5, 4, 0, ((1, 2), (3, 4, 1))
 
@@ -118,6 +119,25 @@ def test_a_line_meets_its_kl_and_ends_where_samples_run_out(world):
 def test_effective_samples_of_equal_weights_are_all():
     base = torch.zeros(3, 50, dtype=torch.float64)
     assert tilt(base, torch.ones_like(base), base, 0.1).ess == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seeds": ()}, "seeds: at least one is needed"),
+        (
+            {"tasks": ("medium", "mediun")},
+            "tasks: unknown mediun; choose from easy, medium, hard, whole, long, stories",
+        ),
+        ({"tasks": ("medium-few",)}, "tasks: unknown medium-few"),
+        ({"prompts": 0}, "prompts: must be positive, got 0"),
+        ({"each": -1}, "each: must be positive, got -1"),
+    ],
+)
+def test_settings_that_cannot_work(setting, message):
+    oracle.OracleConfig(tasks=("medium-250", "whole"), seeds=(3,)).validate()
+    with pytest.raises(ConfigError, match=message):
+        oracle.OracleConfig(**setting).validate()
 
 
 def test_lines_of_seeds_are_averaged_as_far_as_all_go():

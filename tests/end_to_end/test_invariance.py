@@ -12,7 +12,7 @@ import pytest
 import token_truth
 import torch
 from invariance_worker import CASES, EMPTY, GUIDED, RESPONSES, SEQUENCES, guided_settings
-from loop_helpers import ROOT
+from loop_helpers import ROOT, save_tagger
 from objective_truth import relative, truth_loss
 from reward_helpers import token_server
 from transformers import AutoModelForCausalLM
@@ -24,8 +24,17 @@ pytestmark = pytest.mark.slow
 OBJECTIVES = ("policy", "critic", "ptx", "prime", "online dpo", "sft", "rm", "q_rm", "dpo", *GUIDED)
 
 
+BIAS = 0.625
+"""Of the token classifier's head."""
+
+
 @pytest.fixture(scope="module")
-def measured(tiny, tmp_path_factory):
+def tagger(tiny, tmp_path_factory) -> str:
+    return save_tagger(tmp_path_factory.mktemp("tagger") / "model", tiny.reward, bias=BIAS)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, tagger, tmp_path_factory):
     """{ranks: {(stage, budget): {objective: (loss, gradients, micro-batches of rank 0)}, responses: iteration}}."""
     from launches import Launch
 
@@ -35,7 +44,7 @@ def measured(tiny, tmp_path_factory):
         target = folder / f"{ranks}.pt"
         worker = ROOT / "tests" / "invariance_worker.py"
         with token_server(lambda body: {"rewards": [[i / 8 for i in ids] for ids in body["token_ids"]]}) as server:
-            running = Launch([worker, paths, server.url, target], ranks=ranks, log=folder / f"{ranks}.log")
+            running = Launch([worker, paths, tagger, server.url, target], ranks=ranks, log=folder / f"{ranks}.log")
             result = running.wait(400)
         assert result.returncode == 0, result.output
         found[ranks] = torch.load(target, weights_only=False)
@@ -99,7 +108,7 @@ def test_a_whole_iteration(measured, responses):
 
 
 @pytest.fixture(scope="module")
-def token_numbers(measured, tiny):
+def token_numbers(measured, tiny, tagger):
     """{responses: [R, K] fp64 of the sources' formulas}."""
     found = {}
     for responses in (1, SEQUENCES):
@@ -110,6 +119,8 @@ def token_numbers(measured, tiny):
             token_truth.logps(drawn, tiny.dpo_ref) - token_truth.logps(drawn, tiny.dpo),
             token_truth.endogenous(drawn, tiny.policy, 1.0), at, at - before,
             torch.cat([torch.arange(len(i)).double() / 7 for i in ids]), torch.cat(ids).double() / 8,
+            token_truth.logps(drawn, tiny.dpo_ref) - token_truth.logps(drawn, tiny.policy),
+            token_truth.endogenous(drawn, tiny.dpo, 1.0), token_truth.numbers(drawn, tagger, BIAS)[1],
         ], 1)  # fmt: skip
     return found
 

@@ -16,9 +16,6 @@ from loop_helpers import save_moved, small_run, watched_gradients
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rto_fast import build
-from rto_fast.algo.losses import loss_denominator
-from rto_fast.algo.targets import KLController
-from rto_fast.backend.train_engine import learning_rate
 from rto_fast.config import RTOConfig
 from rto_fast.contract import Request, ResponseTexts, Rollout
 from rto_fast.metrics import of_critic, of_policy, of_rollout, of_targets
@@ -436,67 +433,3 @@ def test_a_batch_of_empty_responses_moves_nothing(case):
         assert result.loss == 0
         assert result.result.applied
         assert all(not g.any() for g in gradients.values())
-
-
-# Formulas that need no model
-
-
-def test_whitening_of_equal_advantages():
-    """The variance is bounded below by 1e-8: equal advantages become 0, not NaN."""
-    import rto_kernels
-
-    rewards, values = torch.zeros(6), torch.full((6,), 0.5)
-    moments = rto_kernels.gae(rewards, values, gamma=0.0, lam=0.0, cu_seqlens=torch.tensor([0, 2, 6])).moments
-    mean, rstd = rto_kernels.whiten_moments(moments)
-    assert float(mean) == -0.5
-    assert float(rstd) == pytest.approx(1e4)
-
-
-def test_fixed_kl_coefficient_stays():
-    controller = KLController(0.01, 0.0, 100)
-    controller.update(5.0, 64)
-    assert controller.beta2 == 0.01
-
-
-@pytest.mark.parametrize(
-    ("kl", "factor"),
-    [(0.05, 1.0), (0.055, 1 + 0.1 * 0.25), (1.0, 1 + 0.2 * 0.25), (0.0, 1 - 0.2 * 0.25), (-3.0, 1 - 0.2 * 0.25)],
-)
-def test_adaptive_kl_coefficient(kl, factor):
-    """beta2 *= 1 + clip(KL / target - 1, +-0.2) * n / horizon, n the rollout's responses."""
-    controller = KLController(0.02, 0.05, 256)
-    controller.update(kl, 64)
-    assert controller.beta2 == pytest.approx(0.02 * factor)
-
-
-def test_learning_rate_schedule():
-    """3 % linear warm-up, then a cosine to a tenth of the peak, as the paper's runs."""
-    total, peak, warmup = 1000, 5e-7, 30
-    rates = [learning_rate(s, total, peak, 0.03, 0.1) for s in range(total)]
-    for s in range(warmup):
-        assert rates[s] == pytest.approx(peak * (s + 1) / warmup)
-    for s in range(warmup, total):
-        cosine = (1 + math.cos(math.pi * (s - warmup) / (total - warmup))) / 2
-        assert rates[s] == pytest.approx(0.1 * peak + 0.9 * peak * cosine)
-    assert max(rates) == rates[warmup] == peak
-    assert rates[-1] == pytest.approx(0.1 * peak, rel=1e-3)
-    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    assert learning_rate(0, 1, peak, 0.03, 0.1) == peak, "a run of one step takes the peak"
-    assert learning_rate(0, 10, peak, 0.0, 0.1) == peak, "no warm-up"
-    assert learning_rate(5, 10, peak, 0.0, 1.0) == peak, "a floor of 1 is constant"
-
-
-@pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_loss_denominator_counts_what_is_not_empty(aggregation):
-    lens = torch.tensor(RESPONSES)
-    expected = 6 if aggregation == "sequence" else sum(RESPONSES)
-    assert float(loss_denominator(lens, aggregation)) == expected
-    assert float(loss_denominator(torch.zeros(3, dtype=torch.int64), aggregation)) == 1
-
-
-def test_a_rollout_far_beyond_the_horizon_leaves_beta2_its_sign():
-    controller = KLController(0.02, 0.05, 10)
-    controller.update(0.0, 1000)
-    assert controller.beta2 == pytest.approx(0.02 * 0.8)
-    controller.update(1.0, 1000)
-    assert controller.beta2 == pytest.approx(0.02 * 0.8 * 1.2)

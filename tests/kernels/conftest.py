@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +67,15 @@ def no_leftover_warnings_from_numpy():
 def module():
     """`module("gae")`: the submodule, where the package's attribute of that name is the function."""
     return lambda name: importlib.import_module(f"rto_kernels.{name}")
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """The sources of OpenRLHF and verl that `make` has put beside the environment's own packages can be imported."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(sys.prefix) / "peers")])
+
+
+@pytest.fixture
+def ordinary_memory(nan_filled_memory):
+    """For libraries that were not written for NaN-filled memory."""
+    torch.use_deterministic_algorithms(False)

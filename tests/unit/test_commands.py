@@ -260,3 +260,31 @@ def test_ppos_settings_are_rtos_without_the_token_reward():
     assert {name for name in theirs if ours[name] != theirs[name]} == {"beta1", "dpo_model", "output_dir"}
     assert ours.keys() == theirs.keys()
     assert not commands.PPO.pays_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("rto", "--lora-policy-lr 1e-4", "lora_policy_lr: is for adapters; pass --lora-rank too"),
+        ("rto", "--lora-critic-lr 1e-4", "lora_critic_lr: is for adapters; pass --lora-rank too"),
+        ("rto", "--lora-critic own", "lora_critic: is for adapters; pass --lora-rank too"),
+        ("rto", "--lora-push merged", "lora_push: is for adapters; pass --lora-rank too"),
+        ("dpo", "--lora-lr 1e-4", "lora_lr: is for adapters; pass --lora-rank too"),
+        ("rto", "--policy-lr 1e-6 --lora-rank 8", "policy_lr: 1e-06 is of whole weights; pass --lora-policy-lr"),
+        ("rlvr", "--policy-lr 1e-5 --lora-rank 8", "policy_lr: 1e-05 is of whole weights; pass --lora-policy-lr"),
+        ("ppo", "--critic-lr 1e-6 --lora-rank 8", "critic_lr: 1e-06 is of whole weights; pass --lora-critic-lr"),
+        ("rto", "--online dpo --online-lr 1e-5 --responses-per-prompt 2 --lora-rank 8", "online_lr: 1e-05 is of whole"),
+        ("sft", "--lr 1e-6 --lora-rank 8", "lr: 1e-06 is of whole weights; pass --lora-lr, the adapter's, or leave it"),
+    ],
+)
+def test_a_rate_that_nothing_would_read_is_refused(name, flags, message):
+    """Whole weights have their rates, adapters theirs; neither is taken for the other in silence."""
+    stage = commands.COMMANDS[name]
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        cli.parse(stage.defaults, ["--data", "rows.jsonl", *flags.split()]).validate()
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo", "rto", "ppo", "rlvr", "distill"])
+def test_a_rank_alone_is_enough(name):
+    teacher = ["--teacher", "t"] if name == "distill" else []
+    cli.parse(commands.COMMANDS[name].defaults, ["--data", "rows.jsonl", "--lora-rank", "8", *teacher]).validate()

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
+from engine_helpers import CPU, ROUNDING, rows
 from loop_helpers import small_run
-from test_colocated import CPU, ROUNDING, rows
 from test_vllm_adapters import (
     ADAPTED,
     adapted,

@@ -18,9 +18,9 @@ from stat import S_IMODE
 import psutil
 import pytest
 import torch
+from engine_helpers import HEADS, assert_same_weights, figures, moved, partial, rows, stale
 from loop_helpers import ROOT, make_tiny_models, small_run
 from rollout_helpers import quiet, reference_logp, requests_of
-from test_colocated import HEADS, assert_same_weights, figures, moved, partial, rows, stale
 from transformers import AutoModelForCausalLM
 
 from rto_fast.config import RTOConfig

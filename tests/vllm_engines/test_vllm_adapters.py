@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_helpers import CPU, HEADS, ROUNDING, rows
 from loop_helpers import ROOT, make_tiny_models, small_run
 from rollout_helpers import quiet, reference_logp, requests_of
-from test_colocated import CPU, HEADS, ROUNDING, rows
 from transformers import AutoModelForCausalLM
 
 from rto_fast import trainer

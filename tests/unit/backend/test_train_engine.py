@@ -1,6 +1,8 @@
-"""DeepSpeed's part: sums over micro-batches in bf16, and who waits for whom."""
+"""DeepSpeed's part: sums over micro-batches in bf16, who waits for whom, and learning rates."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from loop_helpers import small_run, watched_gradients
 
 from rto_fast import distributed
 from rto_fast.backend.frozen import frozen
-from rto_fast.backend.train_engine import TrainEngine, deepspeed_config
+from rto_fast.backend.train_engine import TrainEngine, deepspeed_config, learning_rate
 from rto_fast.config import RTOConfig
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy
@@ -97,3 +99,20 @@ def test_only_large_models_compute_their_activations_again(tiny, tmp_path, monke
     policy = load_policy(tiny.policy, dtype=torch.float32, **LOADING)
     TrainEngine(policy, config, peak_lr=1e-3, total_steps=1)
     assert policy.inner.is_gradient_checkpointing == recomputes
+
+
+def test_learning_rate_schedule():
+    """3 % linear warm-up, then a cosine to a tenth of the peak, as the paper's runs."""
+    total, peak, warmup = 1000, 5e-7, 30
+    rates = [learning_rate(s, total, peak, 0.03, 0.1) for s in range(total)]
+    for s in range(warmup):
+        assert rates[s] == pytest.approx(peak * (s + 1) / warmup)
+    for s in range(warmup, total):
+        cosine = (1 + math.cos(math.pi * (s - warmup) / (total - warmup))) / 2
+        assert rates[s] == pytest.approx(0.1 * peak + 0.9 * peak * cosine)
+    assert max(rates) == rates[warmup] == peak
+    assert rates[-1] == pytest.approx(0.1 * peak, rel=1e-3)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert learning_rate(0, 1, peak, 0.03, 0.1) == peak, "a run of one step takes the peak"
+    assert learning_rate(0, 10, peak, 0.0, 0.1) == peak, "no warm-up"
+    assert learning_rate(5, 10, peak, 0.0, 1.0) == peak, "a floor of 1 is constant"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import token_truth
 import torch
-from loop_helpers import save_moved, small_run
+from loop_helpers import save_moved, save_tagger, small_run
 from reward_helpers import columns_of, token_server
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -42,15 +42,7 @@ def other(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tagger(tiny, tmp_path_factory):
-    """A token-classification model of one output, whose head has a bias."""
-    folder = tmp_path_factory.mktemp("tagger") / "model"
-    shutil.copytree(tiny.reward, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["LlamaForTokenClassification"], "mean": 0.0, "std": 1.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(folder / "model.safetensors")
-    save_file(weights | {"score.bias": torch.tensor([0.625])}, folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
+    return save_tagger(tmp_path_factory.mktemp("tagger") / "model", tiny.reward, bias=0.625)
 
 
 def rollout() -> Rollout:
