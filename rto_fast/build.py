@@ -238,7 +238,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     placement, loading = place(config, inputs.device, config.score_tokens, longest, lockstep=partitioned)
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
     policy_model = load_policy(config.policy, argument="policy", lora=config.lora, **loading)
-    one_base = OneBase(policy_model, config.policy) if config.lora and config.zero_stage < 3 else None
+    one_base = OneBase(policy_model, config.policy) if config.lora else None
     watch_router(policy_model, config.router_aux_coef)
     rates = {name: getattr(config, f"lora_{name}" if config.lora else name) for name in RATES}
     steps = max(1, (iterations - config.critic_warmup) * updates)
@@ -282,8 +282,8 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         def load_once(path: str, argument: str) -> FrozenModel:
             if path not in seen:
                 shared = on_base(path, argument)
-                if shared:  # trained models stand on its weights, which therefore neither park nor are spread
-                    kept.append(frozen(shared, config, partitioned=False))
+                if shared:  # trained models stand on its weights, which lie where theirs do
+                    kept.append(frozen(shared, config, partitioned=config.zero_stage == 3))
                     seen[path] = kept[-1]
                 else:
                     seen[path] = keep(loader, path, argument)
@@ -291,8 +291,10 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
 
         return load_once
 
-    language = once(load_policy, one_base.language if one_base else _nothing)
-    scalar = once(load_scalar, one_base.scalar if one_base else _nothing)
+    apart = one_base.apart if one_base else _nothing
+    on_base = one_base if config.zero_stage < 3 or partitioned else None
+    language = once(load_policy, on_base.language if on_base else apart)
+    scalar = once(load_scalar, on_base.scalar if on_base else apart)
     reference = language(config.reference or config.policy, "reference")
     dpo: Model | Mixture | None = None
     dpo_ref = reference
@@ -335,9 +337,8 @@ def _adapters_said(config: RTOConfig, policy: PolicyModel, one_base: OneBase | N
         return []
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
     of = "a new adapter" if policy.adapter.fresh else f"the adapter {config.policy}"
-    each = "each model has a base of its own, which ZeRO-3 takes apart"
-    return [f"policy: {of} of rank {config.lora_rank} on {policy.adapter.base}, {trained:,} numbers",
-            one_base.said() if one_base else each]  # fmt: skip
+    found = [f"policy: {of} of rank {config.lora_rank} on {policy.adapter.base}, {trained:,} numbers"]
+    return found + ([one_base.said()] if one_base else [])
 
 
 def _online(

@@ -132,8 +132,8 @@ million for 70B. The policy's base lies there once, for all models whose folders
 
 | what | bytes | when |
 |---|---|---|
-| the base | b P (ZeRO-3: b P / R for each model, nothing is shared) | always |
-| adapters of policy, critic, reference, DPO and reward models, and heads | b A each | always |
+| the base | b P (ZeRO-3: b P / R) | always |
+| adapters of policy, critic, reference, DPO and reward models, and heads | b A each (ZeRO-3: b A / R) | always |
 | fp32 weights and moments of what is trained | 12 A / R | always, moments from the first update on |
 | its fp32 gradients | 4 A / R | in an update |
 | a model with other weights, a critic with `--lora-critic own` | b P, as above | always |

@@ -104,7 +104,7 @@ class TrainEngine:
         self.config = config
         self.peak_lr = peak_lr
         self.total_steps = total_steps
-        if config.recomputes(sum(p.numel() for p in model.parameters())):
+        if config.recomputes(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())):
             model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas,

@@ -9,7 +9,7 @@ frozen model is b·P whole, b·P/R partitioned. Constants of DeepSpeed are its d
 alone.
 
 With an adapter of A numbers fp32 weights, moments and gradients are A's, and a model on the policy's base holds b·A.
-Under ZeRO-3 each model has a base of its own, in parts.
+ZeRO-3 takes the base apart once, b·P/R, and each adapter, b·A/R.
 """
 
 from __future__ import annotations
@@ -154,14 +154,15 @@ class _Shapes:
         return same and (not scalar or reads_alike(self.policy, argument))
 
 
-def stands(config: RTOConfig, s: ModelShape) -> bool:
-    """Whether a model has no weights of its own but an adapter and a head. ZeRO-3 takes weights apart, each model's."""
-    return s.on_base and config.zero_stage < 3
+def stands(config: RTOConfig, s: ModelShape, *, trained: bool = False) -> bool:
+    """Whether a model has no weights of its own but an adapter and a head; frozen ones that stay whole beside a base in
+    parts have."""
+    return s.on_base and (trained or config.zero_stage < 3 or config.partition_frozen != "no")
 
 
 def kept_of(config: RTOConfig, s: ModelShape, *, trained: bool) -> int:
     """Numbers that a model adds to those that lie there; an adapter is merged into frozen weights of its own."""
-    if stands(config, s):
+    if stands(config, s, trained=trained):
         return s.adapter + s.head
     return s.parameters + (s.adapter if trained else 0)
 
@@ -292,8 +293,8 @@ def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: boo
     out: dict[str, float] = {}
     parked: dict[str, float] = {}
     for i, (name, s) in enumerate(models.frozen):
-        own = not stands(config, s)  # a model on the policy's base neither parks nor is spread
-        size = frozen_bytes(config, s) / (machine.ranks if partitioned and own else 1)
+        own = not stands(config, s)  # a model on the policy's base neither parks nor is spread, but by ZeRO-3
+        size = frozen_bytes(config, s) / (machine.ranks if partitioned and (own or config.zero_stage == 3) else 1)
         (parked if parks and own else out)[f"{name}{i if name in out | parked else ''}"] = size
     if scoring and parked:  # one at a time
         largest = max(parked, key=lambda name: parked[name])
@@ -310,12 +311,15 @@ def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, f
     if own and config.frozen_dtype != "off":  # int8 comes by way of fp32
         wide = width(config) + (8 if config.frozen_dtype == "int8" else 0)
         out["a decoded matrix"] = float(wide * max(s.matrices[2] for s in own))
-    spread = partitions(config, machine.ranks, machine.kind)
-    whole = own if spread else []
-    whole += [s for _, s in models.trained] if config.zero_stage == 3 else []
+    whole: list[float] = []
+    if partitions(config, machine.ranks, machine.kind):
+        spread = [s for _, s in models.frozen] if config.zero_stage == 3 else own
+        whole += [kept_of(config, s, trained=False) for s in spread]
+    if config.zero_stage == 3:
+        whole += [kept_of(config, s, trained=True) for _, s in models.trained]
     if whole:
-        # Each model keeps what it has gathered until the next forward of its own.
-        out["gathered weights"] = width(config) * sum(min(s.parameters, LIVE + AHEAD) for s in whole)
+        # Each model keeps what it has gathered until the next forward of its own; the base is gathered once.
+        out["gathered weights"] = width(config) * sum(min(numbers, LIVE + AHEAD) for numbers in whole)
     return out
 
 

@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -309,7 +309,8 @@ def _inject(model: Any, settings: Any, base: str, argument: str) -> None:
     inner = model.inner
     dtype = next(inner.parameters()).dtype
     try:
-        _peft().inject_adapter_in_model(settings, inner, adapter_name=NAME)
+        with _gathering(inner):
+            _peft().inject_adapter_in_model(settings, inner, adapter_name=NAME)
     except Exception as error:  # PEFT's own, of many types, for families and modules that it does not know
         reason = " ".join(str(error).split())[:200].strip()
         raise ConfigError(f"lora_rank: PEFT cannot adapt {argument} {base!r} ({type(inner).__name__}): {reason}; use "
@@ -319,6 +320,20 @@ def _inject(model: Any, settings: Any, base: str, argument: str) -> None:
     for parameter in inner.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _gathering(inner: nn.Module) -> Iterator[None]:
+    """A context in which PEFT gathers a weight that ZeRO-3 keeps in parts before it reads it (DoRA's norms do)."""
+    stage: Any = None
+    if any(hasattr(p, "ds_id") for p in inner.parameters()):
+        from transformers.integrations import HfDeepSpeedConfig
+
+        stage = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # known to PEFT for as long as it is held
+    try:
+        yield
+    finally:
+        del stage
 
 
 def _layers(inner: nn.Module) -> dict[str, Any]:
