@@ -186,6 +186,7 @@ def check(config: RTOConfig) -> Inputs:
     )
     _check_reach(config)
     check_code(config.frozen_dtype)
+    check_code(config.lora_base_dtype, "lora_base_dtype")
     checkpoints = open_output(config)
     found = checkpoints.read()
     columns = DataColumns.of_prompts(config)
@@ -269,9 +270,13 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         there = loading | {"home": "device"}  # where it is quantised
         model = quantise(loader(path, argument=argument, **there), config.frozen_dtype, argument)
         kept.append(frozen(model, config, parks=config.park_frozen, partitioned=False))
-        again = loading | {"home": "host", "placement": None}  # without the checks, in which all ranks take part
-        kept[-1].whole = lambda: frozen(loader(path, argument=argument, **again), config, partitioned=False)
+        kept[-1].whole = whole_one(loader, path, argument)
         return kept[-1]
+
+    def whole_one(loader: Callable[..., torch.nn.Module], path: str, argument: str) -> Callable[[], FrozenModel]:
+        """What loads again, not in codes, a model that is in them."""
+        again = loading | {"home": "host", "placement": None}  # without the checks, in which all ranks take part
+        return lambda: frozen(loader(path, argument=argument, **again), config, partitioned=False)
 
     def once(
         loader: Callable[..., torch.nn.Module], on_base: Callable[[str, str], torch.nn.Module | None]
@@ -284,6 +289,8 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
                 shared = on_base(path, argument)
                 if shared:  # trained models stand on its weights, which lie where theirs do
                     kept.append(frozen(shared, config, partitioned=config.zero_stage == 3))
+                    if config.lora_base_dtype != "off":
+                        kept[-1].whole = whole_one(loader, path, argument)
                     seen[path] = kept[-1]
                 else:
                     seen[path] = keep(loader, path, argument)
@@ -337,7 +344,8 @@ def _adapters_said(config: RTOConfig, policy: PolicyModel, one_base: OneBase | N
         return []
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
     of = "a new adapter" if policy.adapter.fresh else f"the adapter {config.policy}"
-    found = [f"policy: {of} of rank {config.lora_rank} on {policy.adapter.base}, {trained:,} numbers"]
+    held = f" in {config.lora_base_dtype}" if config.lora_base_dtype != "off" else ""
+    found = [f"policy: {of} of rank {config.lora_rank} on {policy.adapter.base}{held}, {trained:,} numbers"]
     return found + ([one_base.said()] if one_base else [])
 
 

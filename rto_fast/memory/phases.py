@@ -176,10 +176,22 @@ def frozen_bytes(config: RTOConfig, s: ModelShape) -> float:
     return b * (numbers - inner) + CODES[config.frozen_dtype].bytes(inner, rows)
 
 
+def in_codes(config: RTOConfig, s: ModelShape) -> float:
+    """Bytes that linear maps of a model on a base in codes take less than in the run's dtype."""
+    if config.lora_base_dtype == "off":
+        return 0.0
+    inner, rows, _ = s.matrices
+    return width(config) * inner - CODES[config.lora_base_dtype].bytes(inner, rows)
+
+
 def whole_one(config: RTOConfig, models: Models) -> dict[str, float]:
     """The largest model that is held in codes, as it is loaded before and measured against; {} where none is."""
-    sizes = [float(width(config) * s.parameters) for _, s in models.frozen if not stands(config, s)]
-    return {"a frozen model, whole": max(sizes)} if sizes and config.frozen_dtype != "off" else {}
+    coded = [s for _, s in models.trained if config.lora_base_dtype != "off"]
+    for _, s in models.frozen:
+        on_base = stands(config, s)
+        coded += [s] * ((config.lora_base_dtype if on_base else config.frozen_dtype) != "off")
+    sizes = [float(width(config) * s.parameters) for s in coded]
+    return {"a model in codes, whole": max(sizes)} if sizes else {}
 
 
 def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
@@ -229,7 +241,7 @@ def uses_vllm(config: RTOConfig, machine: Machine) -> bool:
 def merges(config: RTOConfig, machine: Machine) -> bool:
     """Whether the sampler is pushed whole weights with the adapter merged, and not the adapter alone."""
     vllm = uses_vllm(config, machine) or config.rollout_engine == "vllm-serve"
-    return not vllm or config.lora_push == "merged" or config.lora_dora
+    return not vllm or config.lora_push == "merged" or config.lora_dora or config.lora_base_dtype != "off"
 
 
 def sleeps_with_base(config: RTOConfig, machine: Machine) -> bool:
@@ -266,9 +278,12 @@ def width(config: RTOConfig) -> int:
 
 
 def weights_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
-    """Weights of the trained models in the dtype of the run."""
-    share = ranks if config.zero_stage == 3 else 1
-    return {f"{name} weights": width(config) * kept_of(config, s, trained=True) / share for name, s in models.trained}
+    """Weights of the trained models in the dtype of the run, under adapters in codes where those are asked for."""
+    share, found = ranks if config.zero_stage == 3 else 1, {}
+    for name, s in models.trained:
+        less = 0.0 if stands(config, s, trained=True) else in_codes(config, s)
+        found[f"{name} weights"] = (width(config) * kept_of(config, s, trained=True) - less) / share
+    return found
 
 
 def states_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
@@ -308,9 +323,10 @@ def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, f
     tokens = max(config.score_tokens, _longest(config))
     out = {"activations": max(tokens * _forward(config, s) for s in shapes)}
     own = [s for _, s in models.frozen if not stands(config, s)]
-    if own and config.frozen_dtype != "off":  # int8 comes by way of fp32
-        wide = width(config) + (8 if config.frozen_dtype == "int8" else 0)
-        out["a decoded matrix"] = float(wide * max(s.matrices[2] for s in own))
+    decoded = [_decoded(config, s, config.frozen_dtype) for s in own]
+    decoded += [_decoded(config, s, config.lora_base_dtype) for _, s in models.trained]
+    if any(decoded):
+        out["a decoded matrix"] = max(decoded)
     whole: list[float] = []
     if partitions(config, machine.ranks, machine.kind):
         spread = [s for _, s in models.frozen] if config.zero_stage == 3 else own
@@ -321,6 +337,11 @@ def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, f
         # Each model keeps what it has gathered until the next forward of its own; the base is gathered once.
         out["gathered weights"] = width(config) * sum(min(numbers, LIVE + AHEAD) for numbers in whole)
     return out
+
+
+def _decoded(config: RTOConfig, s: ModelShape, kind: str) -> float:
+    """A model's largest matrix as it is decoded; int8 comes by way of fp32."""
+    return 0.0 if kind == "off" else float((width(config) + (8 if kind == "int8" else 0)) * s.matrices[2])
 
 
 def _forward(config: RTOConfig, s: ModelShape) -> float:
@@ -355,6 +376,8 @@ def _update(config: RTOConfig, s: ModelShape, machine: Machine) -> dict[str, flo
         backward["bucket"] = b * max(bucket, s.largest_trained)
     if config.zero_stage == 3:
         backward["gathered weights"] = b * min(s.parameters, LIVE + AHEAD)
+    if decoded := _decoded(config, s, config.lora_base_dtype):
+        backward["a decoded matrix"] = decoded
     if s.vocab:
         backward["lm_head"] = _head(config, s, tokens, machine.kind)
     step = dict(gradients)
