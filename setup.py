@@ -65,9 +65,10 @@ setup(
         "vllm": ["vllm>=0.26,<0.34"],  # rto_fast/rollout/vllm_engines/support.py says what was tried
         "flash": ["flash-attn>=2.8"],  # needs pip's --no-build-isolation: its build looks at the torch that is there
         "wandb": ["wandb>=0.18"],
-        "quant": ["bitsandbytes>=0.50"],  # --frozen-dtype
+        "quant": ["bitsandbytes>=0.50"],  # --frozen-dtype, --lora-base-dtype
         "math": ["math-verify>=0.9"],  # the reward of `rto-fast rlvr`
         "dev": [
+            "bitsandbytes>=0.50",  # a wheel of 43 MB for CPUs and GPUs alike
             "codespell>=2.4",
             "hypothesis>=6.100",
             "math-verify>=0.9",

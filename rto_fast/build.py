@@ -186,6 +186,7 @@ def check(config: RTOConfig) -> Inputs:
     )
     _check_reach(config)
     check_code(config.frozen_dtype)
+    check_code(config.lora_base_dtype, "lora_base_dtype")
     checkpoints = open_output(config)
     found = checkpoints.read()
     columns = DataColumns.of_prompts(config)
@@ -238,7 +239,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     placement, loading = place(config, inputs.device, config.score_tokens, longest, lockstep=partitioned)
     iterations, updates = inputs.iterations, config.ppo_epochs * (config.responses // config.train_batch)
     policy_model = load_policy(config.policy, argument="policy", lora=config.lora, **loading)
-    one_base = OneBase(policy_model, config.policy) if config.lora and config.zero_stage < 3 else None
+    one_base = OneBase(policy_model, config.policy) if config.lora else None
     watch_router(policy_model, config.router_aux_coef)
     rates = {name: getattr(config, f"lora_{name}" if config.lora else name) for name in RATES}
     steps = max(1, (iterations - config.critic_warmup) * updates)
@@ -269,9 +270,13 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         there = loading | {"home": "device"}  # where it is quantised
         model = quantise(loader(path, argument=argument, **there), config.frozen_dtype, argument)
         kept.append(frozen(model, config, parks=config.park_frozen, partitioned=False))
-        again = loading | {"home": "host", "placement": None}  # without the checks, in which all ranks take part
-        kept[-1].whole = lambda: frozen(loader(path, argument=argument, **again), config, partitioned=False)
+        kept[-1].whole = whole_one(loader, path, argument)
         return kept[-1]
+
+    def whole_one(loader: Callable[..., torch.nn.Module], path: str, argument: str) -> Callable[[], FrozenModel]:
+        """What loads again, not in codes, a model that is in them."""
+        again = loading | {"home": "host", "placement": None}  # without the checks, in which all ranks take part
+        return lambda: frozen(loader(path, argument=argument, **again), config, partitioned=False)
 
     def once(
         loader: Callable[..., torch.nn.Module], on_base: Callable[[str, str], torch.nn.Module | None]
@@ -282,8 +287,10 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
         def load_once(path: str, argument: str) -> FrozenModel:
             if path not in seen:
                 shared = on_base(path, argument)
-                if shared:  # trained models stand on its weights, which therefore neither park nor are spread
-                    kept.append(frozen(shared, config, partitioned=False))
+                if shared:  # trained models stand on its weights, which lie where theirs do
+                    kept.append(frozen(shared, config, partitioned=config.zero_stage == 3))
+                    if config.lora_base_dtype != "off":
+                        kept[-1].whole = whole_one(loader, path, argument)
                     seen[path] = kept[-1]
                 else:
                     seen[path] = keep(loader, path, argument)
@@ -291,8 +298,10 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
 
         return load_once
 
-    language = once(load_policy, one_base.language if one_base else _nothing)
-    scalar = once(load_scalar, one_base.scalar if one_base else _nothing)
+    apart = one_base.apart if one_base else _nothing
+    on_base = one_base if config.zero_stage < 3 or partitioned else None
+    language = once(load_policy, on_base.language if on_base else apart)
+    scalar = once(load_scalar, on_base.scalar if on_base else apart)
     reference = language(config.reference or config.policy, "reference")
     dpo: Model | Mixture | None = None
     dpo_ref = reference
@@ -335,9 +344,9 @@ def _adapters_said(config: RTOConfig, policy: PolicyModel, one_base: OneBase | N
         return []
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
     of = "a new adapter" if policy.adapter.fresh else f"the adapter {config.policy}"
-    each = "each model has a base of its own, which ZeRO-3 takes apart"
-    return [f"policy: {of} of rank {config.lora_rank} on {policy.adapter.base}, {trained:,} numbers",
-            one_base.said() if one_base else each]  # fmt: skip
+    held = f" in {config.lora_base_dtype}" if config.lora_base_dtype != "off" else ""
+    found = [f"policy: {of} of rank {config.lora_rank} on {policy.adapter.base}{held}, {trained:,} numbers"]
+    return found + ([one_base.said()] if one_base else [])
 
 
 def _online(

@@ -23,7 +23,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from rto_fast.backend.checkpoints import find_checkpoint
 from rto_fast.config import TEMPLATE_DATE, Lora, LoraSettings
-from rto_fast.data.adapter_folder import AdapterFolder, read_adapter
+from rto_fast.data.adapter_folder import AdapterFolder, base_of, read_adapter
 from rto_fast.data.chat_template import TEMPLATE_FILE, load_template
 from rto_fast.data.tokenizer import load_tokenizer
 from rto_fast.errors import REFUSED, ConfigError, StorageError, require, shown
@@ -67,6 +67,7 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     require(not target.exists(), f"to: {target} exists already")
     if adapter := read_adapter(Path(config.run).expanduser(), "run"):
         require(config.merge, f"run: {config.run} is an adapter already; pass --merge for whole weights")
+        _say_base(adapter.base, adapter.record.get("base_dtype", "off"))
         return [_merged(adapter, target)]
     folder, record = find_checkpoint(Path(config.run).expanduser(), config.step, config.trust_run_folder)
     settings = record["config"]
@@ -77,6 +78,8 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     template = load_template(settings["chat_template"], tokenizer, day)
     loading: dict[str, Any] = {"dtype": DTYPES[settings["dtype"]], "attention": "sdpa", "argument": argument}
     names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if config.merge:
+        _say_base(base_of(base, argument), settings.get("lora_base_dtype", "off"))
     with folder_aside(target) as aside:
         for name in names:
             model = _model_of(folder, name, record, base, loading)
@@ -112,7 +115,14 @@ def _lora_of(settings: dict[str, Any]) -> Lora | None:
     found: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in names
     }
-    return LoraSettings(**found).lora
+    lora = LoraSettings(**found).lora
+    return lora and dataclasses.replace(lora, base_dtype="off")
+
+
+def _say_base(base: str, kind: str) -> None:
+    """A line for an adapter whose base was not whole in training."""
+    if kind != "off":
+        print(f"trained on {base} in {kind}, merged into its whole weights: log-probs differ by what {kind} rounds")
 
 
 def _merged(adapter: AdapterFolder, target: Path) -> Path:

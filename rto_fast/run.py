@@ -154,7 +154,7 @@ class Run:
 
     def measure_frozen(self) -> None:
         """Says what quantised weights of frozen models do to token rewards and scores, on responses of the policy."""
-        if self.config.frozen_dtype == "off":
+        if {self.config.frozen_dtype, self.config.lora_base_dtype} == {"off"}:
             return
         share = self.sync.share(self.requests(self.state.iteration)[:MEASURED], self.sampling)
         rollout = self.sync.gather(share, self.sync.sample(share.requests, self.sampling))

@@ -153,6 +153,21 @@ def run_with(tiny: TinyModels, folder: Path, **settings):
     return build.build(RTOConfig(**small_run(tiny, folder, prompt_key="prompt", **settings)))
 
 
+def stand_in_code(dtype):
+    """A way to hold matrices (models/quantised.py) that casts them; fp32 leaves an fp32 run's bits as they are.
+
+    For where bitsandbytes is not installed.
+    """
+    import torch
+
+    from rto_fast.models.quantised import Code
+
+    return Code(
+        lambda weight: (weight.to(dtype), torch.zeros(0)), lambda codes, scales, shape, wanted: codes.to(wanted),
+        lambda numbers, rows: float(numbers * dtype.itemsize), needs="torch",
+    )  # fmt: skip
+
+
 # Looking into engines
 
 

@@ -23,8 +23,10 @@ def spread(model: nn.Module, settings: dict[str, Any]) -> None:
     import deepspeed
 
     device = distributed.device()
-    first: Any = None
+    first: Any = next((p for p in model.parameters() if hasattr(p, "ds_id")), None)
     for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):  # it belongs to a model that is taken apart already, too
+            continue
         dtype = torch.bfloat16 if settings["bf16"]["enabled"] and parameter.is_floating_point() else parameter.dtype
         if distributed.rank() == 0:
             parameter.data = parameter.data.to(device, dtype)

@@ -19,6 +19,7 @@ from rto_fast import distributed
 from rto_fast.backend.spread import spread
 from rto_fast.config import RunConfig
 from rto_fast.errors import ConfigError
+from rto_fast.models.quantised import numbers_of
 from rto_fast.models.save import adapter_weights, whole_weights
 
 T = TypeVar("T")
@@ -104,7 +105,7 @@ class TrainEngine:
         self.config = config
         self.peak_lr = peak_lr
         self.total_steps = total_steps
-        if config.recomputes(sum(p.numel() for p in model.parameters())):
+        if config.recomputes(numbers_of(model)):
             model.inner.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=peak_lr, betas=config.adam_betas,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from rto_fast.errors import require
 
@@ -22,6 +23,8 @@ class Lora:
     dora: bool
     seed: int
     """Of the first values."""
+    base_dtype: str = "off"
+    """What the base's linear maps are held in; off: the run's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,17 @@ class LoraSettings:
     lora_dora: bool = False
     """Train the size of each output's weights apart from their direction (DoRA, arXiv 2402.09353)."""
 
+    lora_base_dtype: Literal["off", "int8", "nf4"] = "off"
+    """Hold the linear maps of the base under adapters in 8 or 4 bits (QLoRA, arXiv 2305.14314; the extra `quant`); the
+    adapters stay in dtype. off: the base in dtype, too."""
+
     @property
     def lora(self) -> Lora | None:
         """The adapter to train; None where whole weights are."""
         if not self.lora_rank:
             return None
         return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets, self.lora_rslora,
-                    self.lora_dora, getattr(self, "seed", 0))  # fmt: skip
+                    self.lora_dora, getattr(self, "seed", 0), self.lora_base_dtype)  # fmt: skip
 
     def check_lora(self) -> None:
         """Raises ConfigError on settings that contradict each other."""
@@ -73,3 +80,18 @@ class LoraSettings:
                 f"{field.name}: {getattr(self, field.name)} is of whole weights; pass --{rate.replace('_', '-')}, the "
                 "adapter's, or leave it out",
             )
+        if self.lora_base_dtype != "off":
+            self._check_coded_base()
+
+    def _check_coded_base(self) -> None:
+        kind = self.lora_base_dtype
+        require(
+            not self.lora_dora,
+            f"lora_dora: reads the base's weights at every step, which {kind} would decode each time; leave out "
+            "--lora-dora, or use --lora-base-dtype off",
+        )
+        require(
+            getattr(self, "zero_stage", 0) < 3,
+            f"lora_base_dtype: {kind} weights cannot be spread over ranks; leave out --zero-stage 3, or use "
+            "--lora-base-dtype off",
+        )

@@ -168,7 +168,7 @@ class RTOSettings(LoraSettings, RunConfig):
     frozen_dtype."""
     frozen_dtype: Literal["off", "int8", "nf4"] = "off"
     """Hold linear maps of reference, DPO and reward models in 8 or 4 bits (the extra `quant`); the error in token
-    rewards is measured at the start. Models on the policy's base stay as it is. off: in dtype."""
+    rewards is measured at the start. Models on the policy's base are held as lora_base_dtype says. off: in dtype."""
     memory_check: bool = free(True)
     """Refuse at the start what cannot fit on the GPUs by the arithmetic of `rto-fast memory`."""
     score_tokens: int = free(32768)

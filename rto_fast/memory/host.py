@@ -53,7 +53,7 @@ def _loading(config: RTOConfig, models: Models, machine: Machine) -> Iterator[Pa
     """What is held while each model is loaded, in the order of build.py, and once all are there."""
     for i, (name, shape) in enumerate(models.trained):
         before = _held(config, Models(models.policy, None, ()), machine, policy=i > 0)
-        if not stands(config, shape):
+        if not stands(config, shape, trained=True):
             yield before | _read(config, name, shape, machine, spread=config.zero_stage == 3)
     for i, (name, shape) in enumerate(models.frozen):
         before = _held(config, dataclasses.replace(models, frozen=models.frozen[:i]), machine)
@@ -104,7 +104,7 @@ def _held(
     for i, (name, s) in enumerate(models.frozen):
         own = not stands(config, s)
         if machine.kind == "cpu" or (config.park_frozen and not partitioned and own):
-            share = split if partitioned and own else 1
+            share = split if partitioned and (own or config.zero_stage == 3) else 1
             out[f"{name}{i if name in out else ''}"] = ranks * frozen_bytes(config, s) / share
     return out
 

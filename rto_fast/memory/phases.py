@@ -9,7 +9,7 @@ frozen model is b·P whole, b·P/R partitioned. Constants of DeepSpeed are its d
 alone.
 
 With an adapter of A numbers fp32 weights, moments and gradients are A's, and a model on the policy's base holds b·A.
-Under ZeRO-3 each model has a base of its own, in parts.
+ZeRO-3 takes the base apart once, b·P/R, and each adapter, b·A/R.
 """
 
 from __future__ import annotations
@@ -154,14 +154,15 @@ class _Shapes:
         return same and (not scalar or reads_alike(self.policy, argument))
 
 
-def stands(config: RTOConfig, s: ModelShape) -> bool:
-    """Whether a model has no weights of its own but an adapter and a head. ZeRO-3 takes weights apart, each model's."""
-    return s.on_base and config.zero_stage < 3
+def stands(config: RTOConfig, s: ModelShape, *, trained: bool = False) -> bool:
+    """Whether a model has no weights of its own but an adapter and a head; frozen ones that stay whole beside a base in
+    parts have."""
+    return s.on_base and (trained or config.zero_stage < 3 or config.partition_frozen != "no")
 
 
 def kept_of(config: RTOConfig, s: ModelShape, *, trained: bool) -> int:
     """Numbers that a model adds to those that lie there; an adapter is merged into frozen weights of its own."""
-    if stands(config, s):
+    if stands(config, s, trained=trained):
         return s.adapter + s.head
     return s.parameters + (s.adapter if trained else 0)
 
@@ -175,10 +176,22 @@ def frozen_bytes(config: RTOConfig, s: ModelShape) -> float:
     return b * (numbers - inner) + CODES[config.frozen_dtype].bytes(inner, rows)
 
 
+def in_codes(config: RTOConfig, s: ModelShape) -> float:
+    """Bytes that linear maps of a model on a base in codes take less than in the run's dtype."""
+    if config.lora_base_dtype == "off":
+        return 0.0
+    inner, rows, _ = s.matrices
+    return width(config) * inner - CODES[config.lora_base_dtype].bytes(inner, rows)
+
+
 def whole_one(config: RTOConfig, models: Models) -> dict[str, float]:
     """The largest model that is held in codes, as it is loaded before and measured against; {} where none is."""
-    sizes = [float(width(config) * s.parameters) for _, s in models.frozen if not stands(config, s)]
-    return {"a frozen model, whole": max(sizes)} if sizes and config.frozen_dtype != "off" else {}
+    coded = [s for _, s in models.trained if config.lora_base_dtype != "off"]
+    for _, s in models.frozen:
+        on_base = stands(config, s)
+        coded += [s] * ((config.lora_base_dtype if on_base else config.frozen_dtype) != "off")
+    sizes = [float(width(config) * s.parameters) for s in coded]
+    return {"a model in codes, whole": max(sizes)} if sizes else {}
 
 
 def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
@@ -228,7 +241,7 @@ def uses_vllm(config: RTOConfig, machine: Machine) -> bool:
 def merges(config: RTOConfig, machine: Machine) -> bool:
     """Whether the sampler is pushed whole weights with the adapter merged, and not the adapter alone."""
     vllm = uses_vllm(config, machine) or config.rollout_engine == "vllm-serve"
-    return not vllm or config.lora_push == "merged" or config.lora_dora
+    return not vllm or config.lora_push == "merged" or config.lora_dora or config.lora_base_dtype != "off"
 
 
 def sleeps_with_base(config: RTOConfig, machine: Machine) -> bool:
@@ -265,9 +278,12 @@ def width(config: RTOConfig) -> int:
 
 
 def weights_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
-    """Weights of the trained models in the dtype of the run."""
-    share = ranks if config.zero_stage == 3 else 1
-    return {f"{name} weights": width(config) * kept_of(config, s, trained=True) / share for name, s in models.trained}
+    """Weights of the trained models in the dtype of the run, under adapters in codes where those are asked for."""
+    share, found = ranks if config.zero_stage == 3 else 1, {}
+    for name, s in models.trained:
+        less = 0.0 if stands(config, s, trained=True) else in_codes(config, s)
+        found[f"{name} weights"] = (width(config) * kept_of(config, s, trained=True) - less) / share
+    return found
 
 
 def states_of(config: RTOConfig, models: Models, ranks: int) -> dict[str, float]:
@@ -292,8 +308,8 @@ def _frozen(config: RTOConfig, models: Models, machine: Machine, *, scoring: boo
     out: dict[str, float] = {}
     parked: dict[str, float] = {}
     for i, (name, s) in enumerate(models.frozen):
-        own = not stands(config, s)  # a model on the policy's base neither parks nor is spread
-        size = frozen_bytes(config, s) / (machine.ranks if partitioned and own else 1)
+        own = not stands(config, s)  # a model on the policy's base neither parks nor is spread, but by ZeRO-3
+        size = frozen_bytes(config, s) / (machine.ranks if partitioned and (own or config.zero_stage == 3) else 1)
         (parked if parks and own else out)[f"{name}{i if name in out | parked else ''}"] = size
     if scoring and parked:  # one at a time
         largest = max(parked, key=lambda name: parked[name])
@@ -307,16 +323,25 @@ def _scoring(config: RTOConfig, models: Models, machine: Machine) -> dict[str, f
     tokens = max(config.score_tokens, _longest(config))
     out = {"activations": max(tokens * _forward(config, s) for s in shapes)}
     own = [s for _, s in models.frozen if not stands(config, s)]
-    if own and config.frozen_dtype != "off":  # int8 comes by way of fp32
-        wide = width(config) + (8 if config.frozen_dtype == "int8" else 0)
-        out["a decoded matrix"] = float(wide * max(s.matrices[2] for s in own))
-    spread = partitions(config, machine.ranks, machine.kind)
-    whole = own if spread else []
-    whole += [s for _, s in models.trained] if config.zero_stage == 3 else []
+    decoded = [_decoded(config, s, config.frozen_dtype) for s in own]
+    decoded += [_decoded(config, s, config.lora_base_dtype) for _, s in models.trained]
+    if any(decoded):
+        out["a decoded matrix"] = max(decoded)
+    whole: list[float] = []
+    if partitions(config, machine.ranks, machine.kind):
+        spread = [s for _, s in models.frozen] if config.zero_stage == 3 else own
+        whole += [kept_of(config, s, trained=False) for s in spread]
+    if config.zero_stage == 3:
+        whole += [kept_of(config, s, trained=True) for _, s in models.trained]
     if whole:
-        # Each model keeps what it has gathered until the next forward of its own.
-        out["gathered weights"] = width(config) * sum(min(s.parameters, LIVE + AHEAD) for s in whole)
+        # Each model keeps what it has gathered until the next forward of its own; the base is gathered once.
+        out["gathered weights"] = width(config) * sum(min(numbers, LIVE + AHEAD) for numbers in whole)
     return out
+
+
+def _decoded(config: RTOConfig, s: ModelShape, kind: str) -> float:
+    """A model's largest matrix as it is decoded; int8 comes by way of fp32."""
+    return 0.0 if kind == "off" else float((width(config) + (8 if kind == "int8" else 0)) * s.matrices[2])
 
 
 def _forward(config: RTOConfig, s: ModelShape) -> float:
@@ -351,6 +376,8 @@ def _update(config: RTOConfig, s: ModelShape, machine: Machine) -> dict[str, flo
         backward["bucket"] = b * max(bucket, s.largest_trained)
     if config.zero_stage == 3:
         backward["gathered weights"] = b * min(s.parameters, LIVE + AHEAD)
+    if decoded := _decoded(config, s, config.lora_base_dtype):
+        backward["a decoded matrix"] = decoded
     if s.vocab:
         backward["lm_head"] = _head(config, s, tokens, machine.kind)
     step = dict(gradients)

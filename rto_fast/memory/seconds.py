@@ -35,7 +35,7 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
     score = sum(tokens * 2 * _computed(s) for s in scored) / rates.flops
     if partitions(config, machine.ranks, machine.kind):
         batches = math.ceil(tokens / config.score_tokens)
-        spread = [s for _, s in models.frozen if not stands(config, s)]
+        spread = [s for _, s in models.frozen if config.zero_stage == 3 or not stands(config, s)]
         score += sum(batches * width(config) * s.parameters for s in spread) / rates.link
     out = {"rollout": _rollout(config, models.policy, machine, rates, sequences), "scoring": score}
     for name, s in models.trained:

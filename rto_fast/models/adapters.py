@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rto_fast.config import ALL_LINEAR, Lora
 from rto_fast.data.adapter_folder import ADAPTER_RECORD, ADAPTER_WEIGHTS, AdapterFolder, read_adapter
 from rto_fast.errors import ConfigError, require
 from rto_fast.logs.files import fingerprint
+from rto_fast.models.quantised import QuantisedLinear, coded
 
 Model = Any
 """A PolicyModel or a ScalarModel (models/heads.py)."""
@@ -161,7 +162,7 @@ def merge(model: Model) -> None:
 def merged_parameters(inner: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name without an adapter, full tensor with it merged) one at a time; collective under ZeRO-3.
 
-    A tensor is valid until the next one is asked for; the model keeps its weights.
+    A tensor is valid until the next one is asked for; the model keeps its weights. Those in codes are decoded.
     """
     layers = _layers(inner)
     for name, parameter in inner.named_parameters():
@@ -181,6 +182,9 @@ def merged_parameters(inner: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 finally:
                     parameter.data = before
                     layer.merged_adapters.clear()
+    for name, module in coded(inner).items():
+        weight = module.decoded(next(inner.parameters()).dtype)
+        yield f"{name}.weight", weight + layers[name].get_delta_weight(NAME) if name in layers else weight
 
 
 def twin(model: Any) -> Any:
@@ -227,6 +231,7 @@ def form_of(model: Any) -> AdapterForm:
         "biases": asked.lora_bias or asked.bias != "none", "repeated layers": asked.layer_replication,
         "adapted parameters": asked.target_parameters,
         f"{asked.init_lora_weights} start, which changes the base": isinstance(asked.init_lora_weights, str),
+        f"base in {base_dtype(model)} as the policy's is": base_dtype(model) != "off",
     }  # fmt: skip
     return AdapterForm(settings, shapes, next((what for what, there in more.items() if there), ""))
 
@@ -234,6 +239,11 @@ def form_of(model: Any) -> AdapterForm:
 def file_name(name: str) -> str:
     """The name that PEFT's files have for a parameter of an adapter."""
     return PREFIX + name.replace(f".{NAME}.", ".")
+
+
+def base_dtype(model: Any) -> str:
+    """The code of a model's base, as the setting `lora_base_dtype` has it."""
+    return next((module.kind for module in coded(model.inner).values()), "off")
 
 
 def adapter_settings(model: Any) -> str:
@@ -259,7 +269,8 @@ def save_adapter(model: Model, state: dict[str, Tensor], folder: Path, record: d
     settings.base_model_name_or_path = str(Path(adapter.base).resolve()) if local else adapter.base
     settings.inference_mode, settings.modules_to_save = True, [HEAD] if head else None
     settings.save_pretrained(folder)
-    record = {"base": contents_of_base(adapter.base)} | record
+    kind = base_dtype(model)
+    record = {"base": contents_of_base(adapter.base)} | ({"base_dtype": kind} if kind != "off" else {}) | record
     (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -280,7 +291,8 @@ def target_modules(inner: nn.Module, asked: Any, argument: str) -> list[str]:
     """
     head = {id(m) for m in (inner.get_output_embeddings(), getattr(inner, HEAD, None)) if m is not None}  # type: ignore[operator]
     modules = {name: m for name, m in inner.named_modules() if name}
-    linear = {name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and id(m) not in head}
+    maps = nn.Linear | Conv1D | QuantisedLinear
+    linear = {name for name, m in modules.items() if isinstance(m, maps) and id(m) not in head}
     known = sorted({name.rpartition(".")[2] for name in linear})
     kind = type(inner).__name__
     require(bool(known), f"lora_rank: {argument} ({kind}) has no linear map that PEFT could adapt; use --lora-rank 0")
@@ -309,7 +321,10 @@ def _inject(model: Any, settings: Any, base: str, argument: str) -> None:
     inner = model.inner
     dtype = next(inner.parameters()).dtype
     try:
-        _peft().inject_adapter_in_model(settings, inner, adapter_name=NAME)
+        if coded(inner):
+            settings._register_custom_module({QuantisedLinear: _lora_linear()})
+        with _gathering(inner):
+            _peft().inject_adapter_in_model(settings, inner, adapter_name=NAME)
     except Exception as error:  # PEFT's own, of many types, for families and modules that it does not know
         reason = " ".join(str(error).split())[:200].strip()
         raise ConfigError(f"lora_rank: PEFT cannot adapt {argument} {base!r} ({type(inner).__name__}): {reason}; use "
@@ -319,6 +334,26 @@ def _inject(model: Any, settings: Any, base: str, argument: str) -> None:
     for parameter in inner.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _gathering(inner: nn.Module) -> Iterator[None]:
+    """A context in which PEFT gathers a weight that ZeRO-3 keeps in parts before it reads it (DoRA's norms do)."""
+    stage: Any = None
+    if any(hasattr(p, "ds_id") for p in inner.parameters()):
+        from transformers.integrations import HfDeepSpeedConfig
+
+        stage = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # known to PEFT for as long as it is held
+    try:
+        yield
+    finally:
+        del stage
+
+
+def _lora_linear() -> Any:
+    from peft.tuners.lora import Linear
+
+    return Linear
 
 
 def _layers(inner: nn.Module) -> dict[str, Any]:

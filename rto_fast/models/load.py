@@ -31,6 +31,7 @@ from rto_fast.models.attention import ALONE, PACKED, resolve_attention
 from rto_fast.models.family import check_family, own_outputs
 from rto_fast.models.heads import PolicyModel, ScalarModel
 from rto_fast.models.packing import Placement
+from rto_fast.models.quantised import quantise
 from rto_fast.models.skeleton import from_rank_zero
 
 M = TypeVar("M", PolicyModel, ScalarModel)
@@ -136,7 +137,10 @@ def _adapter_at(path: str, argument: str, lora: Lora | None) -> AdapterFolder | 
 
 
 def _adapted(model: M, adapter: AdapterFolder | None, lora: Lora | None, base: str, argument: str) -> M:
-    """The base with the adapter of a folder, merged where none is trained, or with a new one."""
+    """The base with the adapter of a folder, merged where none is trained, or with a new one; in codes if `lora` says
+    so."""
+    if lora and lora.base_dtype != "off":
+        quantise(model, lora.base_dtype, argument, "lora_base_dtype")
     if adapter:
         put_back(model, adapter, argument)
         if not lora:

@@ -83,6 +83,10 @@ class OneBase:
         self._put(model, adapter, lora, argument)
         return model
 
+    def apart(self, path: str, argument: str) -> None:
+        """Notes that a model has weights of its own whatever they are."""
+        self.own.append(f"{argument} {path}")
+
     def said(self) -> str:
         """Which models share the base and which do not, for the log."""
         others = f"; weights of their own: {', '.join(self.own)}" if self.own else ""
@@ -91,7 +95,7 @@ class OneBase:
     def _same(self, path: str, argument: str) -> bool:
         same = self.files.hold(path, argument)
         if not same:
-            self.own.append(f"{argument} {path}")
+            self.apart(path, argument)
         return same
 
     def _put(

@@ -1,11 +1,13 @@
-"""Frozen models whose linear maps are held in 8 or 4 bits, by bitsandbytes.
+"""Linear maps that are not trained in 8 or 4 bits, by bitsandbytes.
+
+Of models for scoring, and of the base under adapters.
 
     int8    a row's largest |w| is its scale:      w = code / 127 * scale                 1 byte, 4 a row
     nf4     a scale for 64 numbers, 16 levels at quantiles of the normal distribution     0.5625 bytes
             (arXiv 2305.14314)
 
-A matrix is decoded to the run's dtype before each product, which reads many tokens. Embeddings, heads, norms and
-biases stay as they are.
+A matrix is decoded to the run's dtype before each product, which reads many tokens, and again for the gradient of its
+input. Embeddings, heads, norms and biases stay as they are.
 """
 
 from __future__ import annotations
@@ -76,28 +78,75 @@ CODES = {
 
 
 class QuantisedLinear(nn.Module):
-    """A linear map for forwards without gradients. Codes and scales are buffers: they move and park with the model."""
+    """A linear map that is not trained. Codes and scales are buffers: they move and park with the model, and a
+    checkpoint has none of them.
+    """
 
-    def __init__(self, linear: nn.Linear, code: Code) -> None:
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
-        self.code, self.shape = code, linear.weight.shape
-        codes, scales = code.encode(linear.weight.detach())
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        self.kind, self.code, self.shape = kind, CODES[kind], linear.weight.shape
+        self.outfeatures, self.infeatures = self.shape  # as PEFT calls those of a matrix in codes
+        codes, scales = self.code.encode(linear.weight.detach())
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scale_bytes", scales.view(torch.uint8), persistent=False)  # which no cast reaches
         self.bias = linear.bias
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    @property
+    def scales(self) -> Tensor:
+        """fp32."""
+        raw: Any = self.scale_bytes
+        return raw.view(torch.float32)
+
+    @property
+    def qweight(self) -> Tensor:
+        """PEFT looks here where to put an adapter."""
         codes: Any = self.codes
-        scales: Any = self.scales
-        return F.linear(hidden, self.code.decode(codes, scales, self.shape, hidden.dtype), self.bias)
+        return codes
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [m, n] that it computes with."""
+        return self.code.decode(self.qweight, self.scales, self.shape, dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _Product.apply(hidden, self)
 
 
-def check_code(kind: str) -> None:
-    """ConfigError where `frozen_dtype` asks for what is not installed."""
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ + b of a matrix in codes, and dx = dy W. No decoded matrix is kept between the two."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, linear: QuantisedLinear) -> Tensor:
+        ctx.linear = linear
+        return F.linear(hidden, linear.decoded(hidden.dtype), linear.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.linear.decoded(grad.dtype), None
+
+
+def check_code(kind: str, setting: str = "frozen_dtype") -> None:
+    """ConfigError where a setting asks for what is not installed."""
     if kind != "off" and importlib.util.find_spec(CODES[kind].needs) is None:
+        flag = f"--{setting.replace('_', '-')}"
         raise ConfigError(
-            f"frozen_dtype: {kind} needs {CODES[kind].needs}; pip install 'rto-fast[quant]', or use --frozen-dtype off"
+            f"{setting}: {kind} needs {CODES[kind].needs}; pip install 'rto-fast[quant]', or use {flag} off"
         )
+
+
+def coded(inner: nn.Module) -> dict[str, QuantisedLinear]:
+    """The maps in codes of a transformers model, by the names that they have without adapters."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in inner.named_modules()
+        if isinstance(module, QuantisedLinear)
+    }
+
+
+def numbers_of(model: nn.Module) -> int:
+    """Numbers of all weights, those in codes and in ZeRO-3's parts among them."""
+    plain = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return plain + sum(module.shape.numel() for module in coded(model).values())
 
 
 def matrices(inner: Any) -> dict[str, nn.Linear]:
@@ -110,18 +159,18 @@ def matrices(inner: Any) -> dict[str, nn.Linear]:
     }
 
 
-def quantise(model: Any, kind: str, argument: str) -> Any:
-    """The model (a PolicyModel or ScalarModel) itself, its matrices in codes; for scoring only.
+def quantise(model: Any, kind: str, argument: str, setting: str = "frozen_dtype") -> Any:
+    """The model (a PolicyModel or ScalarModel) itself, its matrices in codes, which are not trained.
 
-    Raises ConfigError where it has none.
+    Raises ConfigError, naming the setting, where it has none.
     """
     found = matrices(model.inner)
     require(
         bool(found),
-        f"frozen_dtype: {argument} ({type(model.inner).__name__}) has no linear map that could be held in {kind}; use "
-        "--frozen-dtype off",
+        f"{setting}: {argument} ({type(model.inner).__name__}) has no linear map that could be held in {kind}; use "
+        f"--{setting.replace('_', '-')} off",
     )
     for name, linear in found.items():
         parent, _, own = name.rpartition(".")
-        setattr(model.inner.get_submodule(parent), own, QuantisedLinear(linear, CODES[kind]))
+        setattr(model.inner.get_submodule(parent), own, QuantisedLinear(linear, kind))
     return model

@@ -66,15 +66,15 @@ def said_of(config: RTOConfig, error: dict[str, float], responses: int) -> str:
         for name, text in names.items()
         if f"frozen/{name}_error_mean" in error
     ]
+    kinds = " or ".join(dict.fromkeys(k for k in (config.frozen_dtype, config.lora_base_dtype) if k != "off"))
     if not found:
-        return f"frozen models in {config.frozen_dtype}: none, since all stand on the policy's base"
+        return f"frozen models in {kinds}: none, since all stand on the policy's base"
     bound = config.dpo_clip / config.beta1 if config.beta1 else 0.0
     against = (
         f"; a token reward is bounded by {bound:.2g}" if bound and "frozen/token_reward_error_mean" in error else ""
     )
     return (
-        f"frozen models in {config.frozen_dtype} against {config.dtype}, {responses} responses: {', '.join(found)} at "
-        f"most{against}"
+        f"frozen models in {kinds} against {config.dtype}, {responses} responses: {', '.join(found)} at most{against}"
     )
 
 

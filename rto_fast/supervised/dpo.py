@@ -89,8 +89,8 @@ def _load_reference(config: DPOConfig, common: Common, **changed: Any) -> Policy
 
 
 def _one_base(config: DPOConfig) -> bool:
-    """Whether the reference stands on the weights under the adapter that is trained. ZeRO-3 takes those apart."""
-    return config.lora_rank > 0 and not config.reference and config.zero_stage < 3
+    """Whether the reference stands on the weights under the adapter that is trained."""
+    return config.lora_rank > 0 and not config.reference
 
 
 def _model_and_tables(
@@ -106,7 +106,7 @@ def _model_and_tables(
 
 def _model_and_reference(config: DPOConfig, common: Common) -> tuple[PolicyModel, FrozenModel]:
     """The model to train, and its reference, whole on this rank."""
-    if _one_base(config):
+    if _one_base(config) and config.zero_stage < 3:  # which takes the base apart
         model = _load_model(config, common)
         return model, _whole(twin(model), common)
     reference = _whole(_load_reference(config, common, home="device"), common)

@@ -17,6 +17,7 @@ from rto_fast.logs.run_logger import RunLogger
 from rto_fast.models.adapters import check_adapter
 from rto_fast.models.load import check_weights, load_config, place
 from rto_fast.models.packing import Placement
+from rto_fast.models.quantised import check_code, numbers_of
 from rto_fast.models.router import check_router, watch_router
 from rto_fast.models.save import rehearse_export
 from rto_fast.supervised.loop import fit, steps_of
@@ -37,6 +38,7 @@ class Common:
 def prepare(config: SupervisedConfig) -> Common:
     """Cheap checks, then tokenizer, template and device."""
     config.validate()
+    check_code(config.lora_base_dtype, "lora_base_dtype")
     device = distributed.init()
     checkpoints = open_output(config)
     found = checkpoints.read()
@@ -78,9 +80,10 @@ def _adapter_said(config: SupervisedConfig, model: Any) -> str:
     """What is trained where it is an adapter, for the log; else ""."""
     if not (adapter := model.adapter):
         return ""
-    trained, all_of_it = (sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if kept(p)) for kept in (
-        lambda p: p.requires_grad, lambda p: True))  # fmt: skip
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    held = f" in {config.lora_base_dtype}" if config.lora_base_dtype != "off" else ""
     return (
         f"adapter: {'a new one' if adapter.fresh else 'that of ' + config.model} of rank {config.lora_rank} on "
-        f"{adapter.base}, {trained:,} of {all_of_it:,} parameters, learning rate {config.peak_lr:g} (--lora-lr)"
+        f"{adapter.base}{held}, {trained:,} of {numbers_of(model):,} parameters, learning rate {config.peak_lr:g} "
+        "(--lora-lr)"
     )

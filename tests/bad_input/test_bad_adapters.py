@@ -48,6 +48,12 @@ def change(path: Path, **values) -> None:
         ({"lora_rank": 4, "lora_lr": 0.0}, "lora_lr: must be positive"),
         ({"lora_dora": True}, "lora_dora: is for adapters; pass --lora-rank"),
         ({"lora_targets": "q_proj"}, "lora_targets: is for adapters; pass --lora-rank"),
+        ({"lora_base_dtype": "nf4"}, "lora_base_dtype: is for adapters; pass --lora-rank"),
+        ({"lora_base_dtype": "nf4", "lora_rank": 4, "lora_dora": True}, "lora_dora: reads the base's weights at every"),
+        (
+            {"lora_base_dtype": "int8", "lora_rank": 4, "zero_stage": 3},
+            "lora_base_dtype: int8 weights cannot be spread over ranks; leave out --zero-stage 3",
+        ),
     ],
 )
 def test_flags_that_cannot_work(refused, flags, message):

@@ -99,7 +99,7 @@ def test_a_critic_on_a_base_of_its_own_learns_the_same(runs):
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_ranks_do_what_one_does(runs, tmp_path, launch, zero_stage):
-    """The first iteration: on one base under ZeRO-2, each model on its own under ZeRO-3."""
+    """The first iteration."""
     settings = dataclasses.asdict(runs["Run"].config) | {
         "output_dir": str(tmp_path / "run"), "zero_stage": zero_stage, "save_every": 0, "report_samples": 0,
     }  # fmt: skip
@@ -109,6 +109,33 @@ def test_two_ranks_do_what_one_does(runs, tmp_path, launch, zero_stage):
     assert ours.keys() == alone.keys()
     for name, value in alone.items():
         assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_zero_3_takes_one_base_apart(runs, tmp_path, launch, ranks):
+    """A rank has its part of the base and of each adapter, once, and learns what one rank under ZeRO-2 does."""
+    settings = dataclasses.asdict(runs["Run"].config) | {
+        "output_dir": str(tmp_path / "run"), "zero_stage": 3, "save_every": 0, "report_samples": 0,
+    }  # fmt: skip
+    result = launch([ROOT / "tests" / "one_base_worker.py", json.dumps(settings), tmp_path / "held"], ranks=ranks)
+    assert result.returncode == 0, result.output
+    folders = {"frozen": (settings["dpo_model"][0], settings["reward_model"][0]),
+               "trained": (runs["whole"] / "policy", runs["whole"] / "critic")}  # fmt: skip
+    for rank in range(ranks):
+        held = json.loads((tmp_path / f"held-{rank}.json").read_text())
+        assert held["shared"] == {"critic": held["tensors"] - 1, "reference": held["tensors"], "dpo": held["tensors"],
+                                  "reward": held["tensors"] - 1}, "all but the lm_head"  # fmt: skip
+        for kind, places in folders.items():
+            tensors = [t for f in places for t in load_file(Path(f) / "adapter_model.safetensors").values()]
+            whole = sum(t.numel() for t in tensors) + (held["base"] if kind == "frozen" else 0)
+            odd = len(tensors) + (held["tensors"] if kind == "frozen" else 0)  # a tensor's last part may be filled up
+            assert held[f"{kind} whole"] == whole
+            assert whole / ranks <= held[f"{kind} parts"] <= whole / ranks + odd
+        assert not held["gathered"]
+    for ours, alone in zip(rows(tmp_path / "run"), rows(runs["whole"]), strict=True):
+        assert learnt(ours).keys() == learnt(alone).keys()
+        for name, value in learnt(alone).items():
+            assert learnt(ours)[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_a_finished_run_of_adapters_is_not_begun_again(tiny, runs):

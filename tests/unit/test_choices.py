@@ -23,6 +23,7 @@ from rto_fast.trainer import ONLINE, POLICY_UPDATES
         (RTOConfig, "policy_update", POLICY_UPDATES),
         (RTOConfig, "online", {"off", *ONLINE}),
         (RTOConfig, "frozen_dtype", {"off", *CODES}),
+        (RTOConfig, "lora_base_dtype", {"off", *CODES}),
     ],
 )
 def test_every_choice_has_its_entry(config, field, entries):

@@ -165,9 +165,9 @@ def test_frozen_models_in_few_bits(kind, of_one):
     saved = before["load"]["reference"] - after["load"]["reference"]
     assert saved == pytest.approx((2 - of_one) * inner, rel=1e-3)
     assert after["policy update"]["dpo_model"] == after["load"]["reference"]
-    assert after["load"]["a frozen model, whole"] == before["load"]["reference"]
-    assert after["error of frozen weights"]["a frozen model, whole"] == before["load"]["reference"]
-    assert "a frozen model, whole" not in after["policy update"].keys() | after["scoring"].keys()
+    assert after["load"]["a model in codes, whole"] == before["load"]["reference"]
+    assert after["error of frozen weights"]["a model in codes, whole"] == before["load"]["reference"]
+    assert "a model in codes, whole" not in after["policy update"].keys() | after["scoring"].keys()
     assert after["scoring"]["a decoded matrix"] == 4096 * 14336 * {"int8": 10, "nf4": 2}[kind]
     hosts = [
         {p.name: p.total for p in host_phases(c, models_of(c), c.machine)}["training"]

@@ -182,15 +182,26 @@ def test_8b_fits_one_card_of_80_gb_and_1b_one_of_24():
         assert shortage(whole, models_of(whole), whole.machine) is not None
 
 
-def test_zero_3_takes_each_models_own_base_apart():
-    """The adapters of frozen models are merged there."""
+def test_zero_3_takes_the_base_apart_once():
+    """Every rank has its part of the base and of each adapter. A forward gathers what its model has; the base once."""
     two, three = (found(MemoryConfig(**EIGHT, zero_stage=stage)) for stage in (2, 3))
-    assert three["load"]["reference"] == pytest.approx(2 * OF_8B / 8)
-    assert three["load"]["policy weights"] == pytest.approx(2 * (OF_8B + 0.04194304) / 8)
-    assert three["load"]["critic weights"] == pytest.approx(2 * (OF_8B - 128256 * 4096e-9 + 4096e-9 + 0.04194304) / 8)
-    assert two["load"]["reference"] == pytest.approx(2 * 0.04194304)  # on the base they are not spread
+    adapter = 0.04194304
+    assert three["load"]["policy weights"] == pytest.approx(2 * (OF_8B + adapter) / 8)
+    for name in ("reference", "dpo_model"):
+        assert three["load"][name] == pytest.approx(2 * adapter / 8)
+        assert two["load"][name] == pytest.approx(2 * adapter)
+    assert three["load"]["critic weights"] == pytest.approx(2 * (adapter + 4096e-9) / 8)
     assert "gathered weights" not in two["scoring"]
-    assert three["scoring"]["gathered weights"] > 5
+    others = 4 * adapter + 2 * 4096e-9  # reference, DPO model, reward model and critic
+    assert three["scoring"]["gathered weights"] == pytest.approx(2 * (1.05 + others))
+
+
+def test_whole_frozen_models_beside_a_base_in_parts_have_weights_of_their_own():
+    config = MemoryConfig(**EIGHT, zero_stage=3, partition_frozen="no")
+    parts = found(config)
+    assert parts["load"]["reference"] == parts["load"]["dpo_model"] == pytest.approx(2 * OF_8B)
+    assert parts["load"]["critic weights"] == pytest.approx(2 * (0.04194304 + 4096e-9) / 8)
+    assert parts["scoring"]["gathered weights"] == pytest.approx(2 * (1.05 + 0.04194304 + 4096e-9))
 
 
 def test_models_on_the_base_do_not_park():

@@ -9,6 +9,8 @@ import torch
 from loop_helpers import save_llama
 from test_adapters import LOADING, lora, moved, packed
 
+from rto_fast.backend import frozen as frozen_module
+from rto_fast.config import DPOConfig
 from rto_fast.models.load import load_policy, load_scalar, new_scalar
 from rto_fast.models.one_base import OneBase
 from rto_fast.models.save import export
@@ -85,3 +87,32 @@ def test_gradients_do_not_mix(folders):
             wanted = {n for n, p in model.named_parameters() if p.requires_grad} if name == trained else set()
             assert with_gradient == wanted, (trained, name)
             model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+def test_an_adapter_stands_on_a_base_that_zero_3_has_in_parts(folders, one_rank, monkeypatch, kind):
+    """New ones and those of a folder; DoRA reads the norms of weights that lie in parts."""
+    spread = frozen_module.spread
+    monkeypatch.setattr(
+        frozen_module,
+        "spread",
+        lambda model, settings: (
+            settings["zero_optimization"].update(stage3_param_persistence_threshold=0),
+            spread(model, settings),
+        ),
+    )
+    config = DPOConfig(model=folders["base"], zero_stage=3, dtype="fp32")
+    asked = lora(dora=kind == "dora")
+    policy = load_policy(folders["base"], lora=asked, **LOADING)
+    one = OneBase(policy, folders["base"])
+    frozen_module.frozen(policy, config)
+    assert all(p.numel() == 0 for p in one.base.parameters()), "no weight is whole"
+    row, wanted = packed(), moved(load_policy(folders["base"], lora=asked, **LOADING))
+    fresh = moved(one.language(folders["copy"], "dpo_model", asked))
+    assert torch.equal(frozen_module.frozen(fresh, config)(row), wanted(row))
+    if kind == "plain":
+        alone = load_policy(folders["dpo"], lora=lora(), **LOADING)
+        assert torch.equal(frozen_module.frozen(one.language(folders["dpo"], "dpo_model"), config)(row), alone(row))
+        reward = load_scalar(folders["rm"], lora=lora(), **LOADING)
+        ours = frozen_module.frozen(one.scalar(folders["rm"], "reward_model"), config)
+        assert torch.equal(ours(row, row.last_positions), reward(row, row.last_positions))

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from loop_helpers import save_llama
+from loop_helpers import save_llama, stand_in_code
 
 from rto_fast.errors import ConfigError
 from rto_fast.memory.command import MemoryConfig
@@ -16,7 +16,7 @@ from rto_fast.models import quantised
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy, load_scalar, new_scalar
 from rto_fast.models.packing import PackedBatch
-from rto_fast.models.quantised import CODES, Code, QuantisedLinear, check_code, quantise
+from rto_fast.models.quantised import CODES, QuantisedLinear, check_code, quantise
 from rto_fast.models.save import export
 
 LOADING = {"dtype": torch.float32, "attention": PACKED, "argument": "model"}
@@ -48,17 +48,11 @@ def off_bf16(weight: torch.Tensor, found: torch.Tensor) -> float:
     return float((found - weight.bfloat16().float()).abs().max())
 
 
-STAND_IN = Code(
-    lambda weight: (weight.bfloat16(), torch.zeros(0)), lambda codes, scales, shape, dtype: codes.to(dtype),
-    lambda numbers, rows: 2.0 * numbers, needs="torch",
-)  # fmt: skip
-
-
 @pytest.fixture(params=["stand-in", "int8", "nf4"])
 def kind(request, monkeypatch):
     """(name, how far a decoded matrix is from its definition); a stand-in runs where bitsandbytes is not installed."""
     if request.param == "stand-in":
-        monkeypatch.setitem(CODES, "int8", STAND_IN)
+        monkeypatch.setitem(CODES, "int8", stand_in_code(torch.bfloat16))
         return "int8", off_bf16
     pytest.importorskip("bitsandbytes")
     return request.param, {"int8": off_int8, "nf4": off_nf4}[request.param]
@@ -105,7 +99,7 @@ def test_a_model_computes_what_its_decoded_matrices_do(folder, tmp_path, kind, s
     kept = dict(ours.named_parameters())
     assert all(torch.equal(p, dict(wanted.named_parameters())[n]) for n, p in kept.items())
     config = dataclasses.replace(MemoryConfig(), frozen_dtype=name, dtype="fp32")
-    held = [*ours.parameters(), *(b for n, b in ours.named_buffers() if n.endswith(("codes", "scales")))]
+    held = [*ours.parameters(), *(b for n, b in ours.named_buffers() if n.endswith(("codes", "scale_bytes")))]
     expected = frozen_bytes(config, shape_of(path, "model", scalar=scalar))
     assert sum(t.numel() * t.element_size() for t in held) == expected
 
@@ -115,6 +109,8 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^frozen_dtype: nf4 needs bitsandbytes; pip install 'rto-fast\[quant\]'"):
         check_code("nf4")
+    with pytest.raises(ConfigError, match=r"^lora_base_dtype: int8 needs .* or use --lora-base-dtype off"):
+        check_code("int8", "lora_base_dtype")
 
 
 def test_a_model_without_linear_maps_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from loop_helpers import small_run
+from loop_helpers import small_run, stand_in_code
 
 from rto_fast import build, trainer
 from rto_fast import run as run_module
@@ -16,15 +16,7 @@ from rto_fast.errors import ConfigError
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy
 from rto_fast.models.packing import PackedBatch
-from rto_fast.models.quantised import CODES, Code
-
-
-def stand_in(dtype: torch.dtype) -> Code:
-    """Matrices in another dtype; fp32 leaves an fp32 run's bits as they are."""
-    return Code(
-        lambda weight: (weight.to(dtype), torch.zeros(0)), lambda codes, scales, shape, wanted: codes.to(wanted),
-        lambda numbers, rows: float(numbers * dtype.itemsize), needs="torch",
-    )  # fmt: skip
+from rto_fast.models.quantised import CODES
 
 
 def rows(folder) -> list[dict]:
@@ -42,7 +34,7 @@ def logps(path: str, rollout, dtype: torch.dtype) -> torch.Tensor:
 
 def test_the_error_is_that_of_the_token_reward(tiny, tmp_path, monkeypatch, one_rank, capsys):
     """Against models that this test loads and rounds itself, at the policy's own responses."""
-    monkeypatch.setitem(CODES, "int8", stand_in(torch.bfloat16))
+    monkeypatch.setitem(CODES, "int8", stand_in_code(torch.bfloat16))
     seen = []
     plain = run_module.frozen_error
     monkeypatch.setattr(run_module, "frozen_error", lambda rollout, *a: seen.append(rollout) or plain(rollout, *a))
@@ -66,7 +58,7 @@ def test_the_error_is_that_of_the_token_reward(tiny, tmp_path, monkeypatch, one_
 
 def test_a_code_that_loses_nothing_changes_nothing(tiny, tmp_path, monkeypatch, one_rank):
     """Two iterations: the figures of a run without, and errors of 0 in every row."""
-    monkeypatch.setitem(CODES, "int8", stand_in(torch.float32))
+    monkeypatch.setitem(CODES, "int8", stand_in_code(torch.float32))
     for name in ("off", "int8"):
         trainer.train(RTOConfig(**small_run(tiny, tmp_path / name, frozen_dtype=name)))
     off, coded = rows(tmp_path / "off"), rows(tmp_path / "int8")

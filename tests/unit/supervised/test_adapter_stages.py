@@ -160,8 +160,8 @@ def test_a_checkpoint_is_exported_as_an_adapter_or_whole(tiny, tmp_path, one_ran
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
-@pytest.mark.parametrize("objective", ["dpo", "kto", "tdpo1"])
-def test_the_reference_is_the_model_before_training(tiny, tmp_path, one_rank, monkeypatch, objective, goes_on):
+@pytest.mark.parametrize(("objective", "zero"), [("dpo", 2), ("kto", 2), ("tdpo1", 2), ("dpo", 3), ("kto", 3)])
+def test_the_reference_is_the_model_before_training(tiny, tmp_path, one_rank, monkeypatch, objective, zero, goes_on):
     """On the same base in memory, loaded once; the first step's loss says that the two are one, exactly."""
     start = tiny.policy
     if goes_on:
@@ -173,7 +173,7 @@ def test_the_reference_is_the_model_before_training(tiny, tmp_path, one_rank, mo
         return loaded[-1]
 
     monkeypatch.setattr(dpo, "load_policy", counted)
-    train_dpo(DPOConfig(**settings(tiny, tmp_path / "out", model=start, objective=objective)))
+    train_dpo(DPOConfig(**settings(tiny, tmp_path / "out", model=start, objective=objective, zero_stage=zero)))
     assert len(loaded) == 1
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     wanted = 0.5 if objective == "kto" else math.log(2)
