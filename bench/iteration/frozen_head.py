@@ -83,12 +83,13 @@ def head_products(update: Update, vocab: int) -> int:
 
 
 def measure(width: int, layers: int, vocab: int, turns: int) -> dict[str, float]:
-    """Milliseconds of both updates and their ratio, medians over turns."""
+    """Milliseconds of both updates and their ratio, medians over turns, and how many products meet the head in each."""
     updates = {name: Update(policy_of(width, layers, vocab, frozen=name == "frozen")) for name in ("frozen", "trained")}
     for update in updates.values():
         update()  # AdamW makes its states
     took = [{name: 1e3 * seconds(update) for name, update in updates.items()} for _ in range(turns)]
     found = {f"{name}_ms": statistics.median(turn[name] for turn in took) for name in updates}
+    found |= {f"{name}_head_products": head_products(update, vocab) for name, update in updates.items()}
     return found | {"ratio": statistics.median(turn["frozen"] / turn["trained"] for turn in took)}
 
 

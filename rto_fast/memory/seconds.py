@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rto_fast.backend.frozen import partitions
 from rto_fast.config import RTOConfig
-from rto_fast.memory.phases import VLLM_WORK, Machine, Models, cache_of_token, stands, uses_vllm, width
+from rto_fast.memory.phases import VLLM_WORK, Machine, Models, cache_of_token, merges, stands, uses_vllm, width
 from rto_fast.memory.shapes import ModelShape
 
 
@@ -47,7 +47,8 @@ def seconds(config: RTOConfig, models: Models, machine: Machine, rates: Rates) -
             work *= 2
         steps = epochs * config.responses / config.train_batch
         out[f"{name} update"] = work + steps * 2 * width(config) * s.trained / rates.link
-    out["weights to the sampler"] = 2 * width(config) * models.policy.parameters / rates.memory
+    pushed = models.policy.adapter if config.lora_rank and not merges(config, machine) else models.policy.parameters
+    out["weights to the sampler"] = 2 * width(config) * pushed / rates.memory
     out["checkpoint"] = checkpoint_bytes(config, models) / rates.disk if config.save_every else 0.0
     return out
 

@@ -242,8 +242,7 @@ def _scalar(
 
 
 def _adapted_scalar(adapter: AdapterFolder, lora: Lora | None, **loading: Any) -> Callable[[], ScalarModel]:
-    """What loads a reward model from an adapter, whose head lies beside it, and the reward or language model under
-    it."""
+    """What loads a reward model: an adapter, the head beside it, and the model under it, which may be either kind."""
     argument = loading["argument"]
     check_reward_head(adapter.path, argument)
     load_base = (_scalar if is_reward_model(adapter.base, argument) else _new_scalar)(adapter.base, **loading)

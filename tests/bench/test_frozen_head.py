@@ -28,5 +28,6 @@ def test_the_gradients_product_is_left_out():
 
 def test_both_are_timed():
     found = measure(64, 1, VOCAB, turns=2)
-    assert found.keys() == {"frozen_ms", "trained_ms", "ratio"}
+    assert found.keys() == {"frozen_ms", "trained_ms", "ratio", "frozen_head_products", "trained_head_products"}
     assert all(value > 0 for value in found.values())
+    assert (found["frozen_head_products"], found["trained_head_products"]) == (2, 3)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from engine_helpers import CPU, HEADS, ROUNDING, rows
-from loop_helpers import ROOT, make_tiny_models, small_run
+from loop_helpers import ROOT, make_tiny_models, small_run, stand_in_code
 from rollout_helpers import quiet, reference_logp, requests_of
 from transformers import AutoModelForCausalLM
 
@@ -17,9 +18,10 @@ from rto_fast import trainer
 from rto_fast.config import RTOConfig, SFTConfig
 from rto_fast.config.lora import Lora
 from rto_fast.errors import SyncError
-from rto_fast.models.adapters import form_of, put_on
+from rto_fast.models.adapters import form_of
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy
+from rto_fast.models.quantised import CODES
 from rto_fast.models.save import adapter_weights, whole_weights
 from rto_fast.rollout.engine import GREEDY, Sampling
 from rto_fast.rollout.transformers_engine import TransformersEngine
@@ -48,8 +50,8 @@ def tiny(tmp_path_factory):
 
 def adapted(path: str, seed: int = 1, **settings):
     """A policy with an adapter that moves its log-probs by a tenth of a nat or more."""
-    model = load_policy(path, dtype=torch.float32, attention=PACKED, argument="policy")
-    put_on(model, dataclasses.replace(Lora(3, 32, *LEFT), **settings), path, "policy")
+    lora = dataclasses.replace(Lora(3, 32, *LEFT), **settings)
+    model = load_policy(path, dtype=torch.float32, attention=PACKED, argument="policy", lora=lora)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -126,11 +128,13 @@ def test_a_push_that_is_not_the_adapter_is_refused(engine, tiny):
     assert answers(engine).version == 8
 
 
-def test_what_vllms_lora_has_not_is_pushed_merged(tiny, one_rank, tmp_path):
-    model = adapted(tiny.policy, dora=True)
+@pytest.mark.parametrize("lack", ["DoRA", "base in int8 as the policy's is"])
+def test_what_vllms_lora_has_not_is_pushed_merged(tiny, one_rank, tmp_path, monkeypatch, lack):
+    monkeypatch.setitem(CODES, "int8", stand_in_code(torch.bfloat16))
+    model = adapted(tiny.policy, **{"dora": True} if lack == "DoRA" else {"base_dtype": "int8"})
     engine = colocated(tiny.policy, form_of(model))
     assert not engine.takes_adapter
-    assert engine.merged_because == "vLLM's LoRA has no DoRA"
+    assert engine.merged_because == f"vLLM's LoRA has no {lack}"
     engine.push(whole_weights(model), 1)
     rollout = answers(engine)
     truth = reference_logp(merged_into(model, tiny.policy, tmp_path), rollout, 0.7)
@@ -195,6 +199,24 @@ def test_a_run_pushes_the_adapter_and_learns_what_it_learns_merged(tiny, tmp_pat
     assert found["adapter"][-1]["kl/response"] > 0.01
     for name in ("reward/score", "kl/response", "response/length"):
         assert found["adapter"][-1][name] == pytest.approx(found["merged"][-1][name], abs=1e-3), name
+
+
+def test_ranks_that_share_an_engine_push_the_adapter(tiny, tmp_path, launch):
+    """Each holds a part of every layer, under ZeRO-2 and 3, and samples the policy."""
+    cases = {2: {"lora_rslora": True}, 3: {"lora_targets": ["q_proj", "down_proj"]}}
+    runs = [
+        small_run(tiny, tmp_path / str(zero), **ADAPTED, rollout_engine="vllm", zero_stage=zero,
+                  vllm_tensor_parallel=2, report_samples=0, **more)
+        for zero, more in cases.items()
+    ]  # fmt: skip
+    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps(runs)], ranks=2)
+    assert result.returncode == 0, result.output
+    assert result.output.count("the adapter alone is pushed, to vLLM's own LoRA") == len(runs)
+    for settings in runs:
+        log = rows(Path(settings["output_dir"]))
+        assert all(row["sampler/logp_diff_max"] < ROUNDING for row in log), (settings, log)
+        assert log[-1]["kl/response"] > 0.01, settings
+        assert {row["sync/bytes"] for row in log} == {adapter_bytes(Path(settings["output_dir"]))}
 
 
 def test_an_adapter_that_does_not_act_is_found_at_the_start(tiny, tmp_path, one_rank, monkeypatch):

@@ -290,3 +290,12 @@ def test_what_a_push_to_vllm_takes():
     assert parts["merged"][0] > 5 * 2 * 14336 * 4096 - 1
     assert parts["merged"][1] == parts["dora"][1] == 0
     assert parts["dora"][0] == parts["merged"][0]
+
+
+def test_a_push_of_the_adapter_alone_takes_its_bytes():
+    for push in ("adapter", "merged"):
+        config = MemoryConfig(lora_rank=16, lora_push=push)
+        models = models_of(config)
+        took = seconds(config, models, config.machine, config.rates)["weights to the sampler"]
+        pushed = models.policy.adapter if push == "adapter" else models.policy.parameters
+        assert took == pytest.approx(2 * 2 * pushed / config.rates.memory), "read and written, two bytes a number"
