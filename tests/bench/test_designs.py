@@ -426,7 +426,7 @@ def test_one_command_trains_compares_and_draws(designs):
         "the oracle is in the figure"
     )
     tables = (designs / "out" / "tables.md").read_text()
-    for words in ("second opinion: DDPO", "of PPO's plateau", "cells, ", "the truth's rate"):
+    for words in ("second opinion: DDPO", "of PPO's highest", "cells, ", "the truth's rate"):
         assert words in tables
 
 

@@ -141,7 +141,8 @@ def test_rto_of_adapters_killed(tiny, lives, tmp_path):
     pytest.importorskip("peft")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     adapters = {"lora_rank": 4, "lora_policy_lr": 1e-2, "lora_critic_lr": 1e-2, "ema_decay": 0.0, "iterations": 6}
-    changes = SETTINGS | adapters | {"rollout_engine": "transformers"}
+    own = {name: value for name, value in SETTINGS.items() if name not in ("policy_lr", "critic_lr")}
+    changes = own | adapters | {"rollout_engine": "transformers"}
     assert lives.run("rto", small_run(tiny, whole, **changes)) == 0, lives.log.read_text()
     s_a_row = rows(whole / "metrics.jsonl")[-1]["run/elapsed_s"] / 6
     settings, rng = small_run(tiny, killed, **changes), random.Random(3)
