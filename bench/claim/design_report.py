@@ -406,6 +406,22 @@ HEAD = f"""# Designs A to D
 """
 
 
+CURVE = 16
+"""Points of a cell's curve in designs.json; all rollouts are in the cell's own file below `runs`."""
+
+
+def thinned(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell whose curve has at most CURVE points: means over as many spans of rollouts, to five digits as the curve's
+    own; samples at a span's end."""
+    if len(cell.get("curve", {}).get("samples", ())) <= CURVE:
+        return cell
+    spans = {name: np.array_split(np.array(values, float), CURVE) for name, values in cell["curve"].items()}
+    curve = {
+        name: [float(f"{s[-1] if name == 'samples' else s.mean():.5g}") for s in parts] for name, parts in spans.items()
+    }
+    return cell | {"curve": curve}
+
+
 def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str, Any], root: Path) -> str:
     """designs.json, tables.md and the figures; the page's section where it is asked for. Returns the tables."""
     pyplot.rcParams.update({"svg.hashsalt": "claim", "font.size": 9, "axes.spines.top": False,
@@ -417,7 +433,8 @@ def write(config: DesignConfig, designs: Mapping[str, Design], record: dict[str,
             draw_matched(design, out / f"matched-{task}.svg")
         if record["tasks"][task]["factors"]:
             draw_budgets(design, record["tasks"][task]["factors"], out / f"budgets-{task}.svg")
-    write_atomic(out / "designs.json", compact(finite_or_none(record)))
+    kept = record | {"cells": [thinned(cell) for cell in record["cells"]]}
+    write_atomic(out / "designs.json", compact(finite_or_none(kept)))
     tables = section(designs, record, ".")
     write_atomic(out / "tables.md", tables)
     if config.page:

@@ -196,6 +196,16 @@ def test_the_factor_is_decided_on_the_main_task_alone():
     assert "refuted" not in design_report.factor_table(rows, False)
 
 
+def test_curves_in_the_record_are_means_over_spans():
+    cell = {"curve": {"samples": [64.0 * (i + 1) for i in range(32)], "kl": [float(i) for i in range(32)]}, "seed": 200}
+    curve = design_report.thinned(cell)["curve"]
+    assert curve["samples"] == [128.0 * (i + 1) for i in range(16)]
+    assert curve["kl"] == [2 * i + 0.5 for i in range(16)]
+    short = {"curve": {"samples": [64.0], "kl": [1.0]}}
+    assert design_report.thinned(short) is short
+    assert design_report.thinned({"failed": "diverged"}) == {"failed": "diverged"}
+
+
 # Comparisons
 
 
