@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are to
 
 import torch
 
-from bench.claim.grid import ROOT, by_flags
+from bench.claim.grid import ROOT, by_flags, of_one_size
 from bench.claim.report import markdown
 from bench.claim.stories import PAIRS, SHARED
 from rto_fast import build, distributed
@@ -97,9 +97,11 @@ def measure(config: CodeErrorConfig, name: str) -> list[str]:
 
 
 def main(config: CodeErrorConfig) -> None:
+    require(config.rows >= 0, f"rows: must not be negative, got {config.rows}")
     require(MODEL.is_dir() and PAIRS.is_file(), f"runs: no {MODEL} and {PAIRS}")
     for kind in ("int8", "nf4"):
         check_code(kind)
+    of_one_size(config.runs, "DPO models", {"rows": config.rows})
     distributed.init()
     table = markdown(["in codes", *FIGURES], [measure(config, name) for name in HELD])
     write_atomic(config.runs / "table.md", table + "\n")
