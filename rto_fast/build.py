@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rto_fast import distributed
 from rto_fast.algo.targets import NO_DELIMITERS, KLController
 from rto_fast.backend.checkpoints import Checkpoints, check_space, open_output
-from rto_fast.backend.frozen import FrozenModel, frozen, partitions
+from rto_fast.backend.frozen import FrozenModel, frozen, lent, partitions
 from rto_fast.backend.train_engine import TrainEngine
 from rto_fast.backend.warm import warm
 from rto_fast.backend.weight_average import WeightAverage
@@ -267,8 +267,8 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
             model = loader(path, argument=argument, **loading)
             kept.append(frozen(model, config, parks=config.park_frozen, partitioned=partitioned))
             return kept[-1]
-        there = loading | {"home": "device"}  # where it is quantised
-        model = quantise(loader(path, argument=argument, **there), config.frozen_dtype, argument)
+        model = loader(path, argument=argument, **loading | {"home": "host"})
+        quantise(model, config.frozen_dtype, argument, device=inputs.device)
         kept.append(frozen(model, config, parks=config.park_frozen, partitioned=False))
         kept[-1].whole = whole_one(loader, path, argument)
         return kept[-1]
@@ -276,7 +276,7 @@ def load(config: RTOConfig, inputs: Inputs) -> Loaded:
     def whole_one(loader: Callable[..., torch.nn.Module], path: str, argument: str) -> Callable[[], FrozenModel]:
         """What loads again, not in codes, a model that is in them."""
         again = loading | {"home": "host", "placement": None}  # without the checks, in which all ranks take part
-        return lambda: frozen(loader(path, argument=argument, **again), config, partitioned=False)
+        return lambda: lent(loader(path, argument=argument, **again), inputs.device)
 
     def once(
         loader: Callable[..., torch.nn.Module], on_base: Callable[[str, str], torch.nn.Module | None]

@@ -53,7 +53,7 @@ With P parameters, b bytes each (bf16: 2) and R ranks:
 | their fp32 weights | 4 P / R (`--offload`: on the host) | always |
 | moments of AdamW | 8 P / R (`--offload`: on the host) | from the first update on |
 | reference, DPO and reward models | b P / R; whole: b P (`--park-frozen`: one at a time, in scoring alone) | always |
-| linear maps of those with `--frozen-dtype` | int8: 1 a number, nf4: 0.56 | always; one model whole while loaded |
+| linear maps of those with `--frozen-dtype` | int8: 1 a number, nf4: 0.56 | always |
 | linear maps of the base with `--lora-base-dtype` | the same | the same |
 | vLLM | its share of the device | in rollouts; 2 GiB while it sleeps |
 | fp32 gradients | 4 P / R (ZeRO-2 and 3; `--offload`: on the host) | in an update; under ZeRO-3 always |
@@ -77,6 +77,10 @@ Token rewards are differences of log-probs, bounded by `dpo_clip / beta1`, 1 nat
 So a run says at its start how far they are off against whole models, on 64 responses of the
 policy, and so does every row of its metrics (`frozen/token_reward_error_mean` and `_max`, `ref_logp` and `score` in the
 same way). The whole models are loaded a second time for it, one at a time. The KL's reference is rounded too.
+
+A device needs no room for a whole model that is to be in codes: it is read to the host, and its matrices go to the
+device one by one, to be put in codes there; those of a whole model that errors are measured against go there for their
+own product alone.
 
 Measured on a CPU in fp32 (`python -m bench.code_error`): DPO models of `stories1m`, of whole weights and of an adapter
 of rank 16, after one pass over 640 of its real pairs (held-out accuracy .53 and .56), on 64 responses of `stories1m`:
@@ -104,7 +108,7 @@ not. The model has 0.8 M parameters; no larger one was measured.
 |---|---|---|
 | a model that ZeRO-3 takes apart | b P: rank 0 reads it for all ranks | while it is loaded |
 | other models | n times 4 tensors on their way from the files to the devices | while they are loaded |
-| `--frozen-dtype`, `--lora-base-dtype` | n b P of the largest model in codes | while the error is measured |
+| `--frozen-dtype`, `--lora-base-dtype` | n b P of the largest model in codes | while it is loaded and measured |
 | `--park-frozen` | n b P of every frozen model | always |
 | `--offload` | n / R of (4 + b) P, 4 P of gradients and 8 P of moments | the last two from the first update on |
 | Python, CUDA's host side | 3 GiB a rank, an estimate | always |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from rto_fast import distributed
 from rto_fast.backend.spread import spread
 from rto_fast.backend.train_engine import deepspeed_config, gather_experts_together
 from rto_fast.config import RTOConfig, RunConfig
+from rto_fast.models.quantised import matrices
 
 
 class FrozenModel:
@@ -45,6 +47,34 @@ def _host_copy(module: nn.Module, device: torch.device) -> list[tuple[Tensor, Te
         tensor.data = host.pin_memory() if device.type == "cuda" else host
         found.append((tensor, tensor.data))
     return found
+
+
+def lent(model: Any, device: torch.device) -> FrozenModel:
+    """A model (a PolicyModel or ScalarModel) in host memory for a few forwards on a device.
+
+    Of its linear maps the device holds one at a time, the others wait on the host; embeddings and head stay there.
+    """
+    model.eval().requires_grad_(False)
+    waiting = matrices(model.inner).values()
+    apart = {id(tensor) for linear in waiting for tensor in linear.parameters()}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in apart:
+            tensor.data = tensor.data.to(device)
+    for linear in waiting:
+        host = [(tensor, tensor.data) for tensor in linear.parameters()]
+        linear.register_forward_pre_hook(partial(_fetch, host, device))
+        linear.register_forward_hook(partial(_return, host))
+    return FrozenModel(model, device, parks=False)
+
+
+def _fetch(host: list[tuple[nn.Parameter, Tensor]], device: torch.device, *_: Any) -> None:
+    for tensor, there in host:
+        tensor.data = there.to(device)
+
+
+def _return(host: list[tuple[nn.Parameter, Tensor]], *_: Any) -> None:
+    for tensor, there in host:
+        tensor.data = there
 
 
 def partitions(config: RTOConfig, ranks: int, kind: str) -> bool:

@@ -1,7 +1,8 @@
 """Bytes of host memory that the ranks of one node, rank 0's, hold together.
 
-A model that ZeRO-3 takes apart is whole in rank 0's memory until it is spread (models/skeleton.py). Others go from
-their files to the device, a few tensors at a time. Pages of the files are not counted: the system takes them back.
+A model that ZeRO-3 takes apart is whole in rank 0's memory until it is spread (models/skeleton.py), one that is to be
+in codes in every rank's. Others go from their files to the device, a few tensors at a time. Pages of the files are not
+counted: the system takes them back.
 """
 
 from __future__ import annotations

@@ -185,13 +185,28 @@ def in_codes(config: RTOConfig, s: ModelShape) -> float:
 
 
 def whole_one(config: RTOConfig, models: Models) -> dict[str, float]:
-    """The largest model that is held in codes, as it is loaded before and measured against; {} where none is."""
-    coded = [s for _, s in models.trained if config.lora_base_dtype != "off"]
-    for _, s in models.frozen:
-        on_base = stands(config, s)
-        coded += [s] * ((config.lora_base_dtype if on_base else config.frozen_dtype) != "off")
-    sizes = [float(width(config) * s.parameters) for s in coded]
+    """The largest model that is held in codes, whole on the host where it is read and where it is measured against; {}
+    where none is."""
+    sizes = [float(width(config) * s.parameters) for s in [*_coded(config, models), *_measured(config, models)]]
     return {"a model in codes, whole": max(sizes)} if sizes else {}
+
+
+def lent_one(config: RTOConfig, models: Models) -> dict[str, float]:
+    """What the device holds of a whole model that is measured against: a matrix at a time, and what is none."""
+    b, lent = width(config), [(s.parameters, *s.matrices) for s in _measured(config, models)]
+    sizes = [float(b * (numbers - inner + largest)) for numbers, inner, _, largest in lent]
+    return {"a whole model, a matrix at a time": max(sizes)} if sizes else {}
+
+
+def _coded(config: RTOConfig, models: Models) -> list[ModelShape]:
+    """Trained models whose base is in codes."""
+    return [s for _, s in models.trained if config.lora_base_dtype != "off"]
+
+
+def _measured(config: RTOConfig, models: Models) -> list[ModelShape]:
+    """Frozen models in codes, whose error is measured."""
+    of_base, of_own = config.lora_base_dtype != "off", config.frozen_dtype != "off"
+    return [s for _, s in models.frozen if (of_base if stands(config, s) else of_own)]
 
 
 def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
@@ -203,7 +218,7 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
     if sampler := sampler_of(config, models, machine):
         held["sampler"] = sampler
     masters = {k: v for k, v in held.items() if not k.endswith("moments")}
-    out = [Phase("load", masters | waiting | whole_one(config, models))]
+    out = [Phase("load", masters | waiting)]
     asleep: dict[str, float] = {}
     if uses_vllm(config, machine):
         vllm = {f"vLLM, {config.vllm_memory_share:g} of the device": config.vllm_memory_share * machine.device}
@@ -221,9 +236,9 @@ def phases(config: RTOConfig, models: Models, machine: Machine) -> list[Phase]:
             sending["vLLM's weights"] = width(config) * models.policy.parameters / config.vllm_tensor_parallel
         out.append(Phase("weights to the sampler", held | waiting | sending))
     scoring = held | awake | _scoring(config, models, machine)
-    if whole := whole_one(config, models):
+    if lent := lent_one(config, models):
         start = {k: v for k, v in scoring.items() if not k.endswith("moments")}
-        out.append(Phase("error of frozen weights", start | whole))
+        out.append(Phase("error of frozen weights", start | lent))
     out.append(Phase("scoring", scoring))
     for name, shape in models.trained:
         update = _update(config, shape, machine)

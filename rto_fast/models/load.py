@@ -37,8 +37,9 @@ from rto_fast.models.skeleton import from_rank_zero
 M = TypeVar("M", PolicyModel, ScalarModel)
 SCORE_HEADS = ("score", "value_head")  # transformers' name, OpenRLHF's name
 Home = Literal["host", "device", "rank 0"]
-"""Where a model's weights are read to: host memory; the device of its placement, past the host; the host of rank 0
-alone, for ZeRO-3 to take apart (backend/spread.py), while the other ranks get a model without storage."""
+"""Where a model's weights are read to: host memory; the device of its placement, past the host unless they are to be in
+codes; the host of rank 0 alone, for ZeRO-3 to take apart (backend/spread.py), while the other ranks get a model without
+storage."""
 
 
 def load_config(path: str, argument: str) -> PretrainedConfig:
@@ -116,6 +117,7 @@ def load_policy(
     """
     adapter = _adapter_at(path, argument, lora)
     path = adapter.base if adapter else path
+    home, device = _for_codes(home, lora, placement)
 
     def load() -> PolicyModel:
         settings = {"dtype": dtype, "attn_implementation": attention}
@@ -125,7 +127,8 @@ def load_policy(
                 f"{argument}: {path!r} lacks weights of a {type(lm).__name__}: {_some(info['missing_keys'])}"
             )
         _drop_unused_sampling(lm)
-        return _adapted(_checked(PolicyModel, lm, path, argument, placement, home), adapter, lora, path, argument)
+        made = _checked(PolicyModel, lm, path, argument, placement, home)
+        return _adapted(made, adapter, lora, path, argument, device)
 
     return _at_home(load, home)
 
@@ -136,11 +139,19 @@ def _adapter_at(path: str, argument: str, lora: Lora | None) -> AdapterFolder | 
     return read_adapter(path, argument)
 
 
-def _adapted(model: M, adapter: AdapterFolder | None, lora: Lora | None, base: str, argument: str) -> M:
-    """The base with the adapter of a folder, merged where none is trained, or with a new one; in codes if `lora` says
-    so."""
+def _for_codes(home: Home, lora: Lora | None, placement: Placement | None) -> tuple[Home, torch.device | None]:
+    """(where weights are read to, the device that the base goes to in codes; None where it stays)."""
+    coded = lora is not None and lora.base_dtype != "off"
+    return ("host", placement.device) if coded and placement and home == "device" else (home, None)
+
+
+def _adapted(
+    model: M, adapter: AdapterFolder | None, lora: Lora | None, base: str, argument: str, device: torch.device | None
+) -> M:
+    """The base with the adapter of a folder, merged where none is trained, or with a new one; in codes on `device` if
+    `lora` says so."""
     if lora and lora.base_dtype != "off":
-        quantise(model, lora.base_dtype, argument, "lora_base_dtype")
+        quantise(model, lora.base_dtype, argument, "lora_base_dtype", device)
     if adapter:
         put_back(model, adapter, argument)
         if not lora:
@@ -213,9 +224,10 @@ def _scalar(
 ) -> Callable[[], ScalarModel]:  # fmt: skip
     """What loads it where it is called."""
     adapter = _adapter_at(path, argument, lora)
+    home, device = _for_codes(home, lora, placement)
     if adapter:
         return _adapted_scalar(
-            adapter, lora, dtype=dtype, attention=attention, argument=argument, placement=placement, home=home
+            adapter, lora, device, dtype=dtype, attention=attention, argument=argument, placement=placement, home=home
         )
     config = load_config(path, argument)
     _check_statistics(config, path, argument)
@@ -236,12 +248,14 @@ def _scalar(
             raise ConfigError(f"{argument}: {path!r} does not fit a one-output {type(classifier).__name__}: "
                               f"{_some([*info['missing_keys'], *mismatched])}")  # fmt: skip
         made = _checked(ScalarModel, classifier, path, argument, placement, home)
-        return _adapted(made, None, lora, path, argument)
+        return _adapted(made, None, lora, path, argument, device)
 
     return load
 
 
-def _adapted_scalar(adapter: AdapterFolder, lora: Lora | None, **loading: Any) -> Callable[[], ScalarModel]:
+def _adapted_scalar(
+    adapter: AdapterFolder, lora: Lora | None, device: torch.device | None, **loading: Any
+) -> Callable[[], ScalarModel]:
     """What loads a reward model: an adapter, the head beside it, and the model under it, which may be either kind."""
     argument = loading["argument"]
     check_reward_head(adapter.path, argument)
@@ -250,7 +264,7 @@ def _adapted_scalar(adapter: AdapterFolder, lora: Lora | None, **loading: Any) -
     def load() -> ScalarModel:
         model = load_base()
         model.mean, model.std = (float(adapter.record.get(k, v)) for k, v in (("mean", 0.0), ("std", 1.0)))
-        return _adapted(model, adapter, lora, adapter.base, argument)
+        return _adapted(model, adapter, lora, adapter.base, argument, device)
 
     return load
 
@@ -371,6 +385,7 @@ def _new_scalar(
     """What loads it where it is called."""
     adapter = _adapter_at(path, argument, lora)
     path = adapter.base if adapter else path
+    home, device = _for_codes(home, lora, placement)
 
     def load() -> ScalarModel:
         settings = {"dtype": dtype, "attn_implementation": attention, "num_labels": 1}
@@ -384,7 +399,7 @@ def _new_scalar(
             weight.copy_(torch.randn(weight.shape) * head_std if head_std else torch.zeros(weight.shape))
         classifier.config.mean, classifier.config.std = 0.0, 1.0
         made = _checked(ScalarModel, classifier, path, argument, placement, home)
-        return _adapted(made, adapter, lora, path, argument)
+        return _adapted(made, adapter, lora, path, argument, device)
 
     return load
 

@@ -82,11 +82,12 @@ class QuantisedLinear(nn.Module):
     checkpoint has none of them.
     """
 
-    def __init__(self, linear: nn.Linear, kind: str) -> None:
+    def __init__(self, linear: nn.Linear, kind: str, device: torch.device | None = None) -> None:
+        """device: where codes are made and kept; None = where the weight is."""
         super().__init__()
         self.kind, self.code, self.shape = kind, CODES[kind], linear.weight.shape
         self.outfeatures, self.infeatures = self.shape  # as PEFT calls those of a matrix in codes
-        codes, scales = self.code.encode(linear.weight.detach())
+        codes, scales = self.code.encode(linear.weight.detach().to(device or linear.weight.device))
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale_bytes", scales.view(torch.uint8), persistent=False)  # which no cast reaches
         self.bias = linear.bias
@@ -159,10 +160,13 @@ def matrices(inner: Any) -> dict[str, nn.Linear]:
     }
 
 
-def quantise(model: Any, kind: str, argument: str, setting: str = "frozen_dtype") -> Any:
+def quantise(
+    model: Any, kind: str, argument: str, setting: str = "frozen_dtype", device: torch.device | None = None
+) -> Any:
     """The model (a PolicyModel or ScalarModel) itself, its matrices in codes, which are not trained.
 
-    Raises ConfigError, naming the setting, where it has none.
+    device: where it ends. A model in host memory comes there a matrix at a time, so that the device never holds it
+    whole; None = where it is. Raises ConfigError, naming the setting, where it has no matrix.
     """
     found = matrices(model.inner)
     require(
@@ -170,7 +174,7 @@ def quantise(model: Any, kind: str, argument: str, setting: str = "frozen_dtype"
         f"{setting}: {argument} ({type(model.inner).__name__}) has no linear map that could be held in {kind}; use "
         f"--{setting.replace('_', '-')} off",
     )
-    for name, linear in found.items():
+    for name in list(found):
         parent, _, own = name.rpartition(".")
-        setattr(model.inner.get_submodule(parent), own, QuantisedLinear(linear, kind))
-    return model
+        setattr(model.inner.get_submodule(parent), own, QuantisedLinear(found.pop(name), kind, device))
+    return model.to(device) if device else model

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from loop_helpers import small_run, stand_in_code
+from loop_helpers import ROOT, small_run, stand_in_code
 from safetensors.torch import load_file
 
 from rto_fast import export, trainer
@@ -105,6 +106,21 @@ def test_the_error_of_token_rewards_is_measured(tiny, runs):
     assert first["frozen/score_error_max"] > 0
     (line,) = [text for text in runs["said"] if text.startswith("frozen models in")]
     assert line.startswith(f"frozen models in {KIND} against fp32, 8 responses: token rewards by ")
+
+
+def test_two_ranks_do_what_one_does(runs, tmp_path, launch):
+    """The first iteration, in bitsandbytes' int8."""
+    pytest.importorskip("bitsandbytes")
+    settings = dataclasses.asdict(runs["run"].config) | {
+        "output_dir": str(tmp_path / "run"), "iterations": 1, "save_every": 0, "report_samples": 0,
+    }  # fmt: skip
+    result = launch([ROOT / "tests" / "vllm_worker.py", json.dumps([settings])], ranks=2)
+    assert result.returncode == 0, result.output
+    (ours,), alone = rows(tmp_path / "run"), rows(runs["root"] / "rto")[0]
+    learnt = [k for k in alone if k.startswith(("policy/", "critic/", "kl/", "reward/", "frozen/"))]
+    assert len(learnt) > 10
+    for name in learnt:
+        assert ours[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
 
 
 def test_a_checkpoint_has_no_base_and_an_export_merges_into_the_whole_one(tiny, runs, capsys):

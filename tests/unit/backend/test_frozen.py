@@ -12,9 +12,11 @@ from loop_helpers import ROOT, small_run
 
 from rto_fast import build, trainer
 from rto_fast.backend import frozen as frozen_module
-from rto_fast.backend.frozen import FrozenModel, frozen, partitions
+from rto_fast.backend.frozen import FrozenModel, frozen, lent, partitions
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
+from rto_fast.models.load import load_policy
+from rto_fast.models.quantised import matrices
 from rto_fast.scoring.score import score_rollout
 
 
@@ -128,3 +130,20 @@ def test_parked_models_come_to_the_device_one_at_a_time_and_once_a_rollout(one_r
     for whole, waiting in zip(*scores, strict=True):
         for name, tensor in dataclasses.asdict(whole[0]).items():
             assert torch.equal(tensor, getattr(waiting[0], name)), name
+
+
+@torch.no_grad()
+def test_a_lent_model_has_one_matrix_on_the_device_at_a_time(tiny):
+    """The device is one without storage; what a forward leaves there is embeddings, norms and head."""
+    model = load_policy(tiny.policy, dtype=torch.float32, attention="sdpa", argument="model")
+    maps, seen = matrices(model.inner), []
+    found = lent(model, torch.device("meta"))
+    for linear in maps.values():
+        linear.register_forward_pre_hook(lambda *_: seen.append(sum(m.weight.is_meta for m in maps.values())))
+    logits = model.inner(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta")).logits
+    assert logits.is_meta
+    assert seen == [1] * len(maps)
+    assert len(maps) == 14
+    waiting = {id(m.weight) for m in maps.values()}
+    assert not any(m.weight.is_meta for m in maps.values())
+    assert all(p.is_meta for p in found.module.parameters() if id(p) not in waiting)

@@ -15,11 +15,13 @@ from rto_fast.errors import ConfigError
 from rto_fast.memory.command import MemoryConfig
 from rto_fast.memory.phases import Models, weights_of
 from rto_fast.memory.shapes import adapted, shape_of
+from rto_fast.models import load
 from rto_fast.models.adapters import form_of, merged_parameters, twin
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy, load_scalar, new_scalar
 from rto_fast.models.one_base import OneBase
-from rto_fast.models.quantised import CODES, QuantisedLinear, coded, numbers_of
+from rto_fast.models.packing import Placement
+from rto_fast.models.quantised import CODES, QuantisedLinear, coded, numbers_of, quantise
 from rto_fast.models.save import export
 
 pytest.importorskip("peft")
@@ -153,6 +155,32 @@ def test_counted_bytes_are_those_that_are_held(base, kind):
     assert weights_of(asked, Models(shape, None, ()), 1) == {"policy weights": held}
     assert numbers_of(model) == shape.parameters + shape.adapter
     assert not any(isinstance(m, QuantisedLinear) for m in load_policy(base, lora=lora(), **LOADING).modules())
+
+
+@pytest.mark.parametrize("what", ["policy", "new head", "reward model"])
+def test_a_base_in_codes_never_lies_whole_on_the_device(base, what, tmp_path, monkeypatch):
+    """Read to the host; while its maps are coded nothing else of it is on the device, here one without storage."""
+    if what == "reward model":
+        export(new_scalar(base, lora=lora(), **LOADING), tmp_path, write=True)
+    placement = Placement(torch.device("meta"), "sdpa", lockstep=False, micro_tokens=64)
+    monkeypatch.setattr(load, "_checked", lambda make, model, *_: make(model))  # which a meta tensor cannot pass
+    models, seen, code = [], [], stand_in_code(torch.bfloat16)
+    monkeypatch.setattr(load, "quantise", lambda model, *a: quantise(models.append(model) or model, *a))
+
+    def encode(weight):
+        seen.append((weight.device.type, {p.device.type for p in models[-1].parameters()}))
+        return code.encode(weight)
+
+    monkeypatch.setitem(CODES, "int8", dataclasses.replace(code, encode=encode))
+    asked = LOADING | {"placement": placement, "home": "device", "lora": lora(base_dtype="int8")}
+    model = {
+        "policy": lambda: load_policy(base, **asked),
+        "new head": lambda: new_scalar(base, **asked),
+        "reward model": lambda: load_scalar(str(tmp_path), **asked),
+    }[what]()
+    assert seen == [("meta", {"cpu"})] * 14
+    assert {t.device.type for n, t in model.named_parameters() if "lora_" not in n} == {"meta"}
+    assert {t.device.type for t in model.buffers()} == {"meta"}
 
 
 def test_a_model_without_linear_maps_is_refused(tmp_path, monkeypatch):

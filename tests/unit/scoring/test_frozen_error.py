@@ -13,6 +13,7 @@ from rto_fast import build, trainer
 from rto_fast import run as run_module
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
+from rto_fast.models import load
 from rto_fast.models.attention import PACKED
 from rto_fast.models.load import load_policy
 from rto_fast.models.packing import PackedBatch
@@ -38,8 +39,13 @@ def test_the_error_is_that_of_the_token_reward(tiny, tmp_path, monkeypatch, one_
     seen = []
     plain = run_module.frozen_error
     monkeypatch.setattr(run_module, "frozen_error", lambda rollout, *a: seen.append(rollout) or plain(rollout, *a))
+    homes, load_whole = [], load._load
+    monkeypatch.setattr(load, "_load", lambda auto, path, argument, placement, home, **k: (
+        homes.append((argument, home)) or load_whole(auto, path, argument, placement, home, **k)
+    ))  # fmt: skip
     config = RTOConfig(**small_run(tiny, tmp_path, frozen_dtype="int8", score_tokens=64, park_frozen=True))
     run = build.build(config)
+    assert {home for argument, home in homes if argument in ("reference", "dpo_model", "reward_model")} == {"host"}
     (rollout,) = seen
     ours, whole = (
         [logps(path, rollout, dtype) for path in (tiny.dpo, tiny.policy)] for dtype in (torch.bfloat16, torch.float32)
