@@ -29,13 +29,13 @@ from bench.claim.grid import ROOT, by_flags, commit, of_one_size
 from bench.claim.report import markdown
 from bench.claim.stories import PAIRS, SHARED
 from rto_fast import distributed, trainer
-from rto_fast.audit import AuditConfig, show
 from rto_fast.config import DistillConfig, DPOConfig, RMConfig, SFTConfig
 from rto_fast.demo import pipeline
 from rto_fast.demo.config import DemoConfig
 from rto_fast.errors import Diverged, require
 from rto_fast.generate import GenerateConfig, generate
 from rto_fast.logs.files import METRICS, json_line, read_metrics, read_rows, write_atomic
+from rto_fast.scoring.audit import AuditConfig, show
 from rto_fast.supervised.dpo import train_dpo
 from rto_fast.supervised.reward_model import train_rm
 from rto_fast.supervised.sft import train_sft

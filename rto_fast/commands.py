@@ -101,14 +101,14 @@ COMMANDS: dict[str, Stage | Tool] = {
     "export": Tool("a checkpoint as Hugging Face folders", "rto_fast.export:main"),
     "extrapolate": Stage(
         "weights beyond a model, away from an earlier one: a next round's reference",
-        "rto_fast.extrapolate:ExtrapolateConfig",
-        "rto_fast.extrapolate:extrapolate",
+        "rto_fast.models.extrapolate:ExtrapolateConfig",
+        "rto_fast.models.extrapolate:extrapolate",
     ),
     "report": Tool("report.html of a run, built again", "rto_fast.report.__main__:main"),
     "audit": Stage(
         "what token rewards lean on: kinds of tokens, places, agreement with the score",
-        "rto_fast.audit:AuditConfig",
-        "rto_fast.audit:show",
+        "rto_fast.scoring.audit:AuditConfig",
+        "rto_fast.scoring.audit:show",
     ),
     "memory": Stage(
         "GiB and seconds of a run, phase by phase, from its models' configs",

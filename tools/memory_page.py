@@ -78,9 +78,9 @@ So a run says at its start how far they are off against whole models, on 64 resp
 policy, and so does every row of its metrics (`frozen/token_reward_error_mean` and `_max`, `ref_logp` and `score` in the
 same way). The whole models are loaded a second time for it, one at a time. The KL's reference is rounded too.
 
-A device needs no room for a whole model that is to be in codes: it is read to the host, and its matrices go to the
-device one by one, to be put in codes there; those of a whole model that errors are measured against go there for their
-own product alone.
+Loading takes no room for the whole model on the device: it is read to the host, and its matrices go to the device one
+by one, to be put in codes there. Those of a whole model that errors are measured against go there for their own product
+alone.
 
 Measured on a CPU in fp32 (`python -m bench.code_error`): DPO models of `stories1m`, of whole weights and of an adapter
 of rank 16, after one pass over 640 of its real pairs (held-out accuracy .53 and .56), on 64 responses of `stories1m`:

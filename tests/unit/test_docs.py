@@ -12,9 +12,9 @@ import typing
 import pytest
 from loop_helpers import ROOT
 
-from rto_fast.audit import AuditConfig
 from rto_fast.config import DistillConfig, DPOConfig, RLVRConfig, RMConfig, RTOConfig
 from rto_fast.generate import GenerateConfig
+from rto_fast.scoring.audit import AuditConfig
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -19,7 +19,7 @@ FILES = sorted(TRAINER.rglob("*.py"))
 ORDER = (
     ("__main__",),
     ("commands",),
-    ("demo", "generate", "audit", "export", "extrapolate"),
+    ("demo", "generate", "export"),
     ("trainer",),
     ("metrics",),
     ("build", "updates"),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rto_fast import commands
 from rto_fast.errors import ConfigError
-from rto_fast.extrapolate import ExtrapolateConfig, extrapolate
+from rto_fast.models.extrapolate import ExtrapolateConfig, extrapolate
 
 
 def beyond(new, old, to, alpha=0.3):

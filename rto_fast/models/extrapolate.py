@@ -134,4 +134,4 @@ def _beyond(new: Tensor, old: Tensor, name: str, alpha: float) -> Tensor:
 
 
 if __name__ == "__main__":
-    cli.main(ExtrapolateConfig(), "rto_fast.extrapolate:extrapolate")
+    cli.main(ExtrapolateConfig(), "rto_fast.models.extrapolate:extrapolate")

@@ -11,12 +11,12 @@ import torch
 from loop_helpers import save_llama, small_run, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rto_fast import audit as module
-from rto_fast.audit import AuditConfig, show
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
 from rto_fast.report.audit import correlation
 from rto_fast.report.samples import read_samples
+from rto_fast.scoring import audit as module
+from rto_fast.scoring.audit import AuditConfig, show
 from rto_fast.trainer import train
 
 TEXTS = [
