@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rto_fast import distributed
@@ -49,32 +49,27 @@ def _host_copy(module: nn.Module, device: torch.device) -> list[tuple[Tensor, Te
     return found
 
 
+class LentLinear(nn.Module):
+    """A linear map that waits on the host and comes to its input's device for the product alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.host = (linear.weight.detach(), bias)  # a tuple, which no `to` reaches
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.host
+        return F.linear(hidden, weight.to(hidden.device), None if bias is None else bias.to(hidden.device))
+
+
 def lent(model: Any, device: torch.device) -> FrozenModel:
     """A model (a PolicyModel or ScalarModel) in host memory for a few forwards on a device.
 
-    Of its linear maps the device holds one at a time, the others wait on the host; embeddings and head stay there.
+    Of its linear maps the device holds one at a time; embeddings, norms and head stay there.
     """
-    model.eval().requires_grad_(False)
-    waiting = matrices(model.inner).values()
-    apart = {id(tensor) for linear in waiting for tensor in linear.parameters()}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if id(tensor) not in apart:
-            tensor.data = tensor.data.to(device)
-    for linear in waiting:
-        host = [(tensor, tensor.data) for tensor in linear.parameters()]
-        linear.register_forward_pre_hook(partial(_fetch, host, device))
-        linear.register_forward_hook(partial(_return, host))
-    return FrozenModel(model, device, parks=False)
-
-
-def _fetch(host: list[tuple[nn.Parameter, Tensor]], device: torch.device, *_: Any) -> None:
-    for tensor, there in host:
-        tensor.data = there.to(device)
-
-
-def _return(host: list[tuple[nn.Parameter, Tensor]], *_: Any) -> None:
-    for tensor, there in host:
-        tensor.data = there
+    for name, linear in matrices(model.inner).items():
+        model.inner.set_submodule(name, LentLinear(linear))
+    return FrozenModel(model.eval().requires_grad_(False).to(device), device, parks=False)
 
 
 def partitions(config: RTOConfig, ranks: int, kind: str) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
 from launches import Launch
-from loop_helpers import ROOT, small_run
+from loop_helpers import ROOT, save_llama, small_run
 
 from rto_fast import build, trainer
 from rto_fast.backend import frozen as frozen_module
 from rto_fast.backend.frozen import FrozenModel, frozen, lent, partitions
 from rto_fast.config import RTOConfig
 from rto_fast.errors import ConfigError
+from rto_fast.models.heads import backbone
 from rto_fast.models.load import load_policy
 from rto_fast.models.quantised import matrices
 from rto_fast.scoring.score import score_rollout
@@ -133,17 +135,34 @@ def test_parked_models_come_to_the_device_one_at_a_time_and_once_a_rollout(one_r
 
 
 @torch.no_grad()
-def test_a_lent_model_has_one_matrix_on_the_device_at_a_time(tiny):
-    """The device is one without storage; what a forward leaves there is embeddings, norms and head."""
-    model = load_policy(tiny.policy, dtype=torch.float32, attention="sdpa", argument="model")
-    maps, seen = matrices(model.inner), []
-    found = lent(model, torch.device("meta"))
-    for linear in maps.values():
-        linear.register_forward_pre_hook(lambda *_: seen.append(sum(m.weight.is_meta for m in maps.values())))
-    logits = model.inner(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta")).logits
-    assert logits.is_meta
-    assert seen == [1] * len(maps)
-    assert len(maps) == 14
-    waiting = {id(m.weight) for m in maps.values()}
-    assert not any(m.weight.is_meta for m in maps.values())
-    assert all(p.is_meta for p in found.module.parameters() if id(p) not in waiting)
+def test_a_lent_model_has_one_matrix_on_the_device_at_a_time(tmp_path, monkeypatch):
+    """The device is one without storage; what stays there is embeddings, norms and head. On a CPU its bits are the
+    model's own."""
+    save_llama(tmp_path, seed=1, vocab=87, ids={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
+    loading = {"dtype": torch.float32, "attention": "sdpa", "argument": "model"}
+    plain, here, away = (load_policy(str(tmp_path), **loading) for _ in range(3))
+    tokens = torch.arange(4, 12)[None]
+
+    def states(model, device: str):
+        return backbone(model.inner)(input_ids=tokens.to(device)).last_hidden_state
+
+    assert torch.equal(states(lent(here, torch.device("cpu")).module, "cpu"), states(plain, "cpu"))
+
+    sizes = {name: linear.weight.numel() for name, linear in matrices(away.inner).items()}
+    alive: list[weakref.ref] = []
+    peaks: list[int] = []
+    product = torch.nn.functional.linear
+
+    def watched(hidden, weight, bias=None):
+        alive.append(weakref.ref(weight))
+        peaks.append(sum(ref() is not None for ref in alive))
+        return product(hidden, weight, bias)
+
+    monkeypatch.setattr(frozen_module.F, "linear", watched)
+    found = lent(away, torch.device("meta"))
+    assert states(found.module, "meta").is_meta
+    assert peaks == [1] * len(sizes)
+    assert len(sizes) == 14
+    assert all(p.is_meta for p in found.module.parameters())
+    numbers = (sum(p.numel() for p in model.parameters()) for model in (plain, found.module))
+    assert next(numbers) - next(numbers) == sum(sizes.values())

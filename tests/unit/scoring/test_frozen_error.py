@@ -45,7 +45,10 @@ def test_the_error_is_that_of_the_token_reward(tiny, tmp_path, monkeypatch, one_
     ))  # fmt: skip
     config = RTOConfig(**small_run(tiny, tmp_path, frozen_dtype="int8", score_tokens=64, park_frozen=True))
     run = build.build(config)
-    assert {home for argument, home in homes if argument in ("reference", "dpo_model", "reward_model")} == {"host"}
+    trained = [("policy", "device"), ("reward_model", "device")]  # the critic starts from the reward model
+    measured = [(name, "host") for name in ("reference", "dpo_model", "reward_model")]
+    assert homes[:5] == [*trained, *measured]
+    assert {home for _, home in homes[5:]} == {"host"}, "whole models, to measure against"
     (rollout,) = seen
     ours, whole = (
         [logps(path, rollout, dtype) for path in (tiny.dpo, tiny.policy)] for dtype in (torch.bfloat16, torch.float32)
